@@ -1,0 +1,61 @@
+"""Set the whole suite up before jax starts: eight host devices, no display, no network, checked keys, compile cache.
+
+XLA reads XLA_FLAGS once, when its first device is asked for: this file changes the environment, then imports jax.
+What the user set stays: flags are appended and a given cache folder is used.
+"""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+HOST_DEVICES = 8
+XLA_FLAGS = (f"--xla_force_host_platform_device_count={HOST_DEVICES}", "--xla_cpu_multi_thread_eigen=false")
+
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *XLA_FLAGS]).strip()
+os.environ["MPLBACKEND"] = "Agg"
+os.environ["WANDB_MODE"] = "disabled"
+os.environ["WANDB_SILENT"] = "true"
+
+import jax
+import pytest
+
+
+def _cache_directory() -> Path | None:
+    """The user's own compilation cache, else a private folder of this suite; None where nothing can be written."""
+    given = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    directory = Path(given) if given else home / "purejax_bilevel" / "test-compilations"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            return directory
+    except OSError:
+        return None
+
+
+def _configure_jax() -> None:
+    directory = _cache_directory()
+    if directory is not None:
+        # In the environment too: tests that start scripts as processes share the compilations.
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(directory)
+        jax.config.update("jax_compilation_cache_dir", str(directory))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+    jax.config.update("jax_debug_key_reuse", True)
+
+
+_configure_jax()
+
+
+@pytest.fixture
+def float64() -> Iterator[None]:
+    """64-bit floats for this test only, for gradient checks and golden numbers."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture
+def strict_promotion() -> Iterator[None]:
+    """Refuse every implicit promotion between array types in this test."""
+    with jax.numpy_dtype_promotion("strict"):
+        yield
