@@ -1,0 +1,1 @@
+"""Everything around a training program: members, results, statistics, figures, logs."""

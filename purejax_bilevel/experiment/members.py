@@ -1,0 +1,71 @@
+"""Members: every combination of hyper-parameter settings and seeds of one experiment.
+
+A member is one (setting, seed). Members are numbered in C order: the first axis is the slowest, the seed the fastest.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Axis:
+    """One dimension of an ablation.
+
+    Args:
+        names: one name for a grid axis; several for settings that vary together (a random search, zipped lists).
+        values: one tuple per point, with one entry per name.
+    """
+
+    names: tuple[str, ...]
+    values: tuple[tuple, ...]
+
+    @property
+    def dimension(self) -> str:
+        """Name of the dimension in the results."""
+        return self.names[0] if len(self.names) == 1 else "setting"
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """All members: the product of the axes (first axis slowest), then the seeds (fastest).
+
+    Args:
+        axes: the swept hyper-parameters, in the order of the dimensions.
+        seeds: one integer per repetition.
+    """
+
+    axes: tuple[Axis, ...]
+    seeds: tuple[int, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Number of points per axis, then the number of seeds."""
+        return (*(len(axis) for axis in self.axes), len(self.seeds))
+
+    def __len__(self) -> int:
+        return math.prod(self.shape)
+
+    def settings(self, member_index: int) -> dict[str, Any]:
+        """Swept hyper-parameters of one member by name, the seed last."""
+        *points, seed = np.unravel_index(member_index, self.shape)
+        named = {
+            name: value
+            for axis, point in zip(self.axes, points, strict=True)
+            for name, value in zip(axis.names, axis.values[point], strict=True)
+        }
+        return {**named, "seed": self.seeds[seed]}
+
+    def describe(self, member_index: int) -> str:
+        """Member in words, for example `lr=0.001, model_hidden_dim=3, seed=2`."""
+        return ", ".join(f"{name}={format_value(value)}" for name, value in self.settings(member_index).items())
+
+
+def format_value(value: Any) -> str:
+    """Shortest usual notation of a hyper-parameter's value."""
+    return f"{value:.6g}" if isinstance(value, float | np.floating) else str(value)
