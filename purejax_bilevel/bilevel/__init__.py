@@ -1,0 +1,58 @@
+"""Bilevel optimisation in jax, on any pytree: hypergradients, their smoothing over time, and regret.
+
+`implicit` and `functional` differentiate the inner solution, `unrolled` the inner optimiser; `smoothing` and `regret`
+treat the hypergradients that come out. Nothing here knows of reinforcement learning or of experiments.
+"""
+
+from purejax_bilevel.bilevel._common import LinearSolver
+from purejax_bilevel.bilevel.functional import (
+    adjoint_objective,
+    closed_form_adjoint,
+    fit_dual,
+    functional_hypergradient,
+    separable_hessian,
+)
+from purejax_bilevel.bilevel.implicit import (
+    conjugate_gradient,
+    dense,
+    gmres,
+    identity,
+    implicit_root,
+    minimum_hypergradient,
+    neumann,
+    root_hypergradient,
+)
+from purejax_bilevel.bilevel.regret import LocalRegret, LocalRegretState, local_regret, static_regret
+from purejax_bilevel.bilevel.smoothing import (
+    ExponentialAverageState,
+    WindowAverageState,
+    exponential_average,
+    window_average,
+)
+from purejax_bilevel.bilevel.unrolled import unrolled_hypergradient
+
+__all__ = [
+    "ExponentialAverageState",
+    "LinearSolver",
+    "LocalRegret",
+    "LocalRegretState",
+    "WindowAverageState",
+    "adjoint_objective",
+    "closed_form_adjoint",
+    "conjugate_gradient",
+    "dense",
+    "exponential_average",
+    "fit_dual",
+    "functional_hypergradient",
+    "gmres",
+    "identity",
+    "implicit_root",
+    "local_regret",
+    "minimum_hypergradient",
+    "neumann",
+    "root_hypergradient",
+    "separable_hessian",
+    "static_regret",
+    "unrolled_hypergradient",
+    "window_average",
+]
