@@ -1,7 +1,8 @@
 """Set the whole suite up before jax starts: eight host devices, no display, no network, checked keys, compile cache.
 
 XLA reads XLA_FLAGS once, when its first device is asked for: this file changes the environment, then imports jax.
-What the user set stays: flags are appended and a given cache folder is used.
+What the user set stays: flags are appended, a given platform and cache folder are used. The default platform is the
+CPU on every machine, because the expected numbers and the eight devices are those of a CPU.
 """
 
 import os
@@ -13,6 +14,7 @@ HOST_DEVICES = 8
 XLA_FLAGS = (f"--xla_force_host_platform_device_count={HOST_DEVICES}", "--xla_cpu_multi_thread_eigen=false")
 
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *XLA_FLAGS]).strip()
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["MPLBACKEND"] = "Agg"
 os.environ["WANDB_MODE"] = "disabled"
 os.environ["WANDB_SILENT"] = "true"
@@ -41,6 +43,8 @@ def _configure_jax() -> None:
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(directory)
         jax.config.update("jax_compilation_cache_dir", str(directory))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+    # Again for a jax that a pytest plugin imported before this file.
+    jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
     jax.config.update("jax_debug_key_reuse", True)
 
 
