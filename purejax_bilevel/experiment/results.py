@@ -80,7 +80,8 @@ def build_dataset(
         coordinates.update(_axis_coordinates(axis))
     if clash := sorted(set(coordinates) & set(data)):
         raise ValueError(f"{clash[0]!r} is both a hyper-parameter and a measured variable; rename the variable")
-    about = {"format": FORMAT, "axes": list(dimensions[:-1]), "created": _now(), **attrs}
+    axes = {axis.dimension: list(axis.names) for axis in grid.axes}
+    about = {"format": FORMAT, "axes": axes, "created": _now(), **attrs}
     return xarray.Dataset(data, coordinates, about)
 
 
@@ -91,18 +92,20 @@ def setting_dimensions(dataset: xarray.Dataset) -> tuple[str, ...]:
 
 def setting_labels(dataset: xarray.Dataset) -> list[dict[str, Any]]:
     """Hyper-parameters of every setting by name, in C order of `setting_dimensions`."""
-    dimensions = setting_dimensions(dataset)
-    names = [[str(name) for name, c in dataset.coords.items() if c.dims == (dimension,)] for dimension in dimensions]
+    axes = {name: dataset.attrs["axes"][name] for name in setting_dimensions(dataset)}
     return [
         {
-            name: dataset.coords[name].values[point].item()
-            if isinstance(dataset.coords[name].values[point], np.generic)
-            else dataset.coords[name].values[point]
-            for dimension_names, point in zip(names, index, strict=True)
-            for name in dimension_names
+            name: _scalar(dataset, name, point)
+            for names, point in zip(axes.values(), index, strict=True)
+            for name in names
         }
-        for index in np.ndindex(*(dataset.sizes[d] for d in dimensions))
+        for index in np.ndindex(*(dataset.sizes[dimension] for dimension in axes))
     ]
+
+
+def _scalar(dataset: xarray.Dataset, name: str, point: int) -> Any:
+    value = dataset.coords[name].values[point]
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _grid_dimensions(grid: Grid) -> tuple[str, ...]:
@@ -299,8 +302,17 @@ def write_config(
 
 def write_text(path: str | Path, text: str) -> None:
     """Writes a text file in one step: whole or not at all."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """Writes a file in one step: whole or not at all.
+
+    Raises:
+        UserError: the place is not writable.
+    """
     with _replacing(Path(path)) as temporary:
-        Path(temporary).write_text(text)
+        Path(temporary).write_bytes(content)
 
 
 def command_line(arguments: Sequence[str] | None = None) -> str:

@@ -78,7 +78,8 @@ def test_zipped_axis_is_one_dimension_with_a_coordinate_per_name():
     dataset = make_dataset(grid)
     assert dataset["final_return"].dims == ("setting", "seed", "episode")
     assert dataset["lr"].dims == dataset["tau"].dims == ("setting",)
-    assert results.setting_labels(dataset)[1] == {"lr": 0.2, "tau": 0.6, "setting": 1}
+    assert [list(label.items()) for label in results.setting_labels(dataset)][1] == [("lr", 0.2), ("tau", 0.6)]
+    np.testing.assert_array_equal(dataset["setting"], [0, 1, 2])
 
 
 @pytest.mark.parametrize(
