@@ -25,7 +25,7 @@ class WindowAverageState(NamedTuple):
     """State of `window_average`; every tree is like the gradients."""
 
     seen: jax.Array  # [] int32, updates so far
-    ring: PyTree  # leaves [max_window, ...], the last gradients
+    ring: PyTree  # leaves [max_window + 1, ...], the last gradients
     total: PyTree  # running sum of the window
     fresh: PyTree  # sum of the gradients since seen was last a multiple of the window
 
@@ -62,19 +62,22 @@ def window_average(
     check_between("window", window, 1)
     check_between("beta", beta, 0, 1)
     max_window = _ring_length(window, max_window)
+    # One row more than the window: the oldest gradient can then be read after the newest is written. The other order makes
+    # XLA copy the whole ring at every update (window 1000, 2000 parameters, one CPU core: 380 us instead of 3).
+    num_rows = max_window + 1
     window = jnp.clip(jnp.round(jnp.asarray(window)), 1, max_window).astype(jnp.int32)
 
     def init(params: PyTree) -> WindowAverageState:
         zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, _sum_dtype(p)), params)
-        ring = jax.tree.map(lambda p: jnp.zeros((max_window, *p.shape), p.dtype), params)
+        ring = jax.tree.map(lambda p: jnp.zeros((num_rows, *p.shape), p.dtype), params)
         return WindowAverageState(jnp.zeros((), jnp.int32), ring, zeros, zeros)
 
     def update(gradient, state, params=None, *, step=None, **extra_args):
         del params, extra_args
         seen = state.seen + 1
-        position = (state.seen if step is None else step) % max_window
-        oldest = _read(state.ring, (position - window) % max_window)
-        ring = jax.tree.map(lambda r, g: lax.dynamic_update_index_in_dim(r, g, position, 0), state.ring, gradient)
+        position = state.seen if step is None else step
+        ring = _write(state.ring, gradient, position % num_rows)
+        oldest = _read(ring, (position - window) % num_rows)
         total = jax.tree.map(
             lambda s, g, old: s + (g.astype(s.dtype) - old.astype(s.dtype)), state.total, gradient, oldest
         )
@@ -133,6 +136,10 @@ def _ring_length(window: Scalar, max_window: int | None) -> int:
 
 def _sum_dtype(leaf: jax.Array) -> jnp.dtype:
     return jnp.promote_types(leaf.dtype, jnp.float32)  # sums of half precision gradients need more bits than these have
+
+
+def _write(ring: PyTree, gradient: PyTree, position: jax.Array) -> PyTree:
+    return jax.tree.map(lambda r, g: lax.dynamic_update_index_in_dim(r, g.astype(r.dtype), position, 0), ring, gradient)
 
 
 def _read(ring: PyTree, position: jax.Array) -> PyTree:
