@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterable, Iterator
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,22 @@ def test_every_declared_package_is_pinned_inside_its_window(
         assert requirement.specifier.contains(pinned[name], prereleases=True), f"{name} {pinned[name]}: {requirement}"
 
 
+def test_what_a_pinned_package_needs_is_pinned_too() -> None:
+    """Reads the packages of this environment that have the pinned version; others cannot be asked without a network."""
+    pinned = pins(f"{sys.version_info.major}.{sys.version_info.minor}", "base", "cpu", "test")
+    installed = {canonicalize_name(found.name): found for found in metadata.distributions()}
+    asked = [name for name, version in pinned.items() if name in installed and installed[name].version == version]
+    missing = [
+        f"{name} needs {requirement}"
+        for name in asked
+        for requirement in map(Requirement, installed[name].requires or [])
+        if (not requirement.marker or requirement.marker.evaluate({"extra": ""}))
+        and canonicalize_name(requirement.name) not in pinned
+    ]
+    assert "pytest" in installed
+    assert missing == []
+
+
 def test_pins_cover_every_python_that_is_allowed() -> None:
     allowed = SpecifierSet(PROJECT["requires-python"])
     assert [f"3.{minor}" for minor in range(8, 20) if f"3.{minor}" in allowed] == list(PYTHONS)
@@ -113,7 +130,7 @@ def tracked_text() -> Iterator[tuple[str, str]]:
 UNWANTED = re.compile(
     "|".join(
         [
-            r"(?<![\w./~-])/" + r"(?:home|root|Users|work)" + r"/[\w.]",  # a folder of one machine
+            r"(?<![\w./~}-])/" + r"(?:home|root|Users|work)" + r"/[\w.]",  # a folder of one machine
             r"https?://[^\s\"']*/" + r"(?:simple|packages)/",
             "files" + r"\.pythonhosted\.org|" + "pypi" + r"\.org|--(?:extra-)?" + "index-url|--trusted" + "-host",
         ]

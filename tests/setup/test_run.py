@@ -167,7 +167,9 @@ def test_a_failed_installation_runs_nothing_and_is_tried_again(repository: Repos
     assert (result.returncode, result.stdout) == (1, "")
     assert "installation failed" in result.stderr
     (repository.stand_ins / "fail").unlink()
+    (repository.root / ".venv" / "installed before").touch()
     assert repository.run("echo", "started").stdout == "started\n"
+    assert (repository.root / ".venv" / "installed before").exists()
     assert len(repository.installs()) == 2
 
 
