@@ -1,0 +1,388 @@
+"""The agents of bilevel model-based Q-learning: what differs between them is where the model's gradient comes from.
+
+theta = world model (outer variable), phi = Q-function (inner variable), B = batch of real transitions.
+
+    omd                 implicit differentiation of grad_phi L_Q(phi; model batch of theta) = 0
+    funcbo              functional differentiation: adjoint in the space of Q-values
+    funcbo_reward_only  the rule of the OFBO code: the model's next observation gets no gradient
+    mle                 likelihood of the observed transitions
+    vep                 value-equivalent prediction under random value functions
+    sql                 no model: soft double Q-learning on real transitions
+
+Each is a function `agent(config, learner, draw, key, t) -> (Learner, losses)` doing one outer step; `draw(key)` gives a batch of
+real transitions. Arrays are features first.
+Sources: OMD, Nikishin et al. 2021 (arXiv 2106.03273); funcBO, Petrulionyte et al. 2024; SmoothFBO: the same with a smoothed
+gradient; VEP, Grimm et al. 2020.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from purejax_bilevel import networks
+from purejax_bilevel.bilevel import functional, implicit, smoothing
+from purejax_bilevel.networks import Network
+from purejax_bilevel.replay import Batch
+
+LOG_STD_RANGE = (-5.0, 2.0)
+NUM_LAYERS = 2
+
+
+class Model(NamedTuple):
+    """World model: one head for the next observation, one for the reward (None when the true reward is used)."""
+
+    next_obs: Network
+    reward: Network | None
+
+
+@flax.struct.dataclass
+class Learner:
+    """Everything that is learned, with the optimisers' states."""
+
+    # inner problem
+    q: Network  # stacked heads
+    target_q: Network
+    q_optimizer: optax.OptState
+    # outer problem
+    model: Model
+    model_optimizer: optax.OptState
+    # fixed random value functions (vep), dual network (funcbo with num_dual_Q_steps > 0)
+    values: Network | None
+    dual: Network | None
+    dual_optimizer: optax.OptState | None
+
+
+Losses = dict[str, jax.Array]
+Draw = Callable[[jax.Array], Batch]
+Agent = Callable[[Any, Learner, Draw, jax.Array, jax.Array], tuple[Learner, Losses]]
+
+# --- construction -----------------------------------------------------------------------------------------------------
+
+
+def init_learner(config: Any, key: jax.Array, obs_dim: int, num_actions: int) -> Learner:
+    """Initial networks and optimiser states; the key is consumed."""
+    q_key, next_obs_key, reward_key, value_key, dual_key = jax.random.split(key, 5)
+    q = init_q(config, q_key, obs_dim, num_actions)
+    model = _init_model(config, next_obs_key, reward_key, obs_dim, num_actions)
+    hidden = [config.max_hidden_dim] * NUM_LAYERS
+    values = dual = None
+    if config.agent_type == "vep":
+        values = networks.init_heads(value_key, config.num_ensemble_vep, (obs_dim, *hidden, 1), config.hidden_dim)
+    if _uses_dual(config):
+        dual = init_q(config, dual_key, obs_dim, num_actions)
+    return Learner(
+        q=q,
+        target_q=q,
+        q_optimizer=q_optimizer(config).init(q),
+        model=model,
+        model_optimizer=model_optimizer(config).init(model),
+        values=values,
+        dual=dual,
+        dual_optimizer=None if dual is None else optax.adam(config.dual_lr).init(dual),
+    )
+
+
+def init_q(config: Any, key: jax.Array, obs_dim: int, num_actions: int) -> Network:
+    """Two Q heads, or one with `no_double`."""
+    sizes = (obs_dim, *[config.max_hidden_dim] * NUM_LAYERS, num_actions)
+    return networks.init_heads(key, 1 if config.no_double else 2, sizes, config.hidden_dim)
+
+
+def _init_model(config: Any, next_obs_key: jax.Array, reward_key: jax.Array, obs_dim: int, num_actions: int) -> Model:
+    inputs, hidden = obs_dim + num_actions, [config.max_model_hidden_dim] * NUM_LAYERS
+    outputs = 2 * obs_dim if config.prob_model else obs_dim
+    next_obs = networks.init_network(next_obs_key, (inputs, *hidden, outputs), config.model_hidden_dim)
+    if config.no_learn_reward:
+        return Model(next_obs, None)
+    return Model(next_obs, networks.init_network(reward_key, (inputs, *hidden, 1), config.model_hidden_dim))
+
+
+def _uses_dual(config: Any) -> bool:
+    return config.agent_type in ("funcbo", "funcbo_reward_only") and config.num_dual_Q_steps > 0
+
+
+def q_optimizer(config: Any) -> optax.GradientTransformation:
+    """Adam of the inner problem."""
+    return optax.adam(config.inner_lr)
+
+
+def model_optimizer(config: Any) -> optax.GradientTransformationExtraArgs:
+    """Adam of the outer problem, behind time smoothing of the hypergradient where asked."""
+    if config.smoothing == "window":
+        smooth = smoothing.window_average(config.smoothing_window, config.beta, config.max_smoothing_window)
+        return optax.with_extra_args_support(optax.chain(smooth, optax.adam(config.lr)))
+    if config.smoothing == "ema":
+        smooth = smoothing.exponential_average(config.smoothing_window, config.beta)
+        return optax.with_extra_args_support(optax.chain(smooth, optax.adam(config.lr)))
+    return optax.with_extra_args_support(optax.adam(config.lr))
+
+
+def linear_solver(config: Any) -> implicit.LinearSolver:
+    """How (inverse Hessian) times (outer gradient) is found."""
+    if config.with_inv_jac == "cg":
+        return implicit.conjugate_gradient(config.damping, max_steps=config.solver_steps)
+    if config.with_inv_jac == "gmres":
+        return implicit.gmres(config.damping, max_steps=config.solver_steps)
+    if config.with_inv_jac == "neumann":
+        return implicit.neumann(config.solver_steps, config.neumann_step_size)
+    if config.with_inv_jac == "dense":
+        return implicit.dense(config.damping)
+    return implicit.identity()
+
+
+# --- losses -----------------------------------------------------------------------------------------------------------
+
+
+def predict(config: Any, model: Model, batch: Batch) -> Batch:
+    """The batch as the model would have it: its next observations and rewards for the same observations and actions.
+
+    With `prob_model` the next observation is a reparametrised sample with the batch's noise.
+    """
+    inputs = jnp.concatenate([batch.obs, batch.action])
+    next_obs = networks.apply_network(model.next_obs, inputs)
+    if config.prob_model:
+        mean, log_std = _mean_and_log_std(next_obs)
+        next_obs = mean + jnp.exp(log_std) * batch.noise
+    reward = batch.reward if model.reward is None else networks.apply_network(model.reward, inputs)[0]
+    return batch._replace(next_obs=next_obs, reward=reward)
+
+
+def _mean_and_log_std(outputs: jax.Array) -> tuple[jax.Array, jax.Array]:
+    mean, log_std = jnp.split(outputs, 2)
+    return mean, jnp.clip(log_std, *LOG_STD_RANGE)
+
+
+def state_value(config: Any, q: Network, obs: jax.Array) -> jax.Array:
+    """Soft value alpha * logsumexp(min_j Q_j / alpha) of `obs` `[obs, batch]`, or the hard maximum; `[batch]`."""
+    smallest = networks.apply_heads(q, obs).min(0)
+    if config.hard:
+        return smallest.max(0)
+    return config.alpha * jax.nn.logsumexp(smallest / config.alpha, axis=0)
+
+
+def bellman_target(config: Any, target_q: Network, batch: Batch) -> jax.Array:
+    """y = r + gamma (1 - terminated) V(s'), `[batch]`."""
+    return batch.reward + config.discount * (1.0 - batch.terminated) * state_value(config, target_q, batch.next_obs)
+
+
+def q_objective(values: jax.Array, target: jax.Array, action: jax.Array) -> jax.Array:
+    """Mean squared Bellman error in the space of values: 1/2 sum over the two heads, or the plain mean of a single head.
+
+    Args:
+        values: `[heads, actions, batch]`.
+        target: `[batch]`.
+        action: one-hot, `[actions, batch]`.
+    """
+    squared = (((values * action).sum(1) - target) ** 2).mean(-1)
+    return 0.5 * squared.sum() if values.shape[0] > 1 else squared.sum()
+
+
+def q_loss(config: Any, q: Network, target_q: Network, batch: Batch) -> jax.Array:
+    """L_Q(phi; target phi, batch)."""
+    target = bellman_target(config, target_q, batch)
+    return q_objective(networks.apply_heads(q, batch.obs), target, batch.action)
+
+
+def model_error(predicted: Batch, batch: Batch) -> jax.Array:
+    """Mean over the batch of the squared distance |s'_hat - s'|^2."""
+    return ((predicted.next_obs - batch.next_obs) ** 2).sum(0).mean()
+
+
+def _reward_error(predicted: Batch, batch: Batch) -> jax.Array:
+    return ((predicted.reward - batch.reward) ** 2).mean()
+
+
+def likelihood_loss(config: Any, learner: Learner, batch: Batch, predicted: Batch) -> jax.Array:
+    """Squared error of next observation (summed) and reward; Gaussian negative log-likelihood with `prob_model`."""
+    if not config.prob_model:
+        return model_error(predicted, batch) + _reward_error(predicted, batch)
+    outputs = networks.apply_network(learner.model.next_obs, jnp.concatenate([batch.obs, batch.action]))
+    mean, log_std = _mean_and_log_std(outputs)
+    negative_log_likelihood = -jax.scipy.stats.norm.logpdf(batch.next_obs, mean, jnp.exp(log_std))
+    return negative_log_likelihood.sum(0).mean() + _reward_error(predicted, batch)
+
+
+def value_equivalence_loss(config: Any, learner: Learner, batch: Batch, predicted: Batch) -> jax.Array:
+    """sum_k mean (V_k(s') - V_k(s'_hat))^2 + mean (r_hat - r)^2 over fixed random value functions V_k."""
+    assert learner.values is not None
+    real, modelled = (networks.apply_heads(learner.values, x.next_obs) for x in (batch, predicted))
+    return ((real - modelled) ** 2).mean((1, 2)).sum() + _reward_error(predicted, batch)
+
+
+# --- inner problem ----------------------------------------------------------------------------------------------------
+
+
+def q_step(config: Any, learner: Learner, batch: Batch) -> tuple[Learner, Losses]:
+    """One Adam step on L_Q, then the soft update of the target network."""
+    loss, gradient = jax.value_and_grad(lambda q: q_loss(config, q, learner.target_q, batch))(learner.q)
+    updates, optimizer_state = q_optimizer(config).update(gradient, learner.q_optimizer, learner.q)
+    q = optax.apply_updates(learner.q, updates)
+    target_q = optax.incremental_update(q, learner.target_q, config.tau)
+    losses = {"q_loss": loss, "q_gradient_norm": optax.tree.norm(gradient)}
+    return learner.replace(q=q, target_q=target_q, q_optimizer=optimizer_state), losses
+
+
+def solve_inner(config: Any, learner: Learner, predicted: Batch, key: jax.Array) -> tuple[Learner, Losses]:
+    """`num_Q_steps` steps on one model batch, from the carried Q-function (`no_warm`: from a fresh one, which takes the key).
+
+    Adam starts afresh unless `warm_opt`.
+    """
+    if config.no_warm:
+        q = init_q(config, key, predicted.obs.shape[0], predicted.action.shape[0])
+        learner = learner.replace(q=q, target_q=q)
+    if not config.warm_opt:
+        learner = learner.replace(q_optimizer=q_optimizer(config).init(learner.q))
+    return _repeat(lambda learner, _: q_step(config, learner, predicted), learner, key, config.num_Q_steps)
+
+
+def _repeat(
+    step: Callable[[Learner, jax.Array], tuple[Learner, Losses]], learner: Learner, key: jax.Array, count: int
+) -> tuple[Learner, Losses]:
+    """Runs `step(learner, key)` `count` times with a key each; the losses are those of the last time."""
+    if count == 1:
+        return step(learner, key)
+    learner, losses = jax.lax.scan(step, learner, jax.random.split(key, count))
+    return learner, jax.tree.map(lambda x: x[-1], losses)
+
+
+def _model_step(config: Any, learner: Learner, gradient: Model, t: jax.Array) -> Learner:
+    # t is shared by all members: the smoothing window is then written in place.
+    updates, optimizer_state = model_optimizer(config).update(gradient, learner.model_optimizer, learner.model, step=t)
+    return learner.replace(model=optax.apply_updates(learner.model, updates), model_optimizer=optimizer_state)
+
+
+# --- bilevel agents ---------------------------------------------------------------------------------------------------
+
+
+def hypergradient_omd(config: Any, learner: Learner, batch: Batch) -> tuple[jax.Array, Model, Learner]:
+    """Hypergradient of L_Q on the real batch through the optimality condition of phi on the model batch.
+
+    -(d f/d theta)^T v with f = grad_phi L_Q(phi; target phi, model batch) and v = H^-1 grad_phi L_Q(real batch); the identity
+    approximation takes H = I (OMD, section 4).
+    """
+    q, target_q = learner.q, learner.target_q
+    outer_loss, outer_gradient = jax.value_and_grad(lambda q: q_loss(config, q, target_q, batch))(q)
+
+    def inner_loss(model: Model, q: Network) -> jax.Array:
+        return q_loss(config, q, target_q, predict(config, model, batch))
+
+    gradient = implicit.minimum_hypergradient(inner_loss, learner.model, q, outer_gradient, linear_solver(config))
+    return outer_loss, gradient, learner
+
+
+def hypergradient_funcbo(config: Any, learner: Learner, batch: Batch) -> tuple[jax.Array, Model, Learner]:
+    """Hypergradient of L_Q on the real batch through the Q-values of the batch as minimiser of the inner objective.
+
+    The adjoint a solves H a = -dF/dq, where H = 1/batch on the actions taken, in closed form; or a dual network is fitted to it.
+    """
+    values = networks.apply_heads(learner.q, batch.obs)
+    target = bellman_target(config, learner.target_q, batch)
+    outer_loss, cotangent = jax.value_and_grad(lambda values: q_objective(values, target, batch.action))(values)
+
+    def inner_objective(model: Model, values: jax.Array) -> jax.Array:
+        predicted = predict(config, model, batch)
+        if config.agent_type == "funcbo_reward_only":
+            predicted = predicted._replace(next_obs=batch.next_obs)
+        return q_objective(values, bellman_target(config, learner.target_q, predicted), batch.action)
+
+    if _uses_dual(config):
+        adjoint, learner = _dual_adjoint(config, learner, batch, cotangent)
+    elif config.agent_type == "funcbo_reward_only":
+        adjoint = -cotangent  # the OFBO code's scale: H taken as the identity
+    else:
+        adjoint = functional.closed_form_adjoint(cotangent, _value_hessian(values, batch.action))
+    gradient = functional.functional_hypergradient(inner_objective, learner.model, values, adjoint)
+    return outer_loss, gradient, learner
+
+
+def _value_hessian(values: jax.Array, action: jax.Array) -> jax.Array:
+    """Diagonal Hessian of `q_objective` in the values: 1/batch on the actions taken (2/batch for a single head), else 0."""
+    num_heads, _, batch_size = values.shape
+    return jnp.broadcast_to((1.0 if num_heads > 1 else 2.0) / batch_size * action, values.shape)
+
+
+def _dual_adjoint(config: Any, learner: Learner, batch: Batch, cotangent: jax.Array) -> tuple[jax.Array, Learner]:
+    hessian = _value_hessian(cotangent, batch.action)
+
+    def objective(dual: Network) -> jax.Array:
+        adjoint = networks.apply_heads(dual, batch.obs)
+        return (0.5 * hessian * adjoint**2 + cotangent * adjoint).sum()
+
+    dual, optimizer_state, _ = functional.fit_dual(
+        objective, learner.dual, learner.dual_optimizer, optax.adam(config.dual_lr), config.num_dual_Q_steps
+    )
+    adjoint = networks.apply_heads(dual, batch.obs) * batch.action
+    return adjoint, learner.replace(dual=dual, dual_optimizer=optimizer_state)
+
+
+def bilevel_agent(hypergradient: Callable[[Any, Learner, Batch], tuple[jax.Array, Model, Learner]]) -> Agent:
+    """An agent that solves the inner problem on a model batch and moves the model along a hypergradient."""
+
+    def agent(config: Any, learner: Learner, draw: Draw, key: jax.Array, t: jax.Array) -> tuple[Learner, Losses]:
+        batch_key, init_key = jax.random.split(key)
+        batch = draw(batch_key)
+        predicted = predict(config, learner.model, batch)
+        learner, losses = solve_inner(config, learner, predicted, init_key)
+        model_loss, gradient, learner = hypergradient(config, learner, batch)
+        losses |= {
+            "model_loss": model_loss,
+            "model_gradient_norm": optax.tree.norm(gradient),
+            "model_error": model_error(predicted, batch),
+        }
+        return _model_step(config, learner, gradient, t), losses
+
+    return agent
+
+
+# --- agents without a hypergradient -----------------------------------------------------------------------------------
+
+
+def predictive_agent(objective: Callable[[Any, Learner, Batch, Batch], jax.Array]) -> Agent:
+    """An agent that takes `num_T_steps` model steps, then `num_Q_steps` Q steps on model batches, each on a fresh batch.
+
+    Args:
+        objective: the model's own loss, of `(config, learner, batch, predicted batch)`.
+    """
+
+    def agent(config: Any, learner: Learner, draw: Draw, key: jax.Array, t: jax.Array) -> tuple[Learner, Losses]:
+        def step_model(learner: Learner, key: jax.Array) -> tuple[Learner, Losses]:
+            batch = draw(key)
+
+            def loss_of(model: Model) -> tuple[jax.Array, jax.Array]:
+                predicted = predict(config, model, batch)
+                return objective(config, learner.replace(model=model), batch, predicted), model_error(predicted, batch)
+
+            (loss, error), gradient = jax.value_and_grad(loss_of, has_aux=True)(learner.model)
+            losses = {"model_loss": loss, "model_gradient_norm": optax.tree.norm(gradient), "model_error": error}
+            return _model_step(config, learner, gradient, t), losses
+
+        def step_q(learner: Learner, key: jax.Array) -> tuple[Learner, Losses]:
+            return q_step(config, learner, predict(config, learner.model, draw(key)))
+
+        model_key, q_key = jax.random.split(key)
+        learner, model_losses = _repeat(step_model, learner, model_key, config.num_T_steps)
+        learner, q_losses = _repeat(step_q, learner, q_key, config.num_Q_steps)
+        return learner, model_losses | q_losses
+
+    return agent
+
+
+def model_free_agent(config: Any, learner: Learner, draw: Draw, key: jax.Array, t: jax.Array) -> tuple[Learner, Losses]:
+    """Soft double Q-learning on real batches."""
+    del t
+    return _repeat(lambda learner, key: q_step(config, learner, draw(key)), learner, key, config.num_Q_steps)
+
+
+AGENTS: dict[str, Agent] = {
+    "omd": bilevel_agent(hypergradient_omd),
+    "funcbo": bilevel_agent(hypergradient_funcbo),
+    "funcbo_reward_only": bilevel_agent(hypergradient_funcbo),
+    "mle": predictive_agent(likelihood_loss),
+    "vep": predictive_agent(value_equivalence_loss),
+    "sql": model_free_agent,
+}
+BILEVEL = ("omd", "funcbo", "funcbo_reward_only")

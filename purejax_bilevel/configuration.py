@@ -1,0 +1,154 @@
+"""Configurations: frozen dataclasses whose fields declare how they may vary.
+
+A *traced* field is a leaf of the configuration's pytree: members of one compiled program may differ in it. A *static* field
+changes the program. The same declaration gives the command line, the checks with their messages and the axes of a sweep.
+
+    @configuration
+    class Config:
+        lr: float = traced(1e-3, "learning rate of the outer variable", POSITIVE)
+        num_steps: int = static(1, "inner steps", at_least(1))
+"""
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import numpy as np
+
+from purejax_bilevel.errors import UserError
+
+C = TypeVar("C")
+
+
+class Check(NamedTuple):
+    """What a field allows: a sentence for people and a predicate."""
+
+    allowed: str
+    accepts: Callable[[Any], bool]
+
+
+POSITIVE = Check("a finite number above 0", lambda x: math.isfinite(x) and x > 0)
+NONNEGATIVE = Check("a finite number, 0 or above", lambda x: math.isfinite(x) and x >= 0)
+FRACTION = Check("a number from 0 to 1", lambda x: 0 <= x <= 1)
+FINITE = Check("a finite number", math.isfinite)
+
+
+def at_least(minimum: int) -> Check:
+    """Whole numbers from `minimum` upwards."""
+    return Check(f"a whole number of at least {minimum}", lambda x: x == int(x) and x >= minimum)
+
+
+def traced(default: Any, help: str, check: Check = FINITE, group: str = "training", maximum: str | None = None) -> Any:
+    """Declares a field that may differ between the members of one compiled program.
+
+    Args:
+        default: its value when nothing is said.
+        help: one line for `--help`.
+        check: what is allowed.
+        group: heading in `--help`.
+        maximum: name of the static field that receives the largest value among the members (array sizes).
+    """
+    metadata = {"traced": True, "help": help, "check": check, "group": group, "maximum": maximum}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def static(default: Any, help: str, check: Check | None = None, group: str = "training", hidden: bool = False) -> Any:
+    """Declares a field that is the same for all members because it changes the program; `hidden`: not a command line flag."""
+    metadata = {"traced": False, "help": help, "check": check, "group": group, "hidden": hidden}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def configuration(cls: type[C]) -> type[C]:
+    """Makes a frozen dataclass that is a pytree: traced fields are leaves, static fields are structure."""
+    cls = dataclasses.dataclass(frozen=True)(cls)
+    names = {field.name: field.metadata["traced"] for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    leaves = [name for name, is_traced in names.items() if is_traced]
+    structure = [name for name, is_traced in names.items() if not is_traced]
+    return jax.tree_util.register_dataclass(cls, data_fields=leaves, meta_fields=structure)
+
+
+def replace(config: C, **changes: Any) -> C:
+    """A copy with some fields changed."""
+    return dataclasses.replace(config, **changes)  # type: ignore[type-var]
+
+
+def fields(config: Any, is_traced: bool | None = None) -> Iterator[dataclasses.Field]:
+    """The declared fields of a configuration or its class, all or only the traced or static ones."""
+    for field in dataclasses.fields(config):
+        if is_traced is None or field.metadata["traced"] == is_traced:
+            yield field
+
+
+def values_of(value: Any) -> tuple:
+    """The values a traced field was given: a list, tuple or 1-D array is an axis, anything else one value."""
+    if isinstance(value, list | tuple | np.ndarray | jax.Array) and np.ndim(value) == 1:
+        return tuple(element.item() if hasattr(element, "item") else element for element in value)
+    return (value,)
+
+
+def validate(config: C) -> C:
+    """Checks every field and returns the configuration.
+
+    Raises:
+        UserError: naming the field, its value and what is allowed.
+    """
+    hints = {name: _without_none(hint) for name, hint in typing.get_type_hints(type(config)).items()}
+    for field in fields(config):
+        given = getattr(config, field.name)
+        values = values_of(given) if field.metadata["traced"] else (given,)
+        if not values:
+            raise UserError(f"--{field.name} needs at least one value.")
+        for value in values:
+            _check_value(field, hints[field.name], value)
+        if len(set(values)) < len(values):
+            raise UserError(f"--{field.name} was given the same value twice: {' '.join(map(str, values))}.")
+    return config
+
+
+def _without_none(hint: Any) -> Any:
+    remaining = [arg for arg in typing.get_args(hint) if arg is not type(None)]
+    return remaining[0] if isinstance(hint, types.UnionType) and len(remaining) == 1 else hint
+
+
+def _check_value(field: dataclasses.Field, hint: Any, value: Any) -> None:
+    choices = typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else None
+    check = field.metadata["check"]
+    if choices is not None:
+        allowed, fine = f"one of {', '.join(map(str, choices))}", value in choices
+    elif hint is bool:
+        allowed, fine = "True or False", isinstance(value, bool | np.bool_)
+    elif hint in (int, float):
+        check = check or FINITE
+        numeric = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+        whole = hint is float or (numeric and math.isfinite(value) and value == int(value))
+        allowed, fine = check.allowed, numeric and whole and check.accepts(value)
+    else:
+        allowed, fine = (check.allowed, check.accepts(value)) if check else ("", True)
+    if not fine:
+        raise UserError(f"--{field.name} must be {allowed}, got {value!r}.")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Plain Python values (lists where a field has several) for saving as YAML."""
+    result = {}
+    for field in fields(config):
+        values = values_of(getattr(config, field.name))
+        result[field.name] = list(values) if len(values) > 1 else values[0]
+    return result
+
+
+def from_dict(cls: type[C], saved: dict[str, Any]) -> C:
+    """The inverse of `to_dict`.
+
+    Raises:
+        UserError: for a field the configuration does not have.
+    """
+    known = {field.name for field in fields(cls)}
+    for name in saved:
+        if name not in known:
+            raise UserError(f"{cls.__name__} has no field {name!r}; it has {', '.join(sorted(known))}.")
+    return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()})

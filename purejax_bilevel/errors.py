@@ -1,0 +1,5 @@
+"""The one error that a user, not a programmer, has to read."""
+
+
+class UserError(ValueError):
+    """Bad input, told in one sentence: which field, what value, what is allowed. Scripts print it and exit with status 2."""

@@ -1,0 +1,176 @@
+"""Golden numbers: losses, gradients and inner solutions of the reference implementations, in float64.
+
+Every `*.npz` in `tests/data/`, or in the folder named by PUREJAX_BILEVEL_REFERENCE_DATA, is compared entry by entry: whatever a
+file says under `out/` must be reproduced, for any widths, batch sizes and numbers of inner steps found in it. Files whose name
+starts with `mbrl_` hold model-based agents.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from purejax_bilevel.algorithms import agents
+from purejax_bilevel.algorithms.model_based import Config
+from purejax_bilevel.networks import Layer, Network
+from purejax_bilevel.replay import Batch
+
+FOLDER = Path(os.environ.get("PUREJAX_BILEVEL_REFERENCE_DATA", Path(__file__).parent / "data"))
+TOLERANCE, ITERATIVE_TOLERANCE = 1e-8, 1e-5
+# The reference calls its reward-only rule funcBO.
+AGENTS = {"funcBO": "funcbo_reward_only", "omd": "omd", "mle": "mle", "vep": "vep"}
+
+Entries = dict[str, np.ndarray]
+
+
+def files(prefix: str) -> list[Path]:
+    return sorted(FOLDER.glob(f"{prefix}*.npz"))
+
+
+def test_there_are_golden_files():
+    assert files("mbrl_"), f"no mbrl_*.npz in {FOLDER}"
+
+
+@pytest.mark.parametrize("path", files("mbrl_"), ids=lambda path: path.stem)
+def test_model_based(path: Path, float64: Any):
+    golden = dict(np.load(path))
+    computed = model_based_outputs(golden)
+    expected = {name: value for name, value in golden.items() if name.startswith("out/")}
+    assert expected
+    tolerance = ITERATIVE_TOLERANCE if bool(golden["config/inverse_jacobian"]) else TOLERANCE
+    for name, value in expected.items():
+        assert name in computed, f"{path.name} has {name}, which nothing here computes"
+        assert_close(computed[name], value, tolerance, f"{path.name} {name}")
+
+
+def assert_close(computed: Any, expected: np.ndarray, tolerance: float, message: str) -> None:
+    """Relative to the largest entry of the array, so that entries that cancel to rounding level do not count."""
+    computed = np.asarray(computed)
+    assert computed.shape == expected.shape, f"{message}: shape {computed.shape}, expected {expected.shape}"
+    assert computed.dtype == np.float64, f"{message}: not computed in float64"
+    scale = max(np.abs(expected).max(), 1e-300)
+    error = np.abs(computed - expected).max() / scale if expected.any() else np.abs(computed).max()
+    assert error <= tolerance, f"{message}: relative error {error:.2e}"
+
+
+def model_based_outputs(golden: Entries) -> Entries:
+    config = reference_config(golden)
+    batch = reference_batch(golden)
+    learner = reference_learner(golden, config)
+    predicted = agents.predict(config, learner.model, batch)
+    loss, gradient = jax.value_and_grad(lambda q: agents.q_loss(config, q, learner.target_q, batch))(learner.q)
+    out = {
+        "loss_q_real": loss,
+        **heads_entries("grad_q_real", gradient, "q"),
+        "model_next_obs": predicted.next_obs.T,
+        "model_reward": predicted.reward[:, None],
+        "model_mse": agents.model_error(predicted, batch),
+    }
+    if config.agent_type in agents.BILEVEL:
+        out |= bilevel_outputs(config, learner, batch, predicted)
+    else:
+        out |= predictive_outputs(config, learner, batch)
+    return {f"out/{name}": np.asarray(value) for name, value in out.items()}
+
+
+def bilevel_outputs(config: Config, learner: agents.Learner, batch: Batch, predicted: Batch) -> dict[str, Any]:
+    learner, losses = agents.solve_inner(config, learner, predicted, jax.random.key(0))
+    hypergradient = agents.hypergradient_omd if config.agent_type == "omd" else agents.hypergradient_funcbo
+    outer_loss, gradient, learner = hypergradient(config, learner, batch)
+    return {
+        "outer_loss": outer_loss,
+        "inner_loss": losses["q_loss"],
+        **model_entries("outer_grad", gradient),
+        **heads_entries("q_after", learner.q, "q"),
+        **heads_entries("target_q_after", learner.target_q, "q"),
+    }
+
+
+def predictive_outputs(config: Config, learner: agents.Learner, batch: Batch) -> dict[str, Any]:
+    objective = agents.likelihood_loss if config.agent_type == "mle" else agents.value_equivalence_loss
+
+    def loss_of(model: agents.Model) -> jax.Array:
+        return objective(config, learner.replace(model=model), batch, agents.predict(config, model, batch))
+
+    loss, gradient = jax.value_and_grad(loss_of)(learner.model)
+    return {"outer_loss": loss, **model_entries("outer_grad", gradient)}
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def reference_config(golden: Entries) -> Config:
+    setting = {name.removeprefix("config/"): value.item() for name, value in golden.items() if name.startswith("config/")}
+    with_inv_jac = "cg" if setting.pop("inverse_jacobian") else "identity"
+    agent_type = AGENTS[setting.pop("agent_type")]
+    return Config(
+        agent_type=agent_type,
+        with_inv_jac=with_inv_jac,
+        max_hidden_dim=setting["hidden_dim"],
+        max_model_hidden_dim=setting["model_hidden_dim"],
+        **setting,
+    )
+
+
+def reference_batch(golden: Entries) -> Batch:
+    action = golden["batch/action"][:, 0].astype(int)
+    num_actions = golden["q/q1/2/w"].shape[1]
+    return Batch(
+        obs=jnp.asarray(golden["batch/obs"].T),
+        action=jnp.asarray(np.eye(num_actions)[action].T),
+        reward=jnp.asarray(golden["batch/reward"][:, 0]),
+        next_obs=jnp.asarray(golden["batch/next_obs"].T),
+        terminated=jnp.asarray(1.0 - golden["batch/not_done_no_max"][:, 0]),
+    )
+
+
+def reference_learner(golden: Entries, config: Config) -> agents.Learner:
+    q = read_heads(golden, "q", "q")
+    reward = None if config.no_learn_reward else read_network(golden, "model/reward")
+    model = agents.Model(read_network(golden, "model/next_obs"), reward)
+    return agents.Learner(
+        q=q,
+        target_q=read_heads(golden, "target_q", "q"),
+        q_optimizer=agents.q_optimizer(config).init(q),
+        model=model,
+        model_optimizer=agents.model_optimizer(config).init(model),
+        values=read_heads(golden, "value", "v") if config.agent_type == "vep" else None,
+        dual=None,
+        dual_optimizer=None,
+    )
+
+
+def read_network(golden: Entries, prefix: str) -> Network:
+    depth = len([name for name in golden if name.startswith(f"{prefix}/") and name.endswith("/w")])
+    return tuple(
+        Layer(jnp.asarray(golden[f"{prefix}/{i}/w"]), jnp.asarray(golden[f"{prefix}/{i}/b"])) for i in range(depth)
+    )
+
+
+def read_heads(golden: Entries, prefix: str, letter: str) -> Network:
+    names = sorted({name.split("/")[1] for name in golden if name.startswith(f"{prefix}/{letter}")})
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *(read_network(golden, f"{prefix}/{name}") for name in names))
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def network_entries(prefix: str, network: Network) -> dict[str, Any]:
+    layers = enumerate(network)
+    return {f"{prefix}/{i}/{letter}": array for i, layer in layers for letter, array in zip("wb", layer, strict=True)}
+
+
+def heads_entries(prefix: str, heads: Network, letter: str) -> dict[str, Any]:
+    entries: dict[str, Any] = {}
+    for index in range(heads[0].bias.shape[0]):
+        entries |= network_entries(f"{prefix}/{letter}{index + 1}", jax.tree.map(lambda x, i=index: x[i], heads))
+    return entries
+
+
+def model_entries(prefix: str, model: agents.Model) -> dict[str, Any]:
+    entries = network_entries(f"{prefix}/next_obs", model.next_obs)
+    return entries if model.reward is None else entries | network_entries(f"{prefix}/reward", model.reward)
