@@ -23,6 +23,16 @@ fi
 [[ -e "$STAND_INS/slow" ]] && sleep 0.3
 [[ ! -e "$STAND_INS/fail" ]]
 """
+PYTHON = """#!/usr/bin/env bash
+if [[ "$1 $2" == "-m pip" ]]; then
+  echo "${*:2}" >>"$STAND_INS/calls"
+elif [[ "$1 $2" == "-m venv" ]]; then
+  mkdir -p "$3/bin" && touch "$3/pyvenv.cfg"
+  [[ ! -e "$STAND_INS/fail" ]] && cp "$0" "$3/bin/python"
+else
+  exec "$REAL_PYTHON" "$@"
+fi
+"""
 
 
 class Repository:
@@ -190,6 +200,21 @@ def test_a_moved_repository_gets_a_new_environment(repository: Repository) -> No
     assert repository.run("true").returncode == 0
     assert len(repository.installs()) == 2
     assert not (repository.root / ".venv" / "old").exists()
+
+
+def test_without_uv_venv_and_pip_do_it(repository: Repository) -> None:
+    repository.program("uv", "#!/bin/sh\nexit 127\n")  # as a version manager's stand-in for a missing uv
+    repository.program("my-python", PYTHON)
+    (repository.stand_ins / "fail").touch()
+    result = repository.run("true", PUREJAX_BILEVEL_PYTHON="my-python")
+    assert result.returncode == 1
+    assert "install Python's venv module" in result.stderr
+    (repository.stand_ins / "fail").unlink()
+    # What the failed venv left is not taken for an environment.
+    result = repository.run("python", "-c", "print(1 + 1)", PUREJAX_BILEVEL_PYTHON="my-python")
+    assert result.stdout == "2\n"
+    (install,) = repository.installs()
+    assert "requirements-base.txt" in install
 
 
 def test_a_folder_that_is_no_environment_is_left_alone(repository: Repository, tmp_path: Path) -> None:
