@@ -15,7 +15,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -181,7 +181,7 @@ def save(dataset: xarray.Dataset, path: str | Path) -> Path:
         variable.encoding = {}
         variable.attrs = {key: value for key, value in variable.attrs.items() if value is not None}
     compressed = {str(name): {"zlib": True, "complevel": 1} for name, array in encoded.data_vars.items() if array.ndim}
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         encoded.to_netcdf(temporary, engine="h5netcdf", encoding=compressed)
     return path
 
@@ -236,8 +236,12 @@ def _is_plain(value: Any) -> bool:
 
 
 @contextlib.contextmanager
-def _replacing(path: Path):
-    """Temporary name beside `path` that takes its place once the block has ended well and the bytes are on the disk."""
+def replacing(path: Path) -> Iterator[str]:
+    """Temporary name beside `path` that takes its place once the block has ended well and the bytes are on the disk.
+
+    Raises:
+        UserError: the place is not writable.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
@@ -311,7 +315,7 @@ def write_bytes(path: str | Path, content: bytes) -> None:
     Raises:
         UserError: the place is not writable.
     """
-    with _replacing(Path(path)) as temporary:
+    with replacing(Path(path)) as temporary:
         Path(temporary).write_bytes(content)
 
 
