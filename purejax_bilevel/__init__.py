@@ -1,0 +1,28 @@
+"""Bilevel and model-based reinforcement learning: whole ablations as one compiled JAX program.
+
+    from purejax_bilevel import RLConfig, run
+    results = run(RLConfig(agent_type="omd", lr=(1e-3, 3e-4), model_hidden_dim=(3, 32)), num_seeds=8)
+
+`purejax_bilevel.bilevel` is usable alone, as a library of hypergradients.
+"""
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+__all__ = ["RLConfig", "RunOptions", "UserError", "__version__", "run"]
+
+# Resolved on first use: importing `purejax_bilevel.bilevel` must not load environments and plotting.
+_LAZY = {
+    "RLConfig": ("purejax_bilevel.algorithms.model_based", "Config"),
+    "RunOptions": ("purejax_bilevel.experiment.runner", "RunOptions"),
+    "UserError": ("purejax_bilevel.errors", "UserError"),
+    "run": ("purejax_bilevel.experiment.experiment", "run"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, attribute = _LAZY[name]
+    return getattr(importlib.import_module(module), attribute)

@@ -1,7 +1,8 @@
 """Configurations: frozen dataclasses whose fields declare how they may vary.
 
-A *traced* field is a leaf of the configuration's pytree: members of one compiled program may differ in it. A *static* field
-changes the program. The same declaration gives the command line, the checks with their messages and the axes of a sweep.
+A *traced* field is a leaf of the configuration's pytree: members of one compiled program may differ in it. A *static*
+field changes the program. The same declaration gives the command line, the checks with their messages and the axes of
+a sweep.
 
     @configuration
     class Config:
@@ -57,7 +58,15 @@ def traced(default: Any, help: str, check: Check = FINITE, group: str = "trainin
 
 
 def static(default: Any, help: str, check: Check | None = None, group: str = "training", hidden: bool = False) -> Any:
-    """Declares a field that is the same for all members because it changes the program; `hidden`: not a command line flag."""
+    """Declares a field that is the same for all members because it changes the program.
+
+    Args:
+        default: its value when nothing is said.
+        help: one line for `--help`.
+        check: what is allowed; None where the type says it all.
+        group: heading in `--help`.
+        hidden: not a command line flag.
+    """
     metadata = {"traced": False, "help": help, "check": check, "group": group, "hidden": hidden}
     return dataclasses.field(default=default, metadata=metadata)
 

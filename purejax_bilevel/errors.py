@@ -2,4 +2,7 @@
 
 
 class UserError(ValueError):
-    """Bad input, told in one sentence: which field, what value, what is allowed. Scripts print it and exit with status 2."""
+    """Bad input, told in one sentence: which field, what value, what is allowed.
+
+    Scripts print it and exit with status 2.
+    """

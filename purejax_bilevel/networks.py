@@ -1,11 +1,12 @@
 """Multi-layer perceptrons whose width may be traced, alone and as stacked heads.
 
-Activations are *features first*: `[features, batch]`. With 32-wide layers the matrix products of a training step run about a
-fifth faster in this layout than batch first on a CPU (tests/benchmarks/layout.py), and equally fast on a GPU.
+Activations are *features first*: `[features, batch]`. With 32-wide layers the matrix products of a training step run
+about a fifth faster in this layout than batch first on a CPU (tests/benchmarks/layout.py), and equally fast on a GPU.
 
-A network of traced width lives in arrays of the largest width; the units beyond its width start with zero weights on both
-sides. Because relu(0) = 0 has derivative 0 and their outgoing weights are 0, such units receive exactly zero gradients of any
-order and stay dead: outputs and gradients are those of the small network, at no cost in the forward pass.
+A network of traced width lives in arrays of the largest width; the units beyond its width start with zero weights on
+both sides. Because relu(0) = 0 has derivative 0 and their outgoing weights are 0, such units receive exactly zero
+gradients of any order and stay dead: outputs and gradients are those of the small network, at no cost in the forward
+pass.
 """
 
 from collections.abc import Sequence
@@ -60,8 +61,10 @@ def init_heads(
     width: jax.Array | int | None = None,
     output_gain: float = OUTPUT_GAIN,
 ) -> Network:
-    """`num_heads` independent networks, stacked along a leading axis of every array; arguments as for `init_network`."""
-    return jax.vmap(lambda head_key: init_network(head_key, sizes, width, output_gain))(jax.random.split(key, num_heads))
+    """`num_heads` independent networks, stacked along a leading axis of every array (see `init_network`)."""
+    return jax.vmap(lambda head_key: init_network(head_key, sizes, width, output_gain))(
+        jax.random.split(key, num_heads)
+    )
 
 
 def apply_network(network: Network, inputs: jax.Array) -> jax.Array:
@@ -76,7 +79,12 @@ def apply_heads(heads: Network, inputs: jax.Array) -> jax.Array:
     """Evaluates stacked heads on the same `inputs` `[in, batch]`, giving `[heads, out, batch]`."""
     # One product per head beats a batched product on a CPU: XLA hands each to its matrix kernel directly.
     num_heads = heads[0].bias.shape[0]
-    return jnp.stack([apply_network(jax.tree.map(lambda x: x[head], heads), inputs) for head in range(num_heads)])
+    return jnp.stack([apply_network(head_of(heads, head), inputs) for head in range(num_heads)])
+
+
+def head_of(heads: Network, head: int) -> Network:
+    """One of several stacked networks."""
+    return jax.tree.map(lambda leaf: leaf[head], heads)
 
 
 def _dense(layer: Layer, inputs: jax.Array) -> jax.Array:
@@ -94,9 +102,9 @@ def orthogonal(
 ) -> jax.Array:
     """A random orthogonal kernel `[fan_in, fan_out]`, zero outside its first `used_in` rows and `used_out` columns.
 
-    The polar factor of a Gaussian matrix is uniformly distributed over (semi-)orthogonal matrices, as the usual QR-based
-    initialiser's result is. It is found by Newton-Schulz iteration because batched LAPACK calls can deadlock jaxlib on CPUs,
-    and because zero rows and columns stay zero, so that small widths get their own law exactly.
+    The polar factor of a Gaussian matrix is uniformly distributed over (semi-)orthogonal matrices, as the usual
+    QR-based initialiser's result is. It is found by Newton-Schulz iteration because batched LAPACK calls can deadlock
+    jaxlib on CPUs, and because zero rows and columns stay zero, so that small widths get their own law exactly.
     """
     row_keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(fan_in))
     # One key per row: an entry depends on its row and column alone, not on the sizes of the array.
@@ -105,7 +113,5 @@ def orthogonal(
     columns = jnp.arange(fan_out) < (fan_out if used_out is None else used_out)
     gaussian = jnp.where(rows[:, None] & columns[None, :], gaussian, 0.0)
     tall = gaussian if fan_in >= fan_out else gaussian.T
-    polar = jax.lax.fori_loop(
-        0, POLAR_STEPS, lambda _, x: 1.5 * x - 0.5 * x @ (x.T @ x), tall / jnp.linalg.norm(tall)
-    )
+    polar = jax.lax.fori_loop(0, POLAR_STEPS, lambda _, x: 1.5 * x - 0.5 * x @ (x.T @ x), tall / jnp.linalg.norm(tall))
     return gain * (polar if fan_in >= fan_out else polar.T)

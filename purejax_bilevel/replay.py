@@ -1,8 +1,8 @@
 """Replay buffer inside a compiled loop: one packed row per transition, addressed by the shared step counter.
 
-The step `t` is the same for all members of a program, so the write is an in-place slice update even when members are batched
-(a counter of each member's own would turn it into a scatter over the whole buffer, 30 to 40 times slower). Samples are drawn by
-*age* (0 = just written), with replacement, at a cost that does not depend on the capacity.
+The step `t` is the same for all members of a program, so the write is an in-place slice update even when members are
+batched (a counter of each member's own would turn it into a scatter over the whole buffer, 30 to 40 times slower).
+Samples are drawn by *age* (0 = just written), with replacement, at a cost that does not depend on the capacity.
 """
 
 from typing import NamedTuple
@@ -14,8 +14,8 @@ import jax.numpy as jnp
 class Batch(NamedTuple):
     """Transitions, features first and samples last.
 
-    `next_obs` is the observation before any auto-reset, and `terminated` is 0 at a time limit: targets bootstrap through
-    truncation.
+    `next_obs` is the observation before any auto-reset, and `terminated` is 0 at a time limit: targets bootstrap
+    through truncation.
     """
 
     obs: jax.Array  # [obs, batch]
@@ -53,7 +53,7 @@ def sample(
     batch_size: int,
     obs_dim: int,
     since: jax.Array | int = 0,
-    decay: jax.Array | None = None,
+    decay: jax.Array | float | None = None,
 ) -> Batch:
     """Draws transitions with replacement among those written at steps `since..t`, as far as they are still stored.
 
@@ -82,7 +82,7 @@ def sample(
     )
 
 
-def truncated_geometric(key: jax.Array, num_samples: int, decay: jax.Array, count: jax.Array) -> jax.Array:
+def truncated_geometric(key: jax.Array, num_samples: int, decay: jax.Array | float, count: jax.Array) -> jax.Array:
     """Integers `[num_samples]` in 0..count-1 with probability proportional to exp(-decay * i), by inversion."""
     uniform = jax.random.uniform(key, (num_samples,))
     total = -jnp.expm1(-decay * count.astype(uniform.dtype))

@@ -1,8 +1,8 @@
 """Golden numbers: losses, gradients and inner solutions of the reference implementations, in float64.
 
-Every `*.npz` in `tests/data/`, or in the folder named by PUREJAX_BILEVEL_REFERENCE_DATA, is compared entry by entry: whatever a
-file says under `out/` must be reproduced, for any widths, batch sizes and numbers of inner steps found in it. Files whose name
-starts with `mbrl_` hold model-based agents.
+Every `*.npz` in `tests/data/`, or in the folder named by PUREJAX_BILEVEL_REFERENCE_DATA, is compared entry by entry:
+whatever a file says under `out/` must be reproduced, for any widths, batch sizes and numbers of inner steps found in
+it. Files whose name starts with `mbrl_` hold model-based agents.
 """
 
 import os
@@ -16,7 +16,7 @@ import pytest
 
 from purejax_bilevel.algorithms import agents
 from purejax_bilevel.algorithms.model_based import Config
-from purejax_bilevel.networks import Layer, Network
+from purejax_bilevel.networks import Layer, Network, head_of
 from purejax_bilevel.replay import Batch
 
 FOLDER = Path(os.environ.get("PUREJAX_BILEVEL_REFERENCE_DATA", Path(__file__).parent / "data"))
@@ -104,7 +104,9 @@ def predictive_outputs(config: Config, learner: agents.Learner, batch: Batch) ->
 
 
 def reference_config(golden: Entries) -> Config:
-    setting = {name.removeprefix("config/"): value.item() for name, value in golden.items() if name.startswith("config/")}
+    setting = {
+        name.removeprefix("config/"): value.item() for name, value in golden.items() if name.startswith("config/")
+    }
     with_inv_jac = "cg" if setting.pop("inverse_jacobian") else "identity"
     agent_type = AGENTS[setting.pop("agent_type")]
     return Config(
@@ -153,7 +155,9 @@ def read_network(golden: Entries, prefix: str) -> Network:
 
 def read_heads(golden: Entries, prefix: str, letter: str) -> Network:
     names = sorted({name.split("/")[1] for name in golden if name.startswith(f"{prefix}/{letter}")})
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *(read_network(golden, f"{prefix}/{name}") for name in names))
+    return jax.tree.map(
+        lambda *leaves: jnp.stack(leaves), *(read_network(golden, f"{prefix}/{name}") for name in names)
+    )
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -167,7 +171,7 @@ def network_entries(prefix: str, network: Network) -> dict[str, Any]:
 def heads_entries(prefix: str, heads: Network, letter: str) -> dict[str, Any]:
     entries: dict[str, Any] = {}
     for index in range(heads[0].bias.shape[0]):
-        entries |= network_entries(f"{prefix}/{letter}{index + 1}", jax.tree.map(lambda x, i=index: x[i], heads))
+        entries |= network_entries(f"{prefix}/{letter}{index + 1}", head_of(heads, index))
     return entries
 
 

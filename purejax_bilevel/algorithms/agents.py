@@ -9,10 +9,10 @@ theta = world model (outer variable), phi = Q-function (inner variable), B = bat
     vep                 value-equivalent prediction under random value functions
     sql                 no model: soft double Q-learning on real transitions
 
-Each is a function `agent(config, learner, draw, key, t) -> (Learner, losses)` doing one outer step; `draw(key)` gives a batch of
-real transitions. Arrays are features first.
-Sources: OMD, Nikishin et al. 2021 (arXiv 2106.03273); funcBO, Petrulionyte et al. 2024; SmoothFBO: the same with a smoothed
-gradient; VEP, Grimm et al. 2020.
+Each is a function `agent(config, learner, draw, key, t) -> (Learner, losses)` doing one outer step; `draw(key)` gives
+a batch of real transitions. Arrays are features first.
+Sources: OMD, Nikishin et al. 2021 (arXiv 2106.03273); funcBO, Petrulionyte et al. 2024; SmoothFBO: the same with a
+smoothed gradient; VEP, Grimm et al. 2020.
 """
 
 from collections.abc import Callable
@@ -39,8 +39,7 @@ class Model(NamedTuple):
     reward: Network | None
 
 
-@flax.struct.dataclass
-class Learner:
+class Learner(flax.struct.PyTreeNode):
     """Everything that is learned, with the optimisers' states."""
 
     # inner problem
@@ -145,6 +144,7 @@ def predict(config: Any, model: Model, batch: Batch) -> Batch:
     inputs = jnp.concatenate([batch.obs, batch.action])
     next_obs = networks.apply_network(model.next_obs, inputs)
     if config.prob_model:
+        assert batch.noise is not None
         mean, log_std = _mean_and_log_std(next_obs)
         next_obs = mean + jnp.exp(log_std) * batch.noise
     reward = batch.reward if model.reward is None else networks.apply_network(model.reward, inputs)[0]
@@ -170,7 +170,8 @@ def bellman_target(config: Any, target_q: Network, batch: Batch) -> jax.Array:
 
 
 def q_objective(values: jax.Array, target: jax.Array, action: jax.Array) -> jax.Array:
-    """Mean squared Bellman error in the space of values: 1/2 sum over the two heads, or the plain mean of a single head.
+    """Mean squared Bellman error in the space of values: 1/2 sum over the two heads, or the plain mean of a single
+    head.
 
     Args:
         values: `[heads, actions, batch]`.
@@ -227,7 +228,8 @@ def q_step(config: Any, learner: Learner, batch: Batch) -> tuple[Learner, Losses
 
 
 def solve_inner(config: Any, learner: Learner, predicted: Batch, key: jax.Array) -> tuple[Learner, Losses]:
-    """`num_Q_steps` steps on one model batch, from the carried Q-function (`no_warm`: from a fresh one, which takes the key).
+    """`num_Q_steps` steps on one model batch, from the carried Q-function (`no_warm`: from a fresh one, which takes
+    the key).
 
     Adam starts afresh unless `warm_opt`.
     """
@@ -261,8 +263,8 @@ def _model_step(config: Any, learner: Learner, gradient: Model, t: jax.Array) ->
 def hypergradient_omd(config: Any, learner: Learner, batch: Batch) -> tuple[jax.Array, Model, Learner]:
     """Hypergradient of L_Q on the real batch through the optimality condition of phi on the model batch.
 
-    -(d f/d theta)^T v with f = grad_phi L_Q(phi; target phi, model batch) and v = H^-1 grad_phi L_Q(real batch); the identity
-    approximation takes H = I (OMD, section 4).
+    -(d f/d theta)^T v with f = grad_phi L_Q(phi; target phi, model batch) and v = H^-1 grad_phi L_Q(real batch); the
+    identity approximation takes H = I (OMD, section 4).
     """
     q, target_q = learner.q, learner.target_q
     outer_loss, outer_gradient = jax.value_and_grad(lambda q: q_loss(config, q, target_q, batch))(q)
@@ -277,7 +279,8 @@ def hypergradient_omd(config: Any, learner: Learner, batch: Batch) -> tuple[jax.
 def hypergradient_funcbo(config: Any, learner: Learner, batch: Batch) -> tuple[jax.Array, Model, Learner]:
     """Hypergradient of L_Q on the real batch through the Q-values of the batch as minimiser of the inner objective.
 
-    The adjoint a solves H a = -dF/dq, where H = 1/batch on the actions taken, in closed form; or a dual network is fitted to it.
+    The adjoint a solves H a = -dF/dq, where H = 1/batch on the actions taken, in closed form; or a dual network is
+    fitted to it.
     """
     values = networks.apply_heads(learner.q, batch.obs)
     target = bellman_target(config, learner.target_q, batch)
@@ -300,7 +303,7 @@ def hypergradient_funcbo(config: Any, learner: Learner, batch: Batch) -> tuple[j
 
 
 def _value_hessian(values: jax.Array, action: jax.Array) -> jax.Array:
-    """Diagonal Hessian of `q_objective` in the values: 1/batch on the actions taken (2/batch for a single head), else 0."""
+    """Diagonal Hessian of `q_objective` in the values: 1/batch on the actions taken (one head: 2/batch), else 0."""
     num_heads, _, batch_size = values.shape
     return jnp.broadcast_to((1.0 if num_heads > 1 else 2.0) / batch_size * action, values.shape)
 
@@ -342,7 +345,8 @@ def bilevel_agent(hypergradient: Callable[[Any, Learner, Batch], tuple[jax.Array
 
 
 def predictive_agent(objective: Callable[[Any, Learner, Batch, Batch], jax.Array]) -> Agent:
-    """An agent that takes `num_T_steps` model steps, then `num_Q_steps` Q steps on model batches, each on a fresh batch.
+    """An agent that takes `num_T_steps` model steps, then `num_Q_steps` Q steps on model batches, each on a fresh
+    batch.
 
     Args:
         objective: the model's own loss, of `(config, learner, batch, predicted batch)`.

@@ -11,7 +11,7 @@ Outline of a run (every line inside one compiled loop):
 The agent is an argument; nothing else in this file depends on which one it is.
 """
 
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import flax.struct
 import jax
@@ -54,16 +54,24 @@ class Config:
     """Settings of one training program; a traced field may hold several values, one per point of a grid."""
 
     # what runs
-    agent_type: AgentType = static("omd", "who trains the model (smoothfbo = funcbo with --smoothing window)", group="agent")
-    env_name: str = static("CartPole-v1", "gymnax environment with vector observations, discrete actions", group="environment")
+    agent_type: AgentType = static(
+        "omd", "who trains the model (smoothfbo = funcbo with --smoothing window)", group="agent"
+    )
+    env_name: str = static(
+        "CartPole-v1", "gymnax environment with vector observations, discrete actions", group="environment"
+    )
     num_train_steps: int = static(50_000, "environment steps of each member", at_least(1), "schedule")
     init_steps: int = static(1000, "steps with uniform actions before learning starts", at_least(1), "schedule")
-    eval_frequency: int = static(1000, "environment steps between evaluations (0: only at the end)", at_least(0), "schedule")
+    eval_frequency: int = static(
+        1000, "environment steps between evaluations (0: only at the end)", at_least(0), "schedule"
+    )
     eval_episodes: int = static(10, "episodes of an evaluation", at_least(1), "schedule")
     final_eval_episodes: int = static(20, "episodes of the last evaluation", at_least(1), "schedule")
     # non-stationary reward
     non_stationary: Literal["plain", "stationary", "drift"] = static(
-        "plain", "CartPole's reward everywhere, inside a fixed interval of pole angles, or a drifting one", group="environment"
+        "plain",
+        "CartPole's reward everywhere, inside a fixed interval of pole angles, or a drifting one",
+        group="environment",
     )
     transition_steps: int = traced(
         0, "drift: steps from one end to the other (0: num_train_steps)", at_least(0), "environment"
@@ -84,7 +92,9 @@ class Config:
         "identity", "inverse Hessian of omd: identity approximation or a linear solver", group="hypergradient"
     )
     damping: float = traced(1e-5, "added to the Hessian (cg, gmres, dense)", NONNEGATIVE, "hypergradient")
-    solver_steps: int = static(100, "largest number of solver steps, terms of the Neumann series", at_least(1), "hypergradient")
+    solver_steps: int = static(
+        100, "largest number of solver steps, terms of the Neumann series", at_least(1), "hypergradient"
+    )
     neumann_step_size: float = traced(0.1, "step size of the Neumann series", POSITIVE, "hypergradient")
     num_dual_Q_steps: int = static(
         0, "funcbo: steps on a dual network per outer step (0: closed-form adjoint)", at_least(0), "hypergradient"
@@ -98,16 +108,22 @@ class Config:
     )
     beta: float = traced(0.3, "share of the newest hypergradient beside the average", FRACTION, "hypergradient")
     # inner problem
-    inner_lr: float | None = traced(None, "Adam rate of the Q-function (default: tuned per agent)", POSITIVE, "inner problem")
+    inner_lr: float | None = traced(
+        None, "Adam rate of the Q-function (default: tuned per agent)", POSITIVE, "inner problem"
+    )
     num_Q_steps: int = static(1, "Q steps per outer step", at_least(1), "inner problem")
-    hidden_dim: int = traced(32, "units in each hidden layer of the Q-function", at_least(1), "inner problem", "max_hidden_dim")
+    hidden_dim: int = traced(
+        32, "units in each hidden layer of the Q-function", at_least(1), "inner problem", "max_hidden_dim"
+    )
     tau: float | None = traced(None, "target network's step (default: tuned per agent)", FRACTION, "inner problem")
     discount: float = traced(0.99, "discount factor", FRACTION, "inner problem")
     alpha: float = traced(0.01, "temperature of the soft value and of the policy", POSITIVE, "inner problem")
     hard: bool = static(False, "hard maximum and greedy policy instead of soft ones", group="inner problem")
     no_double: bool = static(False, "one Q head instead of two", group="inner problem")
     no_warm: bool = static(False, "start each inner problem from a fresh Q-function", group="inner problem")
-    warm_opt: bool = static(False, "carry the Q-function's Adam state between inner problems (omd, funcbo)", group="inner problem")
+    warm_opt: bool = static(
+        False, "carry the Q-function's Adam state between inner problems (omd, funcbo)", group="inner problem"
+    )
     # data
     eps: float = traced(0.1, "probability of a uniform action", FRACTION, "data")
     batch_size: int = static(256, "transitions per batch", at_least(1), "data")
@@ -118,6 +134,15 @@ class Config:
     max_hidden_dim: int = static(0, "array size of the Q-function", hidden=True)
     max_model_hidden_dim: int = static(0, "array size of the model", hidden=True)
     max_smoothing_window: int = static(0, "array size of the smoothing window", hidden=True)
+
+    def program(self) -> "ModelBased":
+        """The training program of this (resolved) configuration."""
+        return ModelBased(self)
+
+    @property
+    def title(self) -> str:
+        """Short name of the experiment."""
+        return f"{self.agent_type}-{self.env_name}"
 
     def resolved(self) -> Self:
         """Fills in the agent's tuned values and checks everything.
@@ -141,8 +166,8 @@ class Config:
 def _check_together(config: Config) -> None:
     if config.batch_size > config.init_steps:
         raise UserError(
-            f"--batch_size {config.batch_size} is larger than the {config.init_steps} transitions that --init_steps collects; "
-            "lower the one or raise the other."
+            f"--batch_size {config.batch_size} is larger than the {config.init_steps} transitions that --init_steps "
+            "collects; lower the one or raise the other."
         )
     if config.capacity < config.batch_size:
         raise UserError(f"--capacity {config.capacity} is smaller than --batch_size {config.batch_size}.")
@@ -157,15 +182,14 @@ def _check_together(config: Config) -> None:
         raise UserError(f"--num_dual_Q_steps is for --agent_type funcbo, not {config.agent_type}.")
     if config.non_stationary != "plain" and not config.env_name.startswith("CartPole"):
         raise UserError(
-            f"--non_stationary {config.non_stationary} is about CartPole's pole angle and does not fit {config.env_name}."
+            f"--non_stationary {config.non_stationary} is about CartPole's pole angle: not {config.env_name}."
         )
     if config.clear_buffer and config.non_stationary != "drift":
         raise UserError("--clear_buffer needs --non_stationary drift: there is no transition otherwise.")
     environments.make(config.env_name)
 
 
-@flax.struct.dataclass
-class State:
+class State(flax.struct.PyTreeNode):
     """Everything a member carries from step to step."""
 
     # constant
@@ -193,7 +217,7 @@ class ModelBased:
 
     headline = "evaluation_return"
     step_unit = "environment steps"
-    long_names = {
+    long_names: ClassVar = {
         "evaluation_return": "return of the policy, mean over evaluation episodes",
         "training_return": "return of the episodes finished in training",
         "model_loss": "outer loss",
@@ -203,7 +227,7 @@ class ModelBased:
         "model_error": "mean squared error of the predicted next observation",
         "final_return": "return of each episode of the last evaluation",
     }
-    finals = {"final_return": "episode"}
+    finals: ClassVar = {"final_return": "episode"}
 
     def __init__(self, config: Config):
         self.task = environments.make(config.env_name)
@@ -267,7 +291,10 @@ class ModelBased:
         episode_return = state.episode_return + reward
         metrics = {"training_return": (done * episode_return, done)}
         state = state.replace(
-            obs=obs.astype(dtype), environment=environment, storage=storage, episode_return=(1.0 - done) * episode_return
+            obs=obs.astype(dtype),
+            environment=environment,
+            storage=storage,
+            episode_return=(1.0 - done) * episode_return,
         )
         return state, metrics
 
@@ -294,7 +321,8 @@ class ModelBased:
         """Plays episodes with the policy of step `t`, without exploration, in the environment as it is at that step.
 
         Returns:
-            `evaluation_return` (mean), `final_return` `[episodes]` (NaN for those not played before the last evaluation).
+            `evaluation_return` (mean), `final_return` `[episodes]` (NaN for those not played before the last
+            evaluation).
         """
         num_episodes = max(config.eval_episodes, config.final_eval_episodes)
         played = jnp.arange(num_episodes) < jnp.where(is_last, config.final_eval_episodes, config.eval_episodes)

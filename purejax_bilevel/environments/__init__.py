@@ -42,7 +42,7 @@ def make(name: str) -> Discrete:
     action_space = environment.action_space(params)
     if not isinstance(action_space, spaces.Discrete):
         raise UserError(
-            f"--env_name {name} has continuous actions; this program needs discrete ones, e.g. CartPole-v1 or Acrobot-v1."
+            f"--env_name {name} has continuous actions; this program needs discrete ones, e.g. CartPole-v1."
         )
     shape = environment.observation_space(params).shape
     if len(shape) != 1:

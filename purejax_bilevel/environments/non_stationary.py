@@ -1,4 +1,5 @@
-"""Non-stationary reward (SmoothFBO's CartPole): it counts only while one observation lies in an interval that may drift.
+"""Non-stationary reward (SmoothFBO's CartPole): it counts only while one observation lies in an interval that may
+drift.
 
 The interval is part of the traced environment parameters, so it may change at every step and differ between members.
 """
@@ -75,7 +76,7 @@ class RewardInterval(Environment):
         return self.wrapped.name
 
 
-def drift_position(t: jax.Array, transition_steps: jax.Array, plateau_steps: jax.Array) -> jax.Array:
+def drift_position(t: jax.Array, transition_steps: jax.Array | int, plateau_steps: jax.Array | int) -> jax.Array:
     """Where the interval stands at step `t`, from 0 (start) to 1 (end).
 
     It rests for `plateau_steps`, moves linearly to the other end in `transition_steps`, rests, moves back, and so on.
@@ -85,7 +86,7 @@ def drift_position(t: jax.Array, transition_steps: jax.Array, plateau_steps: jax
     return jnp.where((t // period) % 2 == 0, moved, 1.0 - moved)
 
 
-def last_transition_end(t: jax.Array, transition_steps: jax.Array, plateau_steps: jax.Array) -> jax.Array:
+def last_transition_end(t: jax.Array, transition_steps: jax.Array | int, plateau_steps: jax.Array | int) -> jax.Array:
     """The step at which the latest transition up to step `t` ended; 0 if none has."""
     period = plateau_steps + transition_steps
     return (t // period) * period

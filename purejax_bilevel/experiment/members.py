@@ -5,9 +5,14 @@ A member is one (setting, seed). Members are numbered in C order: the first axis
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+
+from purejax_bilevel.configuration import fields, replace, values_of
+from purejax_bilevel.errors import UserError
+
+C = TypeVar("C")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,3 +74,44 @@ class Grid:
 def format_value(value: Any) -> str:
     """Shortest usual notation of a hyper-parameter's value."""
     return f"{value:.6g}" if isinstance(value, float | np.floating) else str(value)
+
+
+def grid_of(config: Any, seeds: tuple[int, ...], axes: tuple[Axis, ...] = ()) -> Grid:
+    """The grid that a configuration asks for: an axis per traced field with several values, in the order of
+    declaration.
+
+    Args:
+        config: a configuration whose traced fields may hold several values.
+        seeds: one per repetition.
+        axes: further axes (zipped settings), placed first; their names must not be axes of `config`.
+    """
+    own = tuple(
+        Axis((field.name,), tuple((value,) for value in values))
+        for field in fields(config, is_traced=True)
+        if len(values := values_of(getattr(config, field.name))) > 1
+    )
+    return Grid((*axes, *own), seeds)
+
+
+def batch_config(config: C, grid: Grid) -> C:
+    """The configuration of all members at once: every traced leaf an array `[members]`.
+
+    Static fields that size arrays receive the largest value among the members.
+
+    Raises:
+        UserError: a size was fixed below the largest value asked for.
+    """
+    settings = [grid.settings(member) for member in range(len(grid))]
+    changes: dict[str, Any] = {}
+    for field in fields(config, is_traced=True):
+        single = values_of(getattr(config, field.name))[0]
+        values = [setting.get(field.name, single) for setting in settings]
+        whole = all(isinstance(value, int | np.integer) for value in values)
+        changes[field.name] = np.asarray(values, np.int32 if whole and "int" in str(field.type) else np.float32)
+        maximum = field.metadata["maximum"]
+        if maximum is not None:
+            largest, given = int(max(values)), getattr(config, maximum)
+            if given and given < largest:
+                raise UserError(f"{maximum}={given} is smaller than the largest {field.name}, {largest}.")
+            changes[maximum] = given or largest
+    return replace(config, **changes)

@@ -1,0 +1,59 @@
+"""Devices: use every core or accelerator without being asked, and keep compiled programs between runs."""
+
+import contextlib
+import os
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from purejax_bilevel.errors import UserError
+
+AXIS = "member"
+HOST_FLAG = "--xla_cpu_multi_thread_eigen=false"
+
+
+def prepare() -> None:
+    """One host device per core and a persistent compilation cache. Call before jax touches a device; harmless after.
+
+    On a CPU the members of an experiment run one at a time on each core; threads inside a small matrix product would
+    only get in the way. XLA_FLAGS and a cache folder that the user has set are kept.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "xla_cpu_multi_thread_eigen" not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {HOST_FLAG}".strip()
+    if "xla_force_host_platform_device_count" not in flags:
+        with contextlib.suppress(RuntimeError):  # the backend is already in use, as in a notebook: it stays as it is
+            jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
+    if jax.config.read("jax_compilation_cache_dir") is None:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "purejax_bilevel" / "compilations"
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+def make_mesh(num_members: int, num_devices: int | None = None) -> Mesh:
+    """A one-dimensional mesh over the devices that share the members.
+
+    Args:
+        num_members: no more devices than members are used.
+        num_devices: how many to use; None: all.
+
+    Raises:
+        UserError: fewer devices exist than asked for.
+    """
+    available = jax.devices()
+    if num_devices is not None and not 1 <= num_devices <= len(available):
+        raise UserError(
+            f"--devices must be from 1 to {len(available)}, the number of {available[0].platform} devices here, "
+            f"got {num_devices}."
+        )
+    chosen = available[: num_devices or len(available)]
+    # Mesh, unlike make_mesh, has Auto axes, which vmap inside shard_map needs.
+    return Mesh(np.array(chosen[: max(1, min(len(chosen), num_members))]), (AXIS,))
+
+
+def default_member_batch(mesh: Mesh) -> int | None:
+    """Members trained at once on a device: one on a CPU (measured faster than vmap), all (None) elsewhere."""
+    return 1 if mesh.devices.flat[0].platform == "cpu" else None

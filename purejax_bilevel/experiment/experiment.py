@@ -1,0 +1,74 @@
+"""One experiment: a configuration with axes, seeds, and a folder that tells everything about it afterwards."""
+
+from pathlib import Path
+from typing import Any
+
+import xarray
+from rich.console import Console
+
+from purejax_bilevel.configuration import to_dict
+from purejax_bilevel.experiment import plots, results, statistics
+from purejax_bilevel.experiment.members import batch_config, grid_of
+from purejax_bilevel.experiment.program import Part
+from purejax_bilevel.experiment.runner import RunOptions, make_seeds, to_dataset, train
+
+CURVES = "learning_curves.png"
+
+
+def run(
+    config: Any, *, num_seeds: int = 1, seed: int = 0, folder: str | Path | None = None, **options: Any
+) -> xarray.Dataset:
+    """Trains every combination of the configuration's values with every seed, in one compiled program.
+
+        results = run(RLConfig(agent_type="omd", lr=(1e-3, 3e-4)), num_seeds=8)
+        results.final_return.mean("episode")
+
+    Args:
+        config: a configuration such as `RLConfig`; a traced field may hold a tuple of values, an axis each.
+        num_seeds: members per setting; they have seeds `seed`, `seed` + 1, ...
+        seed: first seed.
+        folder: where to write results, figures and checkpoints; None: nowhere.
+        options: further fields of `RunOptions`: devices, member_batch, chunks, resume, wandb_mode, quiet...
+
+    Returns:
+        Labelled arrays: one dimension per axis, then `seed`, then `step` or `episode`.
+
+    Raises:
+        UserError: bad input, in one sentence.
+        Interrupted: Ctrl-C, after a checkpoint was written to the folder.
+    """
+    config = config.resolved()
+    run_options = RunOptions(folder=None if folder is None else Path(folder), **options)
+    part = make_part(config, num_seeds, seed)
+    outcome = train([part], run_options)
+    dataset = to_dataset(part, outcome, 0, config, {"command": results.command_line()})
+    if run_options.folder is not None:
+        write_outputs(dataset, run_options.folder)
+    return dataset
+
+
+def make_part(config: Any, num_seeds: int, seed: int) -> Part:
+    """The program and all members of a resolved configuration."""
+    grid = grid_of(config, make_seeds(seed, num_seeds))
+    batched = batch_config(config, grid)
+    return Part(batched.program(), batched, grid)
+
+
+def write_outputs(dataset: xarray.Dataset, folder: Path) -> None:
+    """Writes results.nc and the learning curves."""
+    results.save(dataset, folder)
+    plots.learning_curves(dataset, folder / CURVES, dataset.attrs["headline"])
+
+
+def print_summary(dataset: xarray.Dataset, variable: str, console: Console) -> None:
+    """Prints a table with one line per setting."""
+    text = dataset[variable].attrs.get("long_name", variable)
+    statistics.render_table(statistics.summary_table(dataset, variable), console, text)
+
+
+def save_description(folder: Path, config: Any, run: dict[str, Any], resumed: bool) -> None:
+    """Writes what is needed to repeat or resume the run."""
+    results.write_config(folder, {"config": to_dict(config), "run": run}, resumed=resumed)
+
+
+__all__ = ["make_part", "print_summary", "run", "save_description", "write_outputs"]

@@ -1,0 +1,351 @@
+"""The runner: from a configuration to labelled results, with progress, checkpoints and resume.
+
+    results = run(Config(agent_type="omd", lr=(1e-3, 3e-4)), num_seeds=8)
+
+It calls the compiled program in chunks; between two calls the host shows progress, logs, saves a checkpoint and looks
+for members that diverged. Chunk boundaries change nothing in the numbers, bit for bit.
+"""
+
+import contextlib
+import dataclasses
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import xarray
+from rich.console import Console
+
+from purejax_bilevel.configuration import to_dict
+from purejax_bilevel.errors import UserError
+from purejax_bilevel.experiment import checkpoint as checkpoints
+from purejax_bilevel.experiment import devices, results, statistics
+from purejax_bilevel.experiment.loggers import Loggers
+from purejax_bilevel.experiment.program import ROWS, CompiledProgram, Part, num_rows, row_steps
+from purejax_bilevel.experiment.progress import Progress
+
+CHUNK_SECONDS = 3.0  # between two looks of the host, unless --chunks says how many
+CHECKPOINT_SECONDS = 60.0
+
+
+class Interrupted(Exception):
+    """The user asked to stop; everything up to the last chunk is kept."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RunOptions:
+    """How to run, as opposed to what.
+
+    Args:
+        folder: where to write results and checkpoints; None: nowhere.
+        devices: number of devices; None: all.
+        member_batch: members trained at once on a device; None: one on a CPU, all elsewhere; 0: all.
+        chunks: number of calls of the compiled program; None: one every few seconds.
+        resume: go on from the folder's checkpoint if there is one.
+        wandb_mode: disabled, offline or online.
+        wandb_runs: one wandb run per member or per setting.
+        tensorboard: write TensorBoard files too.
+        quiet: print nothing.
+    """
+
+    folder: Path | None = None
+    devices: int | None = None
+    member_batch: int | None = None
+    chunks: int | None = None
+    resume: bool = False
+    wandb_mode: str = "disabled"
+    wandb_runs: str = "member"
+    tensorboard: bool = False
+    quiet: bool = False
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What came out of a run, per part: host arrays of all members."""
+
+    steps: int
+    rows: list[dict[str, np.ndarray]]
+    failed: list[np.ndarray]
+    state: list[Any]
+    compile_seconds: float
+    run_seconds: float
+    num_traces: int
+    bytes_per_member: list[int]
+
+
+def train(parts: Sequence[Part], options: RunOptions, console: Console | None = None) -> Outcome:
+    """Runs all members of all parts to the end in one compiled program.
+
+    Raises:
+        UserError: the options cannot be met.
+        Interrupted: on Ctrl-C, after the checkpoint was written.
+    """
+    console = console or Console(stderr=True)
+    return _Run(parts, options, console).to_the_end()
+
+
+class _Run:
+    """One run in progress: the compiled program, what it has produced and where that is kept."""
+
+    def __init__(self, parts: Sequence[Part], options: RunOptions, console: Console):
+        devices.prepare()
+        self.parts, self.options, self.console = tuple(parts), options, console
+        self.total = parts[0].program.num_steps
+        self.num_members = sum(len(part.grid) for part in parts)
+        mesh = devices.make_mesh(max(len(part.grid) for part in parts), options.devices)
+        member_batch = (
+            devices.default_member_batch(mesh) if options.member_batch is None else options.member_batch or None
+        )
+        if member_batch is not None and member_batch < 1:
+            raise UserError(f"--member_batch must be 0 (all) or a positive number, got {member_batch}.")
+        if options.chunks is not None and options.chunks < 1:
+            raise UserError(f"--chunks must be at least 1, got {options.chunks}.")
+        self.program = CompiledProgram(parts, mesh, member_batch)
+        self.rows: list[dict[str, np.ndarray]] = [{} for _ in parts]
+        self.failed = [np.zeros(len(part.grid), bool) for part in parts]
+        self.steps, self.earlier_seconds = 0, (0.0, 0.0)
+        self.run_seconds = 0.0
+        self._state: Any = None
+        self._saved_at = -float("inf")
+
+    # --- the loop ---
+
+    def to_the_end(self) -> Outcome:
+        self._restore()
+        unit = self.parts[0].program.step_unit
+        progress = Progress(
+            self.total, self.num_members, unit, completed=self.steps, quiet=self.options.quiet, console=self.console
+        )
+        with contextlib.ExitStack() as stack:
+            loggers = [stack.enter_context(self._loggers(number)) for number in range(len(self.parts))]
+            stack.enter_context(progress)
+            stopped = stack.enter_context(_stop_on_interrupt(progress))
+            if self.steps < self.total:
+                with progress.compiling():
+                    self.program.compile()
+            self._saved_at = time.monotonic()
+            chunk = self._first_chunk()
+            while self.steps < self.total:
+                seconds = self._advance(min(chunk, self.total - self.steps), loggers, progress)
+                self._save_if_due(force=stopped() or self.steps == self.total)
+                if stopped() and self.steps < self.total:
+                    raise Interrupted(self._how_to_resume())
+                chunk = self._next_chunk(chunk, seconds)
+        return Outcome(
+            self.steps,
+            self.rows,
+            self.failed,
+            self.program.gather(self._state),
+            self.program.compile_seconds + self.earlier_seconds[0],
+            self.run_seconds + self.earlier_seconds[1],
+            self.program.num_traces,
+            self.program.bytes_per_member,
+        )
+
+    def _advance(self, count: int, loggers: list[Loggers], progress: Progress) -> float:
+        begin = time.perf_counter()
+        start, self.steps = self.steps, self.steps + count
+        self._state, rows, finite = self.program(self._state, start, self.steps, self.total)
+        seconds = time.perf_counter() - begin
+        self.run_seconds += seconds
+        for number, part in enumerate(self.parts):
+            self._note_failures(number, part, ~finite[number], progress)
+            self._append(number, part, rows[number], start, loggers[number])
+        progress.update(self.steps, self._headline())
+        return seconds
+
+    def _append(self, number: int, part: Part, rows: dict[str, np.ndarray], start: int, loggers: Loggers) -> None:
+        known = self.rows[number]
+        self.rows[number] = {
+            name: np.concatenate([known[name], array], axis=1) if name in known else array
+            for name, array in rows.items()
+        }
+        first = num_rows(start, self.total, part.program.eval_frequency)
+        steps = row_steps(self.total, part.program.eval_frequency)[first:][: next(iter(rows.values())).shape[1]]
+        series = {name: array for name, array in rows.items() if name not in part.program.finals}
+        loggers.log_rows(np.arange(len(part.grid)), {"step": steps, **series})
+
+    def _note_failures(self, number: int, part: Part, failed: np.ndarray, progress: Progress) -> None:
+        new = np.flatnonzero(failed & ~self.failed[number])
+        self.failed[number] = self.failed[number] | failed
+        for member in new[:10]:
+            progress.note(f"diverged (not a number) by step {self.steps}: {part.grid.describe(int(member))}")
+        if len(new) > 10:
+            progress.note(f"... and {len(new) - 10} more members.")
+
+    def _headline(self) -> str:
+        name = self.parts[0].program.headline
+        if not all(name in rows and rows[name].shape[1] for rows in self.rows):
+            return ""
+        latest = np.concatenate([rows[name][:, -1] for rows in self.rows])
+        return f"{name.replace('_', ' ')} {float(statistics.iqm(latest)):.4g}"
+
+    def _loggers(self, number: int) -> Loggers:
+        folder = self.options.folder
+        if folder is None and (self.options.wandb_mode != "disabled" or self.options.tensorboard):
+            raise UserError("--wandb_mode and --tensorboard need an output folder.")
+        name = (folder.name if folder else "run") + (f"-{number}" if number else "")
+        return Loggers(
+            self.parts[number].grid,
+            (folder or Path()) / (f"part-{number}" if len(self.parts) > 1 else ""),
+            name,
+            fingerprint(self.parts),
+            wandb_mode=self.options.wandb_mode,
+            runs=self.options.wandb_runs,
+            tensorboard=self.options.tensorboard,
+            resume=self.options.resume,
+        )
+
+    # --- chunks ---
+
+    def _most_steps(self) -> int:
+        frequency = self.parts[0].program.eval_frequency
+        return (ROWS - 1) * frequency if frequency else self.total
+
+    def _first_chunk(self) -> int:
+        if self.options.chunks is not None:
+            return min(-(-self.total // self.options.chunks), self._most_steps())
+        return min(self.parts[0].program.eval_frequency or 1000, self._most_steps())
+
+    def _next_chunk(self, chunk: int, seconds: float) -> int:
+        if self.options.chunks is not None:
+            return chunk
+        wanted = chunk * CHUNK_SECONDS / max(seconds, 1e-3)
+        return int(np.clip(min(wanted, 4 * chunk), 100, self._most_steps()))
+
+    # --- checkpoints ---
+
+    @property
+    def _path(self) -> Path | None:
+        return None if self.options.folder is None else self.options.folder / checkpoints.FILE_NAME
+
+    def _restore(self) -> None:
+        if not (self.options.resume and self._path is not None and self._path.exists()):
+            self._state = self.program.initial()
+            return
+        saved = checkpoints.load(self._path, self.program.structure, fingerprint(self.parts))
+        if saved.steps > self.total:
+            raise UserError(f"{self._path} has done {saved.steps} steps, more than the {self.total} asked for.")
+        self.steps, self.rows, self.failed, self.earlier_seconds = saved.steps, saved.rows, saved.failed, saved.seconds
+        self._state = self.program.scatter(saved.state)
+
+    def _save_if_due(self, force: bool) -> None:
+        if self._path is None or not (force or time.monotonic() - self._saved_at >= CHECKPOINT_SECONDS):
+            return
+        seconds = (
+            self.earlier_seconds[0] + self.program.compile_seconds,
+            self.earlier_seconds[1] + self.run_seconds,
+        )
+        saved = checkpoints.Checkpoint(self.steps, self.program.gather(self._state), self.rows, self.failed, seconds)
+        checkpoints.save(self._path, saved, fingerprint(self.parts))
+        self._saved_at = time.monotonic()
+
+    def _how_to_resume(self) -> str:
+        done = f"stopped after {self.steps} of {self.total} steps"
+        if self.options.folder is None:
+            return f"{done}; nothing was written because no output folder was given."
+        return f"{done}; go on with --resume {self.options.folder}"
+
+
+def fingerprint(parts: Sequence[Part]) -> dict[str, Any]:
+    """What two runs must share for one to go on where the other stopped: everything but the number of steps."""
+    described: dict[str, Any] = {}
+    for number, part in enumerate(parts):
+        prefix = f"part {number} " if len(parts) > 1 else ""
+        saved = to_dict(part.config)
+        described |= {f"{prefix}{name}": value for name, value in saved.items() if name != "num_train_steps"}
+        described[f"{prefix}seeds"] = list(part.grid.seeds)
+        described[f"{prefix}precision"] = str(np.asarray(1.0, _float_type()).dtype)
+    return described
+
+
+def _float_type() -> Any:
+    import jax.numpy as jnp
+
+    return jnp.result_type(float)
+
+
+@contextlib.contextmanager
+def _stop_on_interrupt(progress: Progress) -> Iterator[Callable[[], bool]]:
+    """Ctrl-C asks to stop after the chunk in progress; a second one stops at once."""
+    asked = False
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+        progress.note("stopping after this chunk; press Ctrl-C again to stop at once and lose it")
+
+    try:
+        earlier = signal.signal(signal.SIGINT, handler)
+    except ValueError:  # not the main thread
+        yield lambda: False
+        return
+    try:
+        yield lambda: asked
+    finally:
+        signal.signal(signal.SIGINT, earlier)
+
+
+def to_dataset(part: Part, outcome: Outcome, number: int, config: Any, attrs: dict[str, Any]) -> xarray.Dataset:
+    """The labelled results of one part.
+
+    Args:
+        part: the sub-program and its members.
+        outcome: from `train`.
+        number: of the part.
+        config: the configuration as the user wrote it.
+        attrs: further attributes.
+    """
+    rows = outcome.rows[number]
+    final_names = part.program.finals
+    series = {name: array for name, array in rows.items() if name not in final_names}
+    finals = {name: rows[name][:, -1] for name in final_names} | {"failed": outcome.failed[number]}
+    variables: dict[str, dict[str, str]] = {name: {"long_name": text} for name, text in part.program.long_names.items()}
+    about = {
+        "program": type(part.program).__name__,
+        "environment": getattr(config, "env_name", ""),
+        "config": to_dict(config),
+        "versions": results.collect_versions(),
+        "headline": part.program.headline,
+        "compile_seconds": outcome.compile_seconds,
+        "run_seconds": outcome.run_seconds,
+        "step_name": part.program.step_unit,
+        "bytes_per_member": outcome.bytes_per_member[number],
+        **attrs,
+    }
+    steps = row_steps(outcome.steps, part.program.eval_frequency)
+    return results.build_dataset(part.grid, steps, series, finals, about, variables)
+
+
+def make_seeds(seed: int, num_seeds: int) -> tuple[int, ...]:
+    """Consecutive seeds.
+
+    Raises:
+        UserError: fewer than one, or a seed that does not fit 32 bits.
+    """
+    if num_seeds < 1:
+        raise UserError(f"--num_seeds must be at least 1, got {num_seeds}.")
+    if not 0 <= seed <= 2**32 - num_seeds:
+        raise UserError(f"--seed must be from 0 to 2^32 - num_seeds, got {seed}.")
+    return tuple(range(seed, seed + num_seeds))
+
+
+def steps_done(folder: Path) -> int:
+    """Steps that a folder's checkpoint has done; 0 without one."""
+    path = folder / checkpoints.FILE_NAME
+    return checkpoints.load_steps(path) if path.exists() else 0
+
+
+def check_writable(folder: Path) -> None:
+    """Makes the folder and tries to write in it.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    results.write_text(folder / ".writable", "")
+    (folder / ".writable").unlink()
