@@ -7,9 +7,9 @@ run by run at the end, a few runs at a time.
 A logger that fails does not stop an experiment: if the very first run cannot be opened, the user is told at once;
 later failures switch the logger off with one line.
 
-Rows carry their step, and `logged.jsonl` in the run's folder remembers the last step of each run. A resumed experiment
-may hand in all rows again: those already logged are dropped. The mark is set before the rows are written, so a kill in
-between can lose a row in the copy but never doubles one.
+Rows carry their step. A resumed experiment hands in all its rows again, from the first: a kill loses what wandb and
+TensorBoard hold in memory (up to 15 s and 2 min), so that files are written anew and only a server is asked what it
+has. No row is doubled and none is missing.
 """
 
 import contextlib
@@ -18,9 +18,9 @@ import functools
 import json
 import os
 import secrets
+import shutil
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -31,12 +31,12 @@ import numpy as np
 
 from purejax_bilevel.errors import UserError
 from purejax_bilevel.experiment.members import Grid
-from purejax_bilevel.experiment.results import SEED, STEP, as_plain
+from purejax_bilevel.experiment.results import SEED, STEP, as_plain, write_text
 from purejax_bilevel.experiment.statistics import iqm
 
 WANDB_MODES = ("disabled", "offline", "online")
 WANDB_RUNS = ("member", "setting")
-STATE_FILE = "logged.jsonl"
+STATE_FILE = "logged.json"
 LIVE_RUNS = 32  # with more runs than this, rows are written at the end
 OPEN_RUNS = 4  # runs open at once when written at the end
 
@@ -44,7 +44,7 @@ OPEN_RUNS = 4  # runs open at once when written at the end
 class Loggers:
     """Context manager that copies rows to wandb and TensorBoard.
 
-    Leaving it because of an error writes nothing more: the resumed experiment hands the rows in again.
+    Leaving it because of an error writes nothing more. A resumed experiment starts with `log_rows` of all earlier rows.
 
     Args:
         grid: all members of the experiment.
@@ -56,7 +56,7 @@ class Loggers:
         runs: one run per `member`, or one per `setting` with a series per seed and their interquartile mean.
         label: what these members have in common and others of the experiment do not, the start of every run's name.
         tensorboard: also write TensorBoard files (needs the extra `tensorboard`).
-        resume: continue the logs found in the folder; otherwise they are forgotten.
+        resume: the experiment continues the one logged in this folder.
         note: tells the user one line; to standard error by default.
 
     Raises:
@@ -88,13 +88,15 @@ class Loggers:
         self._rows: list[tuple[np.ndarray, dict[str, np.ndarray]]] = []
         self._finals: list[tuple[np.ndarray, dict[str, np.ndarray]]] = []
         self._sinks: list[Sink] = []
-        self._make: list[Callable[[], Sink]] = []
+        self._make: list[Callable[[str], Sink]] = []
         if wandb_mode != "disabled":
-            self._make.append(lambda: WandbSink(wandb_mode, wandb_project, name, self._folder))
+            self._make.append(lambda identifier: WandbSink(wandb_mode, wandb_project, name, self._folder, identifier))
         if tensorboard:
-            self._make.append(lambda: TensorBoardSink(self._folder / "tensorboard"))
-        self._memory: Memory | None = None
+            self._make.append(lambda _: TensorBoardSink(self._folder / "tensorboard"))
+        self._identifier = ""
+        self._first_step: int | None = None
         self._open: dict[tuple[str, int], Any] = {}
+        self._seen: dict[tuple[str, int], int] = {}  # last step per logger and run
         self._worked = False
 
     @property
@@ -109,17 +111,20 @@ class Loggers:
 
     def __enter__(self) -> "Loggers":
         if self.active:
-            self._sinks = [make() for make in self._make]
-            self._memory = Memory(self._folder / STATE_FILE, self._resume)
+            state = _read_state(self._folder / STATE_FILE) if self._resume else {}
+            self._identifier, self._first_step = state.get("identifier", ""), state.get("first_step")
+            if not self._identifier or _is_synced(self._folder, self._identifier):
+                self._identifier = secrets.token_hex(4)
+            self._save_state()
+            self._sinks = [make(self._identifier) for make in self._make]
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is None and self._sinks:
-            self._worked = (
-                True  # the training is done: whatever happens now, its results are worth more than their copies
-            )
+            # The training is done: whatever happens now, its results are worth more than their copies.
+            self._worked = True
             self._write_all(last=True)
         for sink in self._sinks:
             with self._guarded(sink):
@@ -130,18 +135,23 @@ class Loggers:
         self._sinks.clear()
 
     def log_rows(self, members: Sequence[int] | np.ndarray, rows: Mapping[str, np.ndarray]) -> None:
-        """Takes the rows of one chunk; may be called again with rows that were logged before.
+        """Takes the rows of one chunk; rows that were logged before are dropped.
 
         Args:
             members: `[m]`, which members the arrays' first axis holds.
             rows: `step` `[n]`, steps done at each row, and per name `[m, n]` or `[m, n, k]`.
+
+        Raises:
+            ValueError: wrong shapes, or a resumed experiment does not begin with its first row.
+            UserError: the first run cannot be opened.
         """
-        if not self._sinks:
+        if not self._sinks or not len(rows[STEP]):
             return
         series = {name: np.asarray(array) for name, array in rows.items()}
         for name, array in series.items():
             if name != STEP and array.shape[:2] != (len(members), len(series[STEP])):
                 raise ValueError(f"{name} has shape {array.shape}; expected {(len(members), len(series[STEP]))} first")
+        self._check_beginning(series[STEP])
         self._rows.append((np.asarray(members), series))
         if self._live:
             self._write_all(last=False)
@@ -156,6 +166,18 @@ class Loggers:
         """
         if self._sinks:
             self._finals.append((np.asarray(members), {name: np.asarray(array) for name, array in finals.items()}))
+
+    def _check_beginning(self, steps: np.ndarray) -> None:
+        """Files are written anew by a resumed experiment, so it must not begin in the middle."""
+        if self._first_step is None:
+            self._first_step = int(steps[0])
+            self._save_state()
+        if not self._rows and not self._seen and steps[0] > self._first_step:
+            raise ValueError(f"a resumed experiment has to log again from step {self._first_step}, not from {steps[0]}")
+
+    def _save_state(self) -> None:
+        state = {"identifier": self._identifier, "first_step": self._first_step}
+        write_text(self._folder / STATE_FILE, json.dumps(state) + "\n")
 
     # ------------------------------------------------------------ writing
 
@@ -179,25 +201,20 @@ class Loggers:
     def _write_to(
         self, sink: "Sink", key: int, steps: np.ndarray, columns: dict[str, np.ndarray], finals: dict[str, float]
     ) -> None:
-        assert self._memory is not None
-        seen = self._memory.step(sink.name, key)
-        fresh = steps > seen
-        end = int(steps[-1]) if fresh.any() else seen
-        if end <= self._memory.step(f"{sink.name} final", key):
-            finals = {}
-        if not (fresh.any() or finals):
+        place = (sink.name, key)
+        if place in self._seen and not ((steps > self._seen[place]).any() or finals):
             return
-        handle = self._open.get((sink.name, key)) or sink.open(self._run(key))
+        handle = self._open.get(place) or sink.open(self._run(key))
         self._worked = True
         if self._live:
-            self._open[sink.name, key] = handle
+            self._open[place] = handle
+        fresh = steps > self._seen.setdefault(place, sink.last_step(handle))
         try:
             if fresh.any():
-                self._memory.mark(sink.name, key, end)
                 sink.write(handle, steps[fresh], {name: column[fresh] for name, column in columns.items()})
+                self._seen[place] = int(steps[-1])
             if finals:
-                self._memory.mark(f"{sink.name} final", key, end)
-                sink.finals(handle, end, finals)
+                sink.finals(handle, self._seen[place], finals)
         finally:
             if not self._live:
                 sink.close(handle)
@@ -220,7 +237,6 @@ class Loggers:
         return member // len(self._grid.seeds) if self._per_setting else member
 
     def _run(self, key: int) -> "Run":
-        assert self._memory is not None
         member = key * len(self._grid.seeds) if self._per_setting else key
         settings = self._grid.settings(member)
         if self._per_setting:
@@ -228,7 +244,7 @@ class Loggers:
         words = self._grid.describe(member)
         label = words.rpartition(f"{SEED}=")[0].rstrip(", ") if self._per_setting else words
         name = ", ".join(part for part in (self._label, label) if part) or self._name
-        return Run(key, name, f"{self._memory.identifier}-{key}", {**self._config, **as_plain(settings)})
+        return Run(key, name, f"{self._identifier}-{key}", {**self._config, **as_plain(settings)})
 
     def _columns(self, key: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """All rows kept for one run: `[n]` increasing steps, and `[n]` per column."""
@@ -291,48 +307,21 @@ class Run:
     config: dict[str, Any]
 
 
-class Memory:
-    """The last logged step of each run, one line per mark, so that a kill costs at most the last line.
-
-    Args:
-        path: the file.
-        resume: read what is there; otherwise start anew with a new identifier.
-    """
-
-    def __init__(self, path: Path, resume: bool) -> None:
-        self._path = path
-        self._steps: dict[tuple[str, int], int] = {}
-        self.identifier = ""
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            for entry in _lines(path) if resume else ():
-                if "identifier" in entry:
-                    self.identifier = entry["identifier"]
-                else:
-                    self._steps[entry["sink"], entry["run"]] = entry["step"]
-            if not self.identifier:
-                self.identifier = secrets.token_hex(4)
-                path.write_text(json.dumps({"identifier": self.identifier}) + "\n")
-        except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror}") from error
-
-    def step(self, sink: str, run: int) -> int:
-        """Last step logged, -1 before the first."""
-        return self._steps.get((sink, run), -1)
-
-    def mark(self, sink: str, run: int, step: int) -> None:
-        """Remembers, also after a kill, that everything up to `step` has been logged."""
-        self._steps[sink, run] = step
-        with self._path.open("a") as file:  # one short write: lines of several threads do not mix
-            file.write(json.dumps({"sink": sink, "run": run, "step": step}) + "\n")
+def _read_state(path: Path) -> dict[str, Any]:
+    """What an earlier process wrote about its logs; empty if there is nothing."""
+    with contextlib.suppress(OSError, json.JSONDecodeError):
+        return json.loads(path.read_text())
+    return {}
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Entries of a file of JSON lines; a torn last line is skipped."""
-    if path.is_file():
-        for line in path.read_text().splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
-                yield json.loads(line)
+def _offline_runs(folder: Path, identifier: str) -> list[Path]:
+    """wandb's folders of an earlier process of this experiment."""
+    return list(folder.glob(f"wandb/offline-run-*-{identifier}-*"))
+
+
+def _is_synced(folder: Path, identifier: str) -> bool:
+    """Whether some of these runs are on a server already, where files written anew would double their rows."""
+    return any(list(run.glob("*.wandb.synced")) for run in _offline_runs(folder, identifier))
 
 
 # ---------------------------------------------------------------- sinks
@@ -345,6 +334,9 @@ class Sink(Protocol):
 
     def open(self, run: Run) -> Any:
         """Starts or continues a run."""
+
+    def last_step(self, handle: Any) -> int:
+        """Last step that the run holds already, -1 for none."""
 
     def write(self, handle: Any, steps: np.ndarray, columns: Mapping[str, np.ndarray]) -> None:
         """Appends rows: `[n]` steps and `[n]` per column."""
@@ -365,15 +357,16 @@ class WandbSink:
 
     name = "wandb"
 
-    def __init__(self, mode: str, project: str, group: str, folder: Path) -> None:
+    def __init__(self, mode: str, project: str, group: str, folder: Path, identifier: str) -> None:
         os.environ.setdefault("WANDB_SILENT", "true")
         import wandb
 
         self._wandb: Any = wandb
         self._mode, self._project, self._group = mode, project, group
         self._one_at_a_time = threading.Lock()  # two inits at once mix up their run identifiers
-        folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
+        for earlier in _offline_runs(folder, identifier) if mode == "offline" else ():
+            shutil.rmtree(earlier)
         if mode == "online":
             self._check_key()
         self._settings = wandb.Settings(
@@ -418,6 +411,9 @@ class WandbSink:
         except self._wandb.Error as error:
             raise UserError(f"wandb cannot start a run ({_first_line(error)}); use offline") from error
 
+    def last_step(self, handle: Any) -> int:
+        return handle.step - 1  # a run continued online knows what the server has
+
     def write(self, handle: Any, steps: np.ndarray, columns: Mapping[str, np.ndarray]) -> None:
         lists = {name: column.tolist() for name, column in columns.items()}
         for row, step in enumerate(steps.tolist()):
@@ -431,7 +427,7 @@ class WandbSink:
 
 
 class TensorBoardSink:
-    """One folder of TensorBoard events per run; a resumed run adds a file to it."""
+    """One folder of TensorBoard events per run, written anew by every process."""
 
     name = "tensorboard"
 
@@ -444,11 +440,14 @@ class TensorBoardSink:
                 "tensorboard needs the package tensorboardX: install the extra with `pip install -e .[tensorboard]`"
             ) from error
         self._folder, self._writer, self._summary = folder, FileWriter, Summary
+        shutil.rmtree(folder, ignore_errors=True)
 
     def open(self, run: Run) -> Any:
         name = f"{run.key:04d}_{run.name}".replace(", ", ",").replace("/", "-")
-        # The file name has the time in seconds only: without a suffix a quick restart would replace the earlier file.
-        return self._writer(str(self._folder / name[:200]), filename_suffix=f".{time.time_ns()}")
+        return self._writer(str(self._folder / name[:200]))
+
+    def last_step(self, handle: Any) -> int:
+        return -1
 
     def write(self, handle: Any, steps: np.ndarray, columns: Mapping[str, np.ndarray]) -> None:
         lists = {name: column.tolist() for name, column in columns.items()}
