@@ -92,7 +92,8 @@ def adjoint_objective(
         outer_cotangent: g, gradient of the outer loss with respect to its values, a pytree like `outer_adjoint`.
 
     Returns:
-        A scalar; its minimiser over functions satisfies H a = -g.
+        A scalar; its minimiser over functions satisfies H a = -g. It is bounded below only if a large a on the outer
+        inputs is also large on inner inputs with positive curvature: train on fresh batches, not on one fixed pair.
     """
     curved = jax.tree.map(lambda a, h: h * a, inner_adjoint, hessian_diagonal)
     return 0.5 * optax.tree.vdot(inner_adjoint, curved) + optax.tree.vdot(outer_adjoint, outer_cotangent)
