@@ -363,7 +363,7 @@ class WandbSink:
 
         self._wandb: Any = wandb
         self._mode, self._project, self._group = mode, project, group
-        self._one_at_a_time = threading.Lock()  # two inits at once mix up their run identifiers
+        self._one_at_a_time = threading.Lock()  # inits side by side have mixed up run identifiers
         self._folder = folder
         for earlier in _offline_runs(folder, identifier) if mode == "offline" else ():
             shutil.rmtree(earlier)

@@ -144,6 +144,17 @@ def test_wandb_holds_every_row_of_every_member(tmp_path, timing):
         assert len(run["ids"]) == 1
 
 
+def test_many_runs_written_side_by_side_do_not_mix(tmp_path, monkeypatch):
+    monkeypatch.setattr(loggers, "OPEN_RUNS", 8)
+    grid = Grid((), tuple(range(40)))
+    with Loggers(grid, tmp_path, "many", wandb_mode="offline") as log:
+        log.log_rows(range(40), {"step": STEPS[:2], "return": np.arange(80.0).reshape(40, 2)})
+    runs = wandb_runs(tmp_path)
+    for seed in range(40):
+        assert [values["return"] for _, values in runs[f"seed={seed}"]["rows"]] == [2.0 * seed, 2.0 * seed + 1]
+        assert runs[f"seed={seed}"]["config"]["seed"] == seed
+
+
 def test_wandb_runs_of_settings_hold_a_series_per_seed_and_their_iqm(tmp_path):
     with make(tmp_path, wandb_mode="offline", runs="setting") as log:
         log.log_rows(MEMBERS, {"step": STEPS, "return": RETURNS})
@@ -233,9 +244,9 @@ def test_resumed_tensorboard_runs_have_every_row_once(tmp_path, timing):
         log.log_rows(MEMBERS, rows(0, 4))
         raise KeyboardInterrupt
     with make(tmp_path, tensorboard=True, resume=True) as log:
-        log.log_rows(MEMBERS, rows(0, 2))
-        log.log_rows(MEMBERS, rows(2, 2))  # a chunk without an evaluation
-        log.log_rows(MEMBERS, rows(2, 6))
+        log.log_rows(MEMBERS, rows(0, 3))
+        log.log_rows(MEMBERS, rows(3, 3))  # a chunk without an evaluation
+        log.log_rows(MEMBERS, rows(2, 6))  # rows that overlap are dropped
     for member, events in zip(MEMBERS, tensorboard_rows(tmp_path).values(), strict=True):
         assert events == expected_rows(member)
 

@@ -41,6 +41,12 @@ def make_dataset(*axes: Axis, seeds: int = 5, failed: int = 0, better: str = "hi
     return results.build_dataset(grid, STEPS, {"evaluation_return": series, **layers}, finals, attributes, described)
 
 
+@pytest.fixture(autouse=True)
+def coarse(monkeypatch) -> None:
+    """Small pictures, for speed."""
+    monkeypatch.setitem(plots.STYLE, "savefig.dpi", 40)
+
+
 @pytest.fixture
 def drawn(monkeypatch) -> list[Figure]:
     """Figures written during the test."""

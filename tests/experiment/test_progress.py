@@ -47,6 +47,18 @@ def test_steps_done_before_a_resume_do_not_count():
         assert "2 s left" in progress.status()
 
 
+def test_compiling_again_starts_the_speed_anew():
+    progress, clock, _ = make()
+    with progress:
+        clock.now += 1
+        progress.update(8000)
+        with progress.compiling():
+            clock.now += 30
+        clock.now += 2
+        progress.update(9000)
+        assert progress.steps_per_second == pytest.approx(1000 * 8 / 2)
+
+
 def test_plain_lines_are_rare_and_the_last_one_tells_the_end():
     progress, clock, file = make()
     with progress:

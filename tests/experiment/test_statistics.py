@@ -175,9 +175,9 @@ def test_same_seed_same_interval():
 
 def test_learning_curves_of_many_settings_are_quick():
     scores = RANDOM.normal(size=(64, 200, 8, 1))
-    start = time.perf_counter()
+    start = time.process_time()  # other programs may share the cores
     found = statistics.stratified_bootstrap_interval(scores, reps=2000)
-    assert time.perf_counter() - start < 4.0  # 0.4 s on an idle core
+    assert time.process_time() - start < 2.0  # usually 0.5
     assert found.low.shape == (64, 200)
     assert (found.low <= found.estimate).all()
 
