@@ -16,7 +16,7 @@ import pytest
 
 from purejax_bilevel.algorithms import agents
 from purejax_bilevel.algorithms.model_based import Config
-from purejax_bilevel.networks import Layer, Network, head_of
+from purejax_bilevel.networks import Heads, Layer, Network
 from purejax_bilevel.replay import Batch
 
 FOLDER = Path(os.environ.get("PUREJAX_BILEVEL_REFERENCE_DATA", Path(__file__).parent / "data"))
@@ -153,11 +153,9 @@ def read_network(golden: Entries, prefix: str) -> Network:
     )
 
 
-def read_heads(golden: Entries, prefix: str, letter: str) -> Network:
+def read_heads(golden: Entries, prefix: str, letter: str) -> Heads:
     names = sorted({name.split("/")[1] for name in golden if name.startswith(f"{prefix}/{letter}")})
-    return jax.tree.map(
-        lambda *leaves: jnp.stack(leaves), *(read_network(golden, f"{prefix}/{name}") for name in names)
-    )
+    return tuple(read_network(golden, f"{prefix}/{name}") for name in names)
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -168,10 +166,10 @@ def network_entries(prefix: str, network: Network) -> dict[str, Any]:
     return {f"{prefix}/{i}/{letter}": array for i, layer in layers for letter, array in zip("wb", layer, strict=True)}
 
 
-def heads_entries(prefix: str, heads: Network, letter: str) -> dict[str, Any]:
+def heads_entries(prefix: str, heads: Heads, letter: str) -> dict[str, Any]:
     entries: dict[str, Any] = {}
-    for index in range(heads[0].bias.shape[0]):
-        entries |= network_entries(f"{prefix}/{letter}{index + 1}", head_of(heads, index))
+    for index in range(len(heads)):
+        entries |= network_entries(f"{prefix}/{letter}{index + 1}", heads[index])
     return entries
 
 

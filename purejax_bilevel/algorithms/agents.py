@@ -25,7 +25,7 @@ import optax
 
 from purejax_bilevel import networks
 from purejax_bilevel.bilevel import functional, implicit, smoothing
-from purejax_bilevel.networks import Network
+from purejax_bilevel.networks import Heads, Network
 from purejax_bilevel.replay import Batch
 
 LOG_STD_RANGE = (-5.0, 2.0)
@@ -43,15 +43,15 @@ class Learner(flax.struct.PyTreeNode):
     """Everything that is learned, with the optimisers' states."""
 
     # inner problem
-    q: Network  # stacked heads
-    target_q: Network
+    q: Heads
+    target_q: Heads
     q_optimizer: optax.OptState
     # outer problem
     model: Model
     model_optimizer: optax.OptState
     # fixed random value functions (vep), dual network (funcbo with num_dual_Q_steps > 0)
-    values: Network | None
-    dual: Network | None
+    values: Heads | None
+    dual: Heads | None
     dual_optimizer: optax.OptState | None
 
 
@@ -85,7 +85,7 @@ def init_learner(config: Any, key: jax.Array, obs_dim: int, num_actions: int) ->
     )
 
 
-def init_q(config: Any, key: jax.Array, obs_dim: int, num_actions: int) -> Network:
+def init_q(config: Any, key: jax.Array, obs_dim: int, num_actions: int) -> Heads:
     """Two Q heads, or one with `no_double`."""
     sizes = (obs_dim, *[config.max_hidden_dim] * NUM_LAYERS, num_actions)
     return networks.init_heads(key, 1 if config.no_double else 2, sizes, config.hidden_dim)
@@ -156,7 +156,7 @@ def _mean_and_log_std(outputs: jax.Array) -> tuple[jax.Array, jax.Array]:
     return mean, jnp.clip(log_std, *LOG_STD_RANGE)
 
 
-def state_value(config: Any, q: Network, obs: jax.Array) -> jax.Array:
+def state_value(config: Any, q: Heads, obs: jax.Array) -> jax.Array:
     """Soft value alpha * logsumexp(min_j Q_j / alpha) of `obs` `[obs, batch]`, or the hard maximum; `[batch]`."""
     smallest = networks.apply_heads(q, obs).min(0)
     if config.hard:
@@ -164,7 +164,7 @@ def state_value(config: Any, q: Network, obs: jax.Array) -> jax.Array:
     return config.alpha * jax.nn.logsumexp(smallest / config.alpha, axis=0)
 
 
-def bellman_target(config: Any, target_q: Network, batch: Batch) -> jax.Array:
+def bellman_target(config: Any, target_q: Heads, batch: Batch) -> jax.Array:
     """y = r + gamma (1 - terminated) V(s'), `[batch]`."""
     return batch.reward + config.discount * (1.0 - batch.terminated) * state_value(config, target_q, batch.next_obs)
 
@@ -182,7 +182,7 @@ def q_objective(values: jax.Array, target: jax.Array, action: jax.Array) -> jax.
     return 0.5 * squared.sum() if values.shape[0] > 1 else squared.sum()
 
 
-def q_loss(config: Any, q: Network, target_q: Network, batch: Batch) -> jax.Array:
+def q_loss(config: Any, q: Heads, target_q: Heads, batch: Batch) -> jax.Array:
     """L_Q(phi; target phi, batch)."""
     target = bellman_target(config, target_q, batch)
     return q_objective(networks.apply_heads(q, batch.obs), target, batch.action)
@@ -269,7 +269,7 @@ def hypergradient_omd(config: Any, learner: Learner, batch: Batch) -> tuple[jax.
     q, target_q = learner.q, learner.target_q
     outer_loss, outer_gradient = jax.value_and_grad(lambda q: q_loss(config, q, target_q, batch))(q)
 
-    def inner_loss(model: Model, q: Network) -> jax.Array:
+    def inner_loss(model: Model, q: Heads) -> jax.Array:
         return q_loss(config, q, target_q, predict(config, model, batch))
 
     gradient = implicit.minimum_hypergradient(inner_loss, learner.model, q, outer_gradient, linear_solver(config))
@@ -311,7 +311,7 @@ def _value_hessian(values: jax.Array, action: jax.Array) -> jax.Array:
 def _dual_adjoint(config: Any, learner: Learner, batch: Batch, cotangent: jax.Array) -> tuple[jax.Array, Learner]:
     hessian = _value_hessian(cotangent, batch.action)
 
-    def objective(dual: Network) -> jax.Array:
+    def objective(dual: Heads) -> jax.Array:
         adjoint = networks.apply_heads(dual, batch.obs)
         return (0.5 * hessian * adjoint**2 + cotangent * adjoint).sum()
 

@@ -332,7 +332,7 @@ class ModelBased:
         mean = jnp.sum(jnp.where(played, returns, 0.0)) / played.sum().astype(returns.dtype)
         return {"evaluation_return": mean, "final_return": jnp.where(played, returns, jnp.nan)}
 
-    def _play(self, q: networks.Network, config: Config, params: Any, key: jax.Array, played: jax.Array) -> jax.Array:
+    def _play(self, q: networks.Heads, config: Config, params: Any, key: jax.Array, played: jax.Array) -> jax.Array:
         num_episodes = played.shape[0]
         reset_key, key = jax.random.split(key)
         reset = jax.vmap(self.environment.reset, (0, None))
@@ -346,7 +346,7 @@ class ModelBased:
         def advance(carry: tuple) -> tuple:
             i, alive, returns, obs, environment = carry
             policy_key, step_key = jax.random.split(jax.random.fold_in(key, i))
-            action = act(config, q, obs.T.astype(q[0].bias.dtype), policy_key)
+            action = act(config, q, obs.T.astype(returns.dtype), policy_key)
             obs, environment, reward, terminated, truncated, _ = step(
                 jax.random.split(step_key, num_episodes), environment, action, params
             )
@@ -362,7 +362,7 @@ class ModelBased:
         return jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()
 
 
-def act(config: Config, q: networks.Network, obs: jax.Array, key: jax.Array) -> jax.Array:
+def act(config: Config, q: networks.Heads, obs: jax.Array, key: jax.Array) -> jax.Array:
     """Actions `[n]` for observations `[obs, n]`: softmax of the mean Q at temperature alpha, greedy if `hard`."""
     values = networks.apply_heads(q, obs).mean(0)
     if config.hard:

@@ -26,7 +26,7 @@ def prepare() -> None:
     if "xla_force_host_platform_device_count" not in flags:
         with contextlib.suppress(RuntimeError):  # the backend is already in use, as in a notebook: it stays as it is
             jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
-    if jax.config.read("jax_compilation_cache_dir") is None:
+    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "purejax_bilevel" / "compilations"
         with contextlib.suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)

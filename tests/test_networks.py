@@ -1,0 +1,90 @@
+"""Networks of traced width: the same function, gradients and law of initialisation as a small network."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from purejax_bilevel import networks
+from purejax_bilevel.bilevel import implicit
+
+SEED = 3
+LARGEST = 16
+
+
+def embedded(network: networks.Network, size: int = LARGEST) -> networks.Network:
+    """A small network in arrays of width `size`, the rest being zero."""
+    last = len(network) - 1
+    return tuple(
+        networks.Layer(
+            jnp.pad(
+                layer.kernel,
+                (
+                    (0, 0 if i == 0 else size - layer.kernel.shape[0]),
+                    (0, 0 if i == last else size - layer.kernel.shape[1]),
+                ),
+            ),
+            jnp.pad(layer.bias, (0, 0 if i == last else size - layer.bias.shape[0])),
+        )
+        for i, layer in enumerate(network)
+    )
+
+
+@pytest.mark.parametrize("width", [2, 3, 8])
+def test_traced_width_initialises_as_the_small_network(width: int):
+    small = networks.init_network(jax.random.key(SEED), (4, width, width, 2))
+    large = jax.jit(lambda width: networks.init_network(jax.random.key(SEED), (4, LARGEST, LARGEST, 2), width))(width)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), large, embedded(small))
+
+
+@pytest.mark.parametrize("width", [2, 3, 8])
+def test_traced_width_trains_as_the_small_network(width: int, float64: None):
+    """Outputs, gradients and hypergradients agree, and dead units stay dead through Adam-like steps."""
+    inputs, targets = jax.random.normal(jax.random.key(1), (4, 12)), jax.random.normal(jax.random.key(2), (2, 12))
+
+    def loss(outer: networks.Network, inner: networks.Network) -> jax.Array:
+        return ((networks.apply_network(inner, networks.apply_network(outer, inputs)) - targets) ** 2).mean()
+
+    def train(outer: networks.Network, inner: networks.Network) -> tuple:
+        for _ in range(5):
+            gradient = jax.grad(loss, argnums=1)(outer, inner)
+            hypergradient = implicit.minimum_hypergradient(loss, outer, inner, gradient, implicit.neumann(3, 0.1))
+            # Signs, as Adam's first step: a gradient that is not exactly 0 would move a dead unit by the full step.
+            inner = jax.tree.map(lambda p, g: p - 0.01 * jnp.sign(g), inner, gradient)
+            outer = jax.tree.map(lambda p, g: p - 0.01 * jnp.sign(g), outer, hypergradient)
+        return outer, inner
+
+    small = tuple(
+        networks.init_network(jax.random.key(i), (4, width, width, n), output_gain=1.0) for i, n in ((5, 4), (6, 2))
+    )
+    large = tuple(map(embedded, small))
+    np.testing.assert_allclose(loss(*large), loss(*small), rtol=1e-12)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), train(*large), tuple(map(embedded, train(*small)))
+    )
+
+
+@pytest.mark.parametrize(("fan_in", "fan_out"), [(4, 32), (32, 32), (32, 2), (1, 8), (64, 64)])
+def test_kernels_are_orthogonal(fan_in: int, fan_out: int):
+    kernel = networks.orthogonal(jax.random.key(SEED), fan_in, fan_out, 3.0)
+    tall = kernel if fan_in >= fan_out else kernel.T
+    np.testing.assert_allclose(tall.T @ tall, 9.0 * np.eye(min(fan_in, fan_out)), atol=1e-4)
+
+
+def test_kernels_are_uniform_over_rotations():
+    """First and second moments of the uniform law: mean 0, E[q_ij^2] = 1/n, E[det] = 0 for 3 x 3."""
+    kernels = np.asarray(
+        jax.vmap(lambda key: networks.orthogonal(key, 3, 3, 1.0))(jax.random.split(jax.random.key(SEED), 4000))
+    )
+    np.testing.assert_allclose(kernels.mean(0), 0, atol=0.04)
+    np.testing.assert_allclose((kernels**2).mean(0), 1 / 3, atol=0.03)
+    assert abs(np.linalg.det(kernels).mean()) < 0.06
+
+
+def test_heads_are_different_networks():
+    heads = networks.init_heads(jax.random.key(SEED), 2, (4, 8, 8, 2))
+    inputs = jax.random.normal(jax.random.key(1), (4, 5))
+    outputs = networks.apply_heads(heads, inputs)
+    assert outputs.shape == (2, 2, 5)
+    assert not np.allclose(outputs[0], outputs[1])
+    np.testing.assert_allclose(outputs[1], networks.apply_network(heads[1], inputs))
