@@ -2,7 +2,7 @@
 
 Every `*.npz` in `tests/data/`, or in the folder named by PUREJAX_BILEVEL_REFERENCE_DATA, is compared entry by entry:
 whatever a file says under `out/` must be reproduced, for any widths, batch sizes and numbers of inner steps found in
-it. Files whose name starts with `mbrl_` hold model-based agents.
+it. Files whose name starts with `mbrl_` hold model-based agents, `nsr_` non-stationary regression.
 """
 
 import os
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from purejax_bilevel.algorithms import agents
+from purejax_bilevel.algorithms import agents, regression, regression_agents
 from purejax_bilevel.algorithms.model_based import Config
 from purejax_bilevel.networks import Heads, Layer, Network
 from purejax_bilevel.replay import Batch
@@ -176,3 +176,84 @@ def heads_entries(prefix: str, heads: Heads, letter: str) -> dict[str, Any]:
 def model_entries(prefix: str, model: agents.Model) -> dict[str, Any]:
     entries = network_entries(f"{prefix}/next_obs", model.next_obs)
     return entries if model.reward is None else entries | network_entries(f"{prefix}/reward", model.reward)
+
+
+# --- non-stationary regression ----------------------------------------------------------------------------------------
+
+REGRESSION_TOLERANCES = {"aid": 1e-6}
+
+
+def test_there_are_regression_files():
+    assert files("nsr_"), f"no nsr_*.npz in {FOLDER}"
+
+
+@pytest.mark.parametrize("path", files("nsr_"), ids=lambda path: path.stem)
+def test_regression(path: Path, float64: Any):
+    golden = dict(np.load(path))
+    config = regression_config(golden)
+    computed = regression_outputs(golden, config)
+    expected = {name: value for name, value in golden.items() if name.startswith("out/")}
+    assert expected
+    tolerance = REGRESSION_TOLERANCES.get(config.agent_type, TOLERANCE)
+    for name, value in expected.items():
+        assert name in computed, f"{path.name} has {name}, which nothing here computes"
+        assert_close(computed[name], value, tolerance, f"{path.name} {name}")
+
+
+def regression_config(golden: Entries) -> regression.Config:
+    setting = {
+        name.removeprefix("config/"): value.item() for name, value in golden.items() if name.startswith("config/")
+    }
+    setting["agent_type"] = setting["agent_type"].lower()
+    setting["reference_dual"] = setting["agent_type"].startswith("funcbo")
+    config = regression.Config(
+        **setting,
+        max_hidden_dim=setting["hidden_dim"],
+        max_window_size=setting["window_size"],
+        grad_buffer_size=1,
+        max_grad_buffer_size=1,
+    )
+    return config.resolved()
+
+
+def regression_outputs(golden: Entries, config: regression.Config) -> Entries:
+    """The window's targets are given here, one block per past time, all on the same inputs."""
+    x_inner, y_inner, lags = (split_blocks(golden, golden[f"batch/{name}"]) for name in ("x_inner", "y_inner", "lag"))
+    assert (x_inner == x_inner[0]).all()
+    slots = lags[:, 0].astype(int) - 1
+    weights, targets = jnp.asarray(golden["lambda"])[slots], jnp.asarray(y_inner.swapaxes(1, 2))
+    data = regression_agents.Data(
+        jnp.asarray(x_inner[0].T), jnp.asarray(golden["batch/x_outer"].T), jnp.asarray(golden["batch/y_outer"].T)
+    )
+    summary = regression_agents.Summary(weights.sum(), jnp.tensordot(weights, targets, 1))
+    agent = jax.jit(lambda *arguments: regression_agents.AGENTS[config.agent_type](config, *arguments))
+    step, learner = agent(regression_learner(golden, config), data, summary)
+    by_block = step.gradient.weight + jnp.tensordot(targets, step.gradient.target, 2)
+    constant = weights @ (targets**2).sum(1).mean(1)
+    out = {
+        "outer_loss": step.outer_loss,
+        "inner_loss": step.inner_loss + constant,
+        "hypergradient": jnp.zeros(golden["lambda"].shape).at[slots].add(by_block),
+        **network_entries("inner_after/mlp", learner.inner),
+    }
+    return {f"out/{name}": np.asarray(value) for name, value in out.items()}
+
+
+def split_blocks(golden: Entries, array: np.ndarray) -> np.ndarray:
+    """`[blocks * batch, ...]` to `[blocks, batch, ...]`, in the order of the block numbers."""
+    blocks = golden["batch/block"].reshape(-1)
+    return np.stack([array[blocks == block] for block in np.unique(blocks)])
+
+
+def regression_learner(golden: Entries, config: regression.Config) -> regression_agents.Learner:
+    inner = read_network(golden, "inner/mlp")
+    dual = read_network(golden, "dual/mlp") if regression_agents.uses_dual(config) else None
+    weights = jnp.asarray(golden["lambda"])
+    return regression_agents.Learner(
+        inner=inner,
+        inner_optimizer=regression_agents.inner_optimizer(config).init(inner),
+        dual=dual,
+        dual_optimizer=None if dual is None else regression_agents.dual_optimizer(config).init(dual),
+        weights=weights,
+        outer_optimizer=regression_agents.outer_optimizer(config).init(weights),
+    )
