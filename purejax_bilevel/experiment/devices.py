@@ -57,3 +57,42 @@ def make_mesh(num_members: int, num_devices: int | None = None) -> Mesh:
 def default_member_batch(mesh: Mesh) -> int | None:
     """Members trained at once on a device: one on a CPU (measured faster than vmap), all (None) elsewhere."""
     return 1 if mesh.devices.flat[0].platform == "cpu" else None
+
+
+def free_memory(device: jax.Device) -> int | None:
+    """Bytes that programs may still use on a device: of its own memory, or of this machine's for a CPU device.
+
+    All CPU devices share the machine's memory. None where nothing is known.
+    """
+    if device.platform != "cpu":
+        statistics = device.memory_stats() or {}
+        limit = statistics.get("bytes_limit")
+        return None if limit is None else limit - statistics.get("bytes_in_use", 0)
+    return free_host_memory()
+
+
+def free_host_memory() -> int | None:
+    """Bytes that this process may still use: what the machine has available, within the limit of its control group."""
+    found = [_meminfo(), _control_group()]
+    return min((value for value in found if value is not None), default=None)
+
+
+def _meminfo() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, ValueError, IndexError, StopIteration):
+        return None
+
+
+def _control_group() -> int | None:
+    folder = Path("/sys/fs/cgroup")
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        try:
+            return int((folder / limit).read_text()) - int((folder / used).read_text())
+        except (OSError, ValueError):  # no such version of control groups, or "max"
+            continue
+    return None
