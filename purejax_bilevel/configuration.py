@@ -24,6 +24,8 @@ from purejax_bilevel.errors import UserError
 
 C = TypeVar("C")
 
+RUN_LENGTH = ("num_train_steps", "T_max")  # static fields that a resumed run may raise
+
 
 class Check(NamedTuple):
     """What a field allows: a sentence for people and a predicate."""

@@ -188,19 +188,19 @@ class Regression:
     headline = "evaluation_mse"
     step_unit = "time steps"
     long_names: ClassVar = {
-        "evaluation_mse": "mean squared error on all inputs",
-        "outer_loss": "outer loss",
+        "evaluation_mse": "evaluation MSE (all inputs)",
+        "outer_loss": "mean outer loss",
         "inner_loss": "inner loss",
         "hypergradient_norm": "norm of the hypergradient",
         "local_regret": "cumulative local regret",
-        "static_regret": "cumulative regret against the best constant lambda",
+        "static_regret": "cumulative static regret",
         "best_constant": "best constant lambda so far",
         "lambda": "weight lambda of each lag",
         "prediction": "first output of the network",
         "truth": "first output without noise",
     }
     finals: ClassVar[dict[str, str]] = {}
-    tables: ClassVar = ("evaluation_mse", "local_regret", "static_regret")
+    tables: ClassVar = ("evaluation_mse", "outer_loss", "local_regret", "static_regret")
     attributes: ClassVar = {
         **{
             name: {"better": "lower"}

@@ -64,7 +64,7 @@ def shift(config: Any, time: jax.Array) -> jax.Array:
     if config.shift_type == "sinusoidal":
         return config.beta * jnp.sin(config.omega * time)
     if config.shift_type == "abrupt":
-        return config.beta * (1.0 - 2.0 * (jnp.floor_divide(time, config.abrupt_steps) % 2))
+        return config.beta * (1.0 - 2.0 * (jnp.floor_divide(time - 1, config.abrupt_steps) % 2))
     return jnp.zeros(jnp.shape(time))
 
 

@@ -17,12 +17,11 @@ import tyro
 import yaml
 from rich.console import Console
 
-from purejax_bilevel.configuration import fields, from_dict, to_dict, validate
+from purejax_bilevel.configuration import RUN_LENGTH, fields, from_dict, to_dict, validate
 from purejax_bilevel.errors import UserError
 from purejax_bilevel.experiment import experiment, runner, statistics
 
 MARKERS = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
-MAY_CHANGE_ON_RESUME = ("num_train_steps",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +101,8 @@ def execute(run: Run, config: Any, console: Console) -> None:
         (str(name) for name in dataset.data_vars if "episode" in dataset[name].dims), dataset.attrs["headline"]
     )
     if not run.quiet:
-        experiment.print_summary(dataset, final, Console())
+        for variable in dataset.attrs.get("tables") or [final]:
+            experiment.print_summary(dataset, variable, Console())
         failed = int(statistics.failed_members(dataset).sum())
         note = f"; {failed} members diverged" if failed else ""
         seconds = f"compiled in {dataset.attrs['compile_seconds']:.1f} s, ran {dataset.attrs['run_seconds']:.1f} s"
@@ -143,10 +143,9 @@ def parse(config_class: type, description: str, arguments: Sequence[str] | None 
     config = config.resolved()
     _check_unchanged(run, saved_run, to_dict(config), to_dict(saved))
     done = runner.steps_done(folder)
-    if config.num_train_steps < done:
-        raise UserError(
-            f"--num_train_steps {config.num_train_steps} is less than the {done} steps that {run.resume} has done."
-        )
+    name = next(name for name in RUN_LENGTH if hasattr(config, name))
+    if getattr(config, name) < done:
+        raise UserError(f"--{name} {getattr(config, name)} is less than the {done} steps that {run.resume} has done.")
     return run, config
 
 
@@ -169,7 +168,7 @@ def load_description(folder: Path, config_class: type) -> tuple[dict[str, Any], 
 def _check_unchanged(run: Run, saved_run: dict[str, Any], config: dict[str, Any], saved: dict[str, Any]) -> None:
     now = {**config, **{name: getattr(run, name) for name in saved_run}}
     for name, before in {**saved, **saved_run}.items():
-        if now[name] != before and name not in MAY_CHANGE_ON_RESUME:
+        if now[name] != before and name not in RUN_LENGTH:
             raise UserError(
                 f"--resume goes on with --{name} {_words(before)}, got {_words(now[name])}; "
                 "start a new run for another value."

@@ -7,12 +7,13 @@ import xarray
 from rich.console import Console
 
 from purejax_bilevel.configuration import to_dict
-from purejax_bilevel.experiment import plots, results, statistics
+from purejax_bilevel.experiment import plots, regression_plots, results, statistics
 from purejax_bilevel.experiment.members import batch_config, grid_of
 from purejax_bilevel.experiment.program import Part
 from purejax_bilevel.experiment.runner import RunOptions, make_seeds, to_dataset, train
 
 CURVES = "learning_curves.png"
+FIGURES = {"Regression": regression_plots.write_figures}  # by program; the others get their learning curves
 
 
 def run(
@@ -55,15 +56,19 @@ def make_part(config: Any, num_seeds: int, seed: int) -> Part:
 
 
 def write_outputs(dataset: xarray.Dataset, folder: Path) -> None:
-    """Writes results.nc and the learning curves."""
+    """Writes results.nc and the figures."""
     results.save(dataset, folder)
-    plots.learning_curves(dataset, folder / CURVES, dataset.attrs["headline"])
+    if write_figures := FIGURES.get(dataset.attrs["program"]):
+        write_figures(dataset, folder)
+    else:
+        plots.learning_curves(dataset, folder / CURVES, dataset.attrs["headline"])
 
 
 def print_summary(dataset: xarray.Dataset, variable: str, console: Console) -> None:
     """Prints a table with one line per setting."""
     text = dataset[variable].attrs.get("long_name", variable)
-    statistics.render_table(statistics.summary_table(dataset, variable), console, text)
+    lower = statistics.lower_is_better(dataset, variable)
+    statistics.render_table(statistics.summary_table(dataset, variable), console, text, lower)
 
 
 def save_description(folder: Path, config: Any, run: dict[str, Any], resumed: bool) -> None:

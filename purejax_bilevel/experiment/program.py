@@ -29,7 +29,12 @@ Tree = Any
 
 
 class Program(Protocol):
-    """What an algorithm offers (see `algorithms/`): pure functions of one member."""
+    """What an algorithm offers (see `algorithms/`): pure functions of one member.
+
+    It may also have `attributes` (per measured variable: `better`, `units`, `dimension`, as in
+    `results.build_dataset`), `tables` (variables to print at the end) and `not_logged` (variables kept out of wandb
+    and TensorBoard).
+    """
 
     headline: str
     step_unit: str

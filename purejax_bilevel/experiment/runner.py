@@ -19,7 +19,7 @@ import numpy as np
 import xarray
 from rich.console import Console
 
-from purejax_bilevel.configuration import to_dict
+from purejax_bilevel.configuration import RUN_LENGTH, to_dict
 from purejax_bilevel.errors import UserError
 from purejax_bilevel.experiment import checkpoint as checkpoints
 from purejax_bilevel.experiment import devices, results, statistics
@@ -165,7 +165,8 @@ class _Run:
         }
         first = num_rows(start, self.total, part.program.eval_frequency)
         steps = row_steps(self.total, part.program.eval_frequency)[first:][: next(iter(rows.values())).shape[1]]
-        series = {name: array for name, array in rows.items() if name not in part.program.finals}
+        left_out = {*part.program.finals, *getattr(part.program, "not_logged", ())}
+        series = {name: array for name, array in rows.items() if name not in left_out}
         loggers.log_rows(np.arange(len(part.grid)), {"step": steps, **series})
 
     def _note_failures(self, number: int, part: Part, failed: np.ndarray, progress: Progress) -> None:
@@ -256,7 +257,7 @@ def fingerprint(parts: Sequence[Part]) -> dict[str, Any]:
     for number, part in enumerate(parts):
         prefix = f"part {number} " if len(parts) > 1 else ""
         saved = to_dict(part.config)
-        described |= {f"{prefix}{name}": value for name, value in saved.items() if name != "num_train_steps"}
+        described |= {f"{prefix}{name}": value for name, value in saved.items() if name not in RUN_LENGTH}
         described[f"{prefix}seeds"] = list(part.grid.seeds)
         described[f"{prefix}precision"] = str(np.asarray(1.0, _float_type()).dtype)
     return described
@@ -305,13 +306,17 @@ def to_dataset(part: Part, outcome: Outcome, number: int, config: Any, attrs: di
     final_names = part.program.finals
     series = {name: array for name, array in rows.items() if name not in final_names}
     finals = {name: rows[name][:, -1] for name in final_names} | {"failed": outcome.failed[number]}
-    variables: dict[str, dict[str, str]] = {name: {"long_name": text} for name, text in part.program.long_names.items()}
+    attributes = getattr(part.program, "attributes", {})
+    variables: dict[str, dict[str, str]] = {
+        name: {"long_name": text, **attributes.get(name, {})} for name, text in part.program.long_names.items()
+    }
     about = {
         "program": type(part.program).__name__,
         "environment": getattr(config, "env_name", ""),
         "config": to_dict(config),
         "versions": results.collect_versions(),
         "headline": part.program.headline,
+        "tables": list(getattr(part.program, "tables", [])),
         "compile_seconds": outcome.compile_seconds,
         "run_seconds": outcome.run_seconds,
         "step_name": part.program.step_unit,
