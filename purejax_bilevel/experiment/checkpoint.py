@@ -90,7 +90,7 @@ def load_steps(path: Path) -> int:
 
 def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
         about = json.loads(arrays.pop("about").tobytes())
         if about["format"] != FORMAT:
@@ -106,12 +106,15 @@ def _named(tree: Tree) -> dict[str, Any]:
 
 
 def _same_experiment(path: Path, stored: dict[str, Any], expected: dict[str, Any]) -> None:
-    for name in sorted(stored.keys() | expected.keys()):
+    for name in [*expected, *(stored.keys() - expected.keys())]:
         if stored.get(name) != expected.get(name):
-            raise UserError(
-                f"{path} belongs to another experiment: its {name} is {stored.get(name)!r}, "
-                f"this one's {expected.get(name)!r}."
-            )
+            its, ours = _short(stored.get(name)), _short(expected.get(name))
+            raise UserError(f"{path} belongs to another experiment: its {name} is {its}, this one's {ours}.")
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _same_array(path: Path, name: str, stored: Any, expected: Any) -> None:

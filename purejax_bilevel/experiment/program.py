@@ -9,6 +9,7 @@ Nothing is exchanged between members. Each device maps over its members one afte
 once (None, vmap) or in batches.
 """
 
+import contextlib
 import dataclasses
 import functools
 import time
@@ -58,11 +59,29 @@ class Program(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A sub-program and its members; `config` has leaves `[members]`."""
+    """A sub-program and its members; `config` has leaves `[members]`; `label` tells it from other parts."""
 
     program: Program
     config: Any
     grid: Grid
+    label: str = ""
+
+
+def precision(parts: Sequence[Part]) -> contextlib.AbstractContextManager:
+    """What everything of these parts must run in: 64-bit numbers if their configuration says `float64`, else as set."""
+    wanted = {getattr(part.config, "float64", False) for part in parts}
+    if len(wanted) > 1:
+        raise ValueError("the parts of one program must agree on float64")
+    return jax.enable_x64(True) if wanted == {True} else contextlib.nullcontext()
+
+
+def _in_precision(method: Callable) -> Callable:
+    @functools.wraps(method)
+    def wrapped(self: "CompiledProgram", *args: Any) -> Any:
+        with precision(self.parts):
+            return method(self, *args)
+
+    return wrapped
 
 
 class CompiledProgram:
@@ -79,6 +98,12 @@ class CompiledProgram:
         self._sharding = NamedSharding(mesh, P(AXIS))
         self.num_traces = 0
         self._padded = [_padded_indices(len(part.grid), mesh.devices.size) for part in self.parts]
+        self._compiled: Any = None
+        self.compile_seconds = 0.0
+        self._prepare()
+
+    @_in_precision
+    def _prepare(self) -> None:
         self._configs = tuple(
             self._place(part.config, index) for part, index in zip(self.parts, self._padded, strict=True)
         )
@@ -87,11 +112,12 @@ class CompiledProgram:
         ]
         self._seeds = tuple(self._place(seed, index) for seed, index in zip(seeds, self._padded, strict=True))
         self._structure = jax.eval_shape(self._empty)
-        self._compiled: Any = None
-        self.compile_seconds = 0.0
 
+    @_in_precision
     def compile(self) -> None:
-        """Traces and compiles; the time it took is in `compile_seconds`."""
+        """Traces and compiles, once; the time it took is in `compile_seconds`."""
+        if self._compiled is not None:
+            return
         begin = time.perf_counter()
         with jax.default_matmul_precision("highest"):
             bounds = (jax.ShapeDtypeStruct((), jnp.int32),) * 3
@@ -99,10 +125,12 @@ class CompiledProgram:
             self._compiled = jax.jit(self._chunk, donate_argnums=0).lower(*arguments).compile()
         self.compile_seconds = time.perf_counter() - begin
 
+    @_in_precision
     def initial(self) -> Tree:
         """Storage for all members; the compiled program fills it in when it starts from step 0."""
         return jax.jit(self._empty, out_shardings=self._sharding)()
 
+    @_in_precision
     def __call__(
         self, state: Tree, start: int, stop: int, total: int
     ) -> tuple[Tree, list[dict[str, np.ndarray]], list[np.ndarray]]:
@@ -124,10 +152,59 @@ class CompiledProgram:
             host_finite.append(self.local(number, finite[number]))
         return state, host_rows, host_finite
 
+    def swap(self, parts: Sequence[Part]) -> None:
+        """Puts other members in the places of the present ones; what is compiled stays.
+
+        Args:
+            parts: the same sub-programs with as many members; only values of configurations and seeds differ.
+
+        Raises:
+            ValueError: something differs that was compiled in.
+        """
+        for old, new in zip(self.parts, parts, strict=True):
+            if _shapes(old.config) != _shapes(new.config) or len(old.grid) != len(new.grid):
+                raise ValueError("members can only be swapped for as many of the same sub-program")
+        self.parts = tuple(parts)
+        self._prepare()
+
+    @property
+    def device_bytes(self) -> int | None:
+        """Memory that the compiled program needs on each device; None where the compiler does not tell."""
+        analysis = None if self._compiled is None else self._compiled.memory_analysis()
+        if analysis is None:
+            return None
+        kept = analysis.argument_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+        return kept + analysis.temp_size_in_bytes
+
+    def time_steps(self, state: Tree, total: int) -> tuple[Tree, float, float]:
+        """Measures the speed on late steps of a run that has just begun, about a second long.
+
+        Returns:
+            State that a run may start from step 0 with (it is filled in then), seconds per step of all members, seconds
+            per evaluation.
+        """
+        frequency = self.parts[0].program.eval_frequency or total
+        first = max(total - frequency, 0) // frequency * frequency
+
+        def seconds(start: int, stop: int) -> float:
+            nonlocal state
+            begin = time.perf_counter()
+            state, _, _ = self(state, start, stop, total)
+            return time.perf_counter() - begin
+
+        seconds(0, 1)
+        most = max(1, min(first + frequency, total) - 1 - first)  # the steps before an evaluation
+        guess = seconds(first, first + 1)
+        count = int(np.clip(1.0 / max(guess, 1e-6), 1, most))
+        per_step = seconds(first, first + count) / count
+        evaluation = min(first + frequency, total) - 1
+        return state, per_step, max(seconds(evaluation, evaluation + 1) - per_step, 0.0)
+
     def gather(self, state: Tree) -> list[Tree]:
         """Host copy of each part's state, leaves `[members, ...]` without padding."""
         return [jax.tree.map(lambda leaf, i=i: self.local(i, leaf), part) for i, part in enumerate(state)]
 
+    @_in_precision
     def scatter(self, host_state: Sequence[Tree]) -> Tree:
         """The inverse of `gather`, on whatever number of devices."""
         return tuple(self._place(part, index) for part, index in zip(host_state, self._padded, strict=True))
@@ -265,6 +342,10 @@ def _typed_keys(tree: Tree, like: Tree) -> Tree:
 
 def _is_key(leaf: Any) -> bool:
     return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _shapes(tree: Tree) -> Any:
+    return jax.tree.structure(tree), [(np.shape(leaf), np.asarray(leaf).dtype) for leaf in jax.tree.leaves(tree)]
 
 
 def _with_length(length: int, leaf: Any) -> jax.ShapeDtypeStruct:

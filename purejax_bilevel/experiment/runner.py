@@ -8,12 +8,13 @@ for members that diverged. Chunk boundaries change nothing in the numbers, bit f
 
 import contextlib
 import dataclasses
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import xarray
@@ -24,7 +25,7 @@ from purejax_bilevel.errors import UserError
 from purejax_bilevel.experiment import checkpoint as checkpoints
 from purejax_bilevel.experiment import devices, results, statistics
 from purejax_bilevel.experiment.loggers import Loggers
-from purejax_bilevel.experiment.program import ROWS, CompiledProgram, Part, num_rows, row_steps
+from purejax_bilevel.experiment.program import ROWS, CompiledProgram, Part, num_rows, precision, row_steps
 from purejax_bilevel.experiment.progress import Progress
 
 CHUNK_SECONDS = 3.0  # between two looks of the host, unless --chunks says how many
@@ -42,7 +43,7 @@ class RunOptions:
     Args:
         folder: where to write results and checkpoints; None: nowhere.
         devices: number of devices; None: all.
-        member_batch: members trained at once on a device; None: one on a CPU, all elsewhere; 0: all.
+        member_batch: members trained at once on a device; None: one on a CPU (all if they are tiny), all elsewhere; 0: all.
         chunks: number of calls of the compiled program; None: one every few seconds.
         resume: go on from the folder's checkpoint if there is one.
         wandb_mode: disabled, offline or online.
@@ -76,7 +77,28 @@ class Outcome:
     bytes_per_member: list[int]
 
 
-def train(parts: Sequence[Part], options: RunOptions, console: Console | None = None) -> Outcome:
+@dataclasses.dataclass(frozen=True)
+class Stretch:
+    """Some steps of a run: `start` .. `stop` - 1 (None: to the end), from the host state after `start` steps."""
+
+    start: int = 0
+    stop: int | None = None
+    state: list[Any] | None = None
+
+
+class Watcher(Protocol):
+    """Is told about a program before it runs, and may refuse it with a UserError."""
+
+    def planned(self, program: CompiledProgram) -> None:
+        """Nothing is compiled or allocated yet."""
+
+    def compiled(self, program: CompiledProgram, state: Any, steps: int, total: int) -> Any:
+        """The program is compiled; `steps` of `total` are done. Returns the state, used up where none are done."""
+
+
+def train(
+    parts: Sequence[Part], options: RunOptions, console: Console | None = None, watcher: Watcher | None = None
+) -> Outcome:
     """Runs all members of all parts to the end in one compiled program.
 
     Raises:
@@ -84,26 +106,50 @@ def train(parts: Sequence[Part], options: RunOptions, console: Console | None = 
         Interrupted: on Ctrl-C, after the checkpoint was written.
     """
     console = console or Console(stderr=True)
-    return _Run(parts, options, console).to_the_end()
+    return Run(parts, options, console, watcher=watcher).to_the_end()
 
 
-class _Run:
-    """One run in progress: the compiled program, what it has produced and where that is kept."""
+class Run:
+    """One run in progress: the compiled program, what it has produced and where that is kept.
 
-    def __init__(self, parts: Sequence[Part], options: RunOptions, console: Console):
+    Args:
+        parts: sub-programs and members.
+        options: how to run.
+        console: where messages go.
+        program: compiled for other members of the same sub-programs, to be used again.
+        stretch: some of the steps only.
+        watcher: told before it runs.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        options: RunOptions,
+        console: Console,
+        *,
+        program: CompiledProgram | None = None,
+        stretch: Stretch | None = None,
+        watcher: Watcher | None = None,
+    ):
         devices.prepare()
         self.parts, self.options, self.console = tuple(parts), options, console
         self.total = parts[0].program.num_steps
         self.num_members = sum(len(part.grid) for part in parts)
         mesh = devices.make_mesh(max(len(part.grid) for part in parts), options.devices)
         member_batch = (
-            devices.default_member_batch(mesh) if options.member_batch is None else options.member_batch or None
+            _default_member_batch(parts, mesh) if options.member_batch is None else options.member_batch or None
         )
         if member_batch is not None and member_batch < 1:
             raise UserError(f"--member_batch must be 0 (all) or a positive number, got {member_batch}.")
         if options.chunks is not None and options.chunks < 1:
             raise UserError(f"--chunks must be at least 1, got {options.chunks}.")
-        self.program = CompiledProgram(parts, mesh, member_batch)
+        if program is None:
+            program = CompiledProgram(parts, mesh, member_batch)
+        else:
+            program.swap(parts)
+        self.program, self.watcher = program, watcher
+        self.stretch = stretch or Stretch()
+        self.stop = self.total if self.stretch.stop is None else self.stretch.stop
         self.rows: list[dict[str, np.ndarray]] = [{} for _ in parts]
         self.failed = [np.zeros(len(part.grid), bool) for part in parts]
         self.steps, self.earlier_seconds = 0, (0.0, 0.0)
@@ -114,26 +160,35 @@ class _Run:
     # --- the loop ---
 
     def to_the_end(self) -> Outcome:
+        if self.watcher is not None:
+            self.watcher.planned(self.program)
         self._restore()
         unit = self.parts[0].program.step_unit
         progress = Progress(
-            self.total, self.num_members, unit, completed=self.steps, quiet=self.options.quiet, console=self.console
+            self.stop, self.num_members, unit, completed=self.steps, quiet=self.options.quiet, console=self.console
         )
         with contextlib.ExitStack() as stack:
-            loggers = [stack.enter_context(self._loggers(number)) for number in range(len(self.parts))]
+            loggers = [stack.enter_context(self._logger(number, progress)) for number in range(len(self.parts))]
+            for number, rows in enumerate(self.rows):  # a resumed run: logs are written anew from the first row
+                self._log(number, rows, self.stretch.start, loggers[number])
             stack.enter_context(progress)
             stopped = stack.enter_context(_stop_on_interrupt(progress))
-            if self.steps < self.total:
+            if self.steps < self.stop:
                 with progress.compiling():
                     self.program.compile()
+                    if self.watcher is not None:
+                        self._state = self.watcher.compiled(self.program, self._state, self.steps, self.total)
             self._saved_at = time.monotonic()
             chunk = self._first_chunk()
-            while self.steps < self.total:
-                seconds = self._advance(min(chunk, self.total - self.steps), loggers, progress)
-                self._save_if_due(force=stopped() or self.steps == self.total)
-                if stopped() and self.steps < self.total:
+            while self.steps < self.stop:
+                seconds = self._advance(min(chunk, self.stop - self.steps), loggers, progress)
+                self._save_if_due(force=stopped() or self.steps == self.stop)
+                if stopped() and self.steps < self.stop:
                     raise Interrupted(self._how_to_resume())
                 chunk = self._next_chunk(chunk, seconds)
+            for number, part in enumerate(self.parts):
+                finals = {name: self.rows[number][name][:, -1] for name in part.program.finals}
+                loggers[number].log_finals(np.arange(len(part.grid)), finals)
         return Outcome(
             self.steps,
             self.rows,
@@ -153,21 +208,28 @@ class _Run:
         self.run_seconds += seconds
         for number, part in enumerate(self.parts):
             self._note_failures(number, part, ~finite[number], progress)
-            self._append(number, part, rows[number], start, loggers[number])
+            self._append(number, rows[number])
+            self._log(number, rows[number], start, loggers[number])
         progress.update(self.steps, self._headline())
         return seconds
 
-    def _append(self, number: int, part: Part, rows: dict[str, np.ndarray], start: int, loggers: Loggers) -> None:
+    def _append(self, number: int, rows: dict[str, np.ndarray]) -> None:
         known = self.rows[number]
         self.rows[number] = {
             name: np.concatenate([known[name], array], axis=1) if name in known else array
             for name, array in rows.items()
         }
-        first = num_rows(start, self.total, part.program.eval_frequency)
-        steps = row_steps(self.total, part.program.eval_frequency)[first:][: next(iter(rows.values())).shape[1]]
-        left_out = {*part.program.finals, *getattr(part.program, "not_logged", ())}
+
+    def _log(self, number: int, rows: dict[str, np.ndarray], start: int, logger: Loggers) -> None:
+        program = self.parts[number].program
+        count = next(iter(rows.values())).shape[1] if rows else 0
+        if not count:
+            return
+        first = num_rows(start, self.total, program.eval_frequency)
+        steps = row_steps(self.total, program.eval_frequency)[first : first + count]
+        left_out = {*program.finals, *getattr(program, "not_logged", ())}
         series = {name: array for name, array in rows.items() if name not in left_out}
-        loggers.log_rows(np.arange(len(part.grid)), {"step": steps, **series})
+        logger.log_rows(np.arange(len(self.parts[number].grid)), {"step": steps, **series})
 
     def _note_failures(self, number: int, part: Part, failed: np.ndarray, progress: Progress) -> None:
         new = np.flatnonzero(failed & ~self.failed[number])
@@ -184,20 +246,24 @@ class _Run:
         latest = np.concatenate([rows[name][:, -1] for rows in self.rows])
         return f"{name.replace('_', ' ')} {float(statistics.iqm(latest)):.4g}"
 
-    def _loggers(self, number: int) -> Loggers:
-        folder = self.options.folder
-        if folder is None and (self.options.wandb_mode != "disabled" or self.options.tensorboard):
-            raise UserError("--wandb_mode and --tensorboard need an output folder.")
-        name = (folder.name if folder else "run") + (f"-{number}" if number else "")
+    def _logger(self, number: int, progress: Progress) -> Loggers:
+        folder, options = self.options.folder, self.options
+        if folder is None:
+            if options.wandb_mode != "disabled" or options.tensorboard:
+                raise UserError("wandb_mode and tensorboard need an output folder.")
+            folder = Path()
+        several = len(self.parts) > 1
         return Loggers(
             self.parts[number].grid,
-            (folder or Path()) / (f"part-{number}" if len(self.parts) > 1 else ""),
-            name,
-            fingerprint(self.parts),
-            wandb_mode=self.options.wandb_mode,
-            runs=self.options.wandb_runs,
-            tensorboard=self.options.tensorboard,
-            resume=self.options.resume,
+            folder / (file_name(self.parts[number].label) or f"part-{number}") if several else folder,
+            folder.name or "run",
+            fingerprint(self.parts[number : number + 1]),
+            wandb_mode=options.wandb_mode,
+            runs=options.wandb_runs,
+            label=self.parts[number].label if several else "",
+            tensorboard=options.tensorboard,
+            resume=options.resume,
+            note=progress.note,
         )
 
     # --- chunks ---
@@ -225,12 +291,24 @@ class _Run:
 
     def _restore(self) -> None:
         if not (self.options.resume and self._path is not None and self._path.exists()):
-            self._state = self.program.initial()
+            self.steps, state = self.stretch.start, self.stretch.state
+            self._state = self.program.initial() if state is None else self.program.scatter(state)
             return
         saved = checkpoints.load(self._path, self.program.structure, fingerprint(self.parts))
         if saved.steps > self.total:
             raise UserError(f"{self._path} has done {saved.steps} steps, more than the {self.total} asked for.")
-        self.steps, self.rows, self.failed, self.earlier_seconds = saved.steps, saved.rows, saved.failed, saved.seconds
+        self.steps, self.failed, self.earlier_seconds = saved.steps, saved.failed, saved.seconds
+        # A shorter run may have ended between two regular evaluations: a longer one does without that last row.
+        start = self.stretch.start
+        counts = [
+            num_rows(saved.steps, self.total, part.program.eval_frequency)
+            - num_rows(start, self.total, part.program.eval_frequency)
+            for part in self.parts
+        ]
+        self.rows = [
+            {name: array[:, :count] for name, array in rows.items()}
+            for rows, count in zip(saved.rows, counts, strict=True)
+        ]
         self._state = self.program.scatter(saved.state)
 
     def _save_if_due(self, force: bool) -> None:
@@ -251,22 +329,44 @@ class _Run:
         return f"{done}; go on with --resume {self.options.folder}"
 
 
+def file_name(label: str) -> str:
+    """A label as the name of a folder or file."""
+    return re.sub(r"[^\w.=+-]+", "_", label).strip("._")
+
+
 def fingerprint(parts: Sequence[Part]) -> dict[str, Any]:
     """What two runs must share for one to go on where the other stopped: everything but the number of steps."""
     described: dict[str, Any] = {}
     for number, part in enumerate(parts):
         prefix = f"part {number} " if len(parts) > 1 else ""
-        saved = to_dict(part.config)
-        described |= {f"{prefix}{name}": value for name, value in saved.items() if name not in RUN_LENGTH}
         described[f"{prefix}seeds"] = list(part.grid.seeds)
-        described[f"{prefix}precision"] = str(np.asarray(1.0, _float_type()).dtype)
+        for name, value in to_dict(part.config).items():
+            if name not in RUN_LENGTH:
+                described[f"{prefix}{name}"] = _distinct(value)
+        described[f"{prefix}precision"] = str(np.asarray(1.0, _float_type(parts)).dtype)
     return described
 
 
-def _float_type() -> Any:
+def _distinct(value: Any) -> Any:
+    """A single value where all members agree; rates in the digits that single precision holds."""
+    if not isinstance(value, list):
+        return value
+    rounded = [float(f"{element:.7g}") if isinstance(element, float) else element for element in value]
+    return rounded if len(set(rounded)) > 1 else rounded[0]
+
+
+def _float_type(parts: Sequence[Part]) -> Any:
     import jax.numpy as jnp
 
-    return jnp.result_type(float)
+    with precision(parts):
+        return jnp.result_type(float)
+
+
+def _default_member_batch(parts: Sequence[Part], mesh: Any) -> int | None:
+    """All at once if the configurations say `vectorized`: arrays of a few numbers cost less than the call."""
+    if all(getattr(part.config, "vectorized", False) for part in parts):
+        return None
+    return devices.default_member_batch(mesh)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,218 @@
+"""Every registered agent: alone, as a member of a grid, vmapped, sharded over eight devices, in chunks and resumed.
+
+Programs are tiny; what is compared is the whole state and every recorded number.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from purejax_bilevel.algorithms import agents, model_based
+from purejax_bilevel.algorithms.model_based import Config
+from purejax_bilevel.configuration import replace
+from purejax_bilevel.errors import UserError
+from purejax_bilevel.experiment import experiment, runner
+from purejax_bilevel.experiment.devices import make_mesh
+from purejax_bilevel.experiment.program import CompiledProgram
+
+STEPS = 60
+SMALL = Config(
+    num_train_steps=STEPS,
+    init_steps=16,
+    batch_size=16,
+    capacity=40,
+    hidden_dim=5,
+    eval_frequency=20,
+    eval_episodes=2,
+    final_eval_episodes=3,
+)
+VARIANTS: dict[str, dict[str, Any]] = {
+    **{agent: {"agent_type": agent} for agent in agents.AGENTS},
+    "smoothfbo": {"agent_type": "smoothfbo", "smoothing_window": (2, 9)},
+    "omd_ema": {"agent_type": "omd", "smoothing": "ema", "beta": (0.0, 0.5)},
+    "funcbo_dual": {"agent_type": "funcbo", "num_dual_Q_steps": 2},
+    "omd_cg_many_steps": {
+        "agent_type": "omd",
+        "with_inv_jac": "cg",
+        "solver_steps": 3,
+        "num_Q_steps": 2,
+        "warm_opt": True,
+    },
+    "omd_neumann_no_warm": {"agent_type": "omd", "with_inv_jac": "neumann", "solver_steps": 3, "no_warm": True},
+    "omd_drift_weighted": {
+        "agent_type": "omd",
+        "non_stationary": "drift",
+        "transition_steps": 20,
+        "clear_buffer": True,
+        "time_weighted_sampling": True,
+        "hard": True,
+        "no_double": True,
+    },
+    "mle_probabilistic": {"agent_type": "mle", "prob_model": True, "num_T_steps": 2, "num_Q_steps": 2},
+    "mle_true_reward_acrobot": {"agent_type": "mle", "no_learn_reward": True, "env_name": "Acrobot-v1"},
+}
+
+
+def train(config: Config, num_seeds: int = 2, seed: int = 0, **options: Any) -> tuple[Any, runner.Outcome]:
+    part = experiment.make_part(config.resolved(), num_seeds, seed)
+    return part, runner.train([part], runner.RunOptions(quiet=True, **options))
+
+
+def same(a: Any, b: Any) -> None:
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.fixture(scope="module", params=VARIANTS, ids=str)
+def trained(request: pytest.FixtureRequest) -> tuple[Config, Any, runner.Outcome]:
+    """Two model widths, two rates, two seeds (and the variant's own axes) on eight devices."""
+    config = replace(SMALL, model_hidden_dim=(2, 4), lr=(1e-3, 3e-3), **VARIANTS[request.param])
+    part, outcome = train(config, chunks=2)
+    return config, part, outcome
+
+
+def test_runs_in_one_compilation(trained: tuple):
+    _, part, outcome = trained
+    assert outcome.num_traces == 1
+    assert outcome.steps == STEPS
+    assert not outcome.failed[0].any()
+    rows = outcome.rows[0]
+    assert {"evaluation_return", "training_return", "q_loss", "q_gradient_norm", "final_return"} <= rows.keys()
+    assert rows["evaluation_return"].shape == (len(part.grid), 3)
+    assert np.isfinite(rows["q_loss"]).all()
+    played = np.isfinite(rows["final_return"]).sum(-1)
+    np.testing.assert_array_equal(played, np.broadcast_to([2, 2, 3], played.shape))
+
+
+def test_every_trainable_leaf_moves_and_fixed_ones_do_not(trained: tuple):
+    config, part, outcome = trained
+    seeds = jnp.array([part.grid.settings(member)["seed"] for member in range(len(part.grid))])
+    batched = jax.tree.map(jnp.asarray, part.config)
+    start = jax.jit(jax.vmap(lambda seed, own: part.program.init(jax.random.key(seed), own)))(seeds, batched).learner
+    end = outcome.state[0][0].learner
+    for first, last in zip(jax.tree.leaves(start.q), jax.tree.leaves(end.q), strict=True):
+        assert not np.any(np.all(first == last, axis=tuple(range(1, last.ndim))))  # in no member a leaf stays as it was
+    assert moved(start.target_q, end.target_q)
+    assert moved(start.model, end.model) == (config.resolved().agent_type != "sql")
+    assert start.values is None or not moved(start.values, end.values)
+    if start.dual is not None:
+        assert moved(start.dual, end.dual)
+        assert np.all(jax.tree.leaves(end.dual_optimizer)[0] > 0)
+
+
+def moved(start: Any, end: Any) -> bool:
+    pairs = zip(jax.tree.leaves(start), jax.tree.leaves(end), strict=True)
+    return any(not np.allclose(first, last, atol=1e-6) for first, last in pairs)
+
+
+def test_seeds_act_differently_and_settings_learn_differently(trained: tuple):
+    config, part, outcome = trained
+    state = outcome.state[0][0]
+    assert not np.array_equal(state.storage[0], state.storage[1])
+    rates = len(part.grid) // 2
+    same_seed = jax.tree.leaves(state.learner.model)[0][::2]
+    if config.resolved().agent_type != "sql":
+        assert len(np.unique(same_seed.reshape(rates, -1), axis=0)) == rates
+
+
+@pytest.mark.parametrize("agent", [*agents.AGENTS, "smoothfbo"])
+def test_member_equals_a_run_of_its_own(agent: str):
+    """Bitwise: the widest member of a grid on eight devices, and the same member alone on one device."""
+    config = replace(SMALL, model_hidden_dim=(2, 4), lr=(1e-3, 3e-3), **VARIANTS[agent])
+    part, outcome = train(config)
+    member = len(part.grid) - 1
+    setting = part.grid.settings(member)
+    seed = setting.pop("seed")
+    _, single = train(replace(config, **setting), 1, seed, devices=1)
+    for name, array in single.rows[0].items():
+        np.testing.assert_array_equal(array[0], outcome.rows[0][name][member])
+    same(jax.tree.map(lambda leaf: leaf[0], single.state[0]), jax.tree.map(lambda leaf: leaf[member], outcome.state[0]))
+
+
+@pytest.mark.parametrize("agent", ["omd", "mle"])
+def test_vmapped_members_agree(agent: str):
+    config = replace(SMALL, agent_type=agent, lr=(1e-3, 3e-3), num_train_steps=30)
+    _, one_by_one = train(config, devices=1)
+    _, together = train(config, devices=1, member_batch=0)
+    _, batched = train(config, devices=1, member_batch=3)
+    for other in (together, batched):
+        for name in ("q_loss", "training_return"):
+            np.testing.assert_allclose(other.rows[0][name], one_by_one.rows[0][name], rtol=1e-3)
+
+
+def test_step_counter_stays_shared_under_vmap():
+    """`cond` on the step must stay a branch: batched, it would compute both sides and copy the buffer at every step."""
+    config = replace(SMALL, smoothing="window", smoothing_window=9).resolved()
+
+    def count(num_seeds: int, member_batch: int | None) -> int:
+        part = experiment.make_part(config, num_seeds, 0)
+        program = CompiledProgram([part], make_mesh(1, 1), member_batch)
+        bounds = (jnp.int32(0), jnp.int32(STEPS), jnp.int32(STEPS))
+        jaxpr = jax.make_jaxpr(program._chunk)(program._structure, program._configs, program._seeds, *bounds)
+        return str(jaxpr).count("cond[")
+
+    assert count(4, None) == count(1, 1) >= 3
+
+
+@pytest.mark.parametrize("agent", ["omd", "smoothfbo", "vep"])
+def test_resume_is_bitwise(agent: str, tmp_path: Path):
+    """Stopped after every chunk and continued by a new process's worth of objects, on another number of devices."""
+    config = replace(SMALL, agent_type=agent, lr=(1e-3, 3e-3), smoothing_window=9)
+    _, whole = train(config)
+    _, first = train(replace(config, num_train_steps=30, transition_steps=STEPS), folder=tmp_path, devices=3)
+    assert first.steps == 30
+    part = experiment.make_part(config.resolved(), 2, 0)
+    outcome = runner.train([part], runner.RunOptions(folder=tmp_path, quiet=True, resume=True, devices=2, chunks=4))
+    assert outcome.steps == STEPS
+    same(outcome.state, whole.state)
+    for name, array in whole.rows[0].items():
+        np.testing.assert_array_equal(outcome.rows[0][name], array)
+
+
+def test_a_member_that_diverges_leaves_the_others_untouched(capsys: pytest.CaptureFixture):
+    part, outcome = train(replace(SMALL, lr=(1e-3, 1e30)), num_seeds=1)
+    _, alone = train(replace(SMALL, lr=1e-3), num_seeds=1)
+    np.testing.assert_array_equal(outcome.failed[0], [False, True])
+    same(jax.tree.map(lambda leaf: leaf[:1], outcome.state), alone.state)
+    dataset = runner.to_dataset(part, outcome, 0, SMALL, {})
+    assert dataset.failed.values.tolist() == [[False], [True]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"env_name": "NoSuch-v0"}, "--env_name NoSuch-v0 is not an environment"),
+        ({"lr": -1.0}, "--lr must be a finite number above 0, got -1.0"),
+        ({"lr": (1e-3, float("nan"))}, "--lr must be a finite number above 0, got nan"),
+        ({"lr": (1e-3, 1e-3)}, "--lr was given the same value twice"),
+        ({"tau": 1.5}, "--tau must be a number from 0 to 1"),
+        ({"model_hidden_dim": 0}, "--model_hidden_dim must be a whole number of at least 1"),
+        ({"model_hidden_dim": 2.5}, "--model_hidden_dim must be a whole number"),
+        ({"agent_type": "dqn"}, "--agent_type must be one of omd"),
+        ({"batch_size": 32}, "--batch_size 32 is larger than the 16 transitions that --init_steps"),
+        ({"capacity": 8}, "--capacity 8 is smaller than --batch_size 16"),
+        ({"agent_type": "mle", "smoothing": "ema"}, "--smoothing ema needs an agent with a hypergradient"),
+        ({"agent_type": "mle", "with_inv_jac": "cg"}, "--with_inv_jac cg is for --agent_type omd"),
+        ({"num_dual_Q_steps": 1}, "--num_dual_Q_steps is for --agent_type funcbo"),
+        ({"env_name": "Acrobot-v1", "non_stationary": "drift"}, "CartPole's pole angle"),
+        ({"clear_buffer": True}, "--clear_buffer needs --non_stationary drift"),
+    ],
+)
+def test_bad_settings_are_one_sentence(changes: dict[str, Any], sentence: str):
+    with pytest.raises(UserError, match=r"^[^\n]*$") as raised:
+        replace(SMALL, **changes).resolved()
+    assert sentence in str(raised.value)
+
+
+def test_tuned_values_fill_in_only_what_is_not_given():
+    for agent, tuned in model_based.TUNED.items():
+        config = Config(agent_type=agent, inner_lr=0.5).resolved()
+        assert (config.lr, config.tau, config.inner_lr) == (tuned["lr"], tuned["tau"], 0.5)
+
+
+def test_smoothfbo_is_funcbo_with_a_window():
+    config = Config(agent_type="smoothfbo").resolved()
+    assert (config.agent_type, config.smoothing) == ("funcbo", "window")
