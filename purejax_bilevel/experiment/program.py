@@ -198,7 +198,8 @@ class CompiledProgram:
         count = int(np.clip(1.0 / max(guess, 1e-6), 1, most))
         per_step = seconds(first, first + count) / count
         evaluation = min(first + frequency, total) - 1
-        return state, per_step, max(seconds(evaluation, evaluation + 1) - per_step, 0.0)
+        per_evaluation = max(seconds(evaluation, evaluation + 1) - per_step, 0.0)
+        return state, per_step, per_evaluation
 
     def gather(self, state: Tree) -> list[Tree]:
         """Host copy of each part's state, leaves `[members, ...]` without padding."""
