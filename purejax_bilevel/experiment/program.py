@@ -168,6 +168,11 @@ class CompiledProgram:
         self._prepare()
 
     @property
+    def is_compiled(self) -> bool:
+        """Whether it can run at once."""
+        return self._compiled is not None
+
+    @property
     def device_bytes(self) -> int | None:
         """Memory that the compiled program needs on each device; None where the compiler does not tell."""
         analysis = None if self._compiled is None else self._compiled.memory_analysis()

@@ -173,7 +173,7 @@ class Run:
                 self._log(number, rows, self.stretch.start, loggers[number])
             stack.enter_context(progress)
             stopped = stack.enter_context(_stop_on_interrupt(progress))
-            if self.steps < self.stop:
+            if self.steps < self.stop and not self.program.is_compiled:
                 with progress.compiling():
                     self.program.compile()
                     if self.watcher is not None:
@@ -235,7 +235,8 @@ class Run:
         new = np.flatnonzero(failed & ~self.failed[number])
         self.failed[number] = self.failed[number] | failed
         for member in new[:10]:
-            progress.note(f"diverged (not a number) by step {self.steps}: {part.grid.describe(int(member))}")
+            name = f"{part.label}: " if part.label else ""
+            progress.note(f"diverged (not a number) by step {self.steps}: {name}{part.grid.describe(int(member))}")
         if len(new) > 10:
             progress.note(f"... and {len(new) - 10} more members.")
 
