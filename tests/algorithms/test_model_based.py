@@ -120,7 +120,7 @@ def test_seeds_act_differently_and_settings_learn_differently(trained: tuple):
 
 @pytest.mark.parametrize("agent", [*agents.AGENTS, "smoothfbo"])
 def test_member_equals_a_run_of_its_own(agent: str):
-    """Bitwise: the widest member of a grid on eight devices, and the same member alone on one device."""
+    """The widest member of a grid on eight devices, and alone on one: programs of other shapes, equal up to rounding."""
     config = replace(SMALL, model_hidden_dim=(2, 4), lr=(1e-3, 3e-3), **VARIANTS[agent])
     part, outcome = train(config)
     member = len(part.grid) - 1
@@ -128,8 +128,10 @@ def test_member_equals_a_run_of_its_own(agent: str):
     seed = setting.pop("seed")
     _, single = train(replace(config, **setting), 1, seed, devices=1)
     for name, array in single.rows[0].items():
-        np.testing.assert_array_equal(array[0], outcome.rows[0][name][member])
-    same(jax.tree.map(lambda leaf: leaf[0], single.state[0]), jax.tree.map(lambda leaf: leaf[member], outcome.state[0]))
+        np.testing.assert_allclose(array[0], outcome.rows[0][name][member], rtol=1e-4, atol=1e-6)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a[0], b[member], rtol=1e-3, atol=1e-6), single.state, outcome.state
+    )
 
 
 @pytest.mark.parametrize("agent", ["omd", "mle"])
