@@ -6,6 +6,7 @@ its folder, so that `--resume` needs nothing else.
 
 import dataclasses
 import datetime
+import itertools
 import sys
 import types
 import typing
@@ -122,6 +123,31 @@ def _folder(run: Run, config: Any) -> Path:
 # --- parsing ----------------------------------------------------------------------------------------------------------
 
 
+def named_environment(arguments: Sequence[str] | None = None) -> str:
+    """The value of `--env_name`, or of the run that `--resume` names, by which a script chooses its configuration.
+
+    Nothing is checked here: where nothing is found ("" then), the usual reading of the command line says what is wrong.
+    """
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    if name := _option(words, "env_name"):
+        return name
+    try:
+        saved = yaml.safe_load((Path(_option(words, "resume")) / "config.yaml").read_text())
+        return str(saved["config"]["env_name"])
+    except (OSError, yaml.YAMLError, KeyError, TypeError):
+        return ""
+
+
+def _option(words: Sequence[str], name: str) -> str:
+    """The last value of an option, written `--name value` or `--name=value`."""
+    value = ""
+    for word, following in itertools.zip_longest(words, words[1:], fillvalue=""):
+        option, equals, rest = word.partition("=")
+        if option.startswith("--") and option[2:].replace("-", "_") == name:
+            value = rest if equals else following
+    return value
+
+
 def parse(config_class: type, description: str, arguments: Sequence[str] | None = None) -> tuple[Run, Any]:
     """Reads the command line (and, on resume, the folder's own settings).
 
@@ -137,7 +163,7 @@ def parse(config_class: type, description: str, arguments: Sequence[str] | None 
         return run, config.resolved()
     folder = run.resume
     saved_run, saved = load_description(folder, config_class)
-    default = _defaults(parser, dataclasses.replace(run, **saved_run), saved)
+    default = _defaults(parser, Run(**saved_run), saved)  # not `run`: a flag given twice is unknown to tyro
     again = tyro.cli(parser, description=description, args=words, use_underscores=True, config=MARKERS, default=default)
     run, config = _split(again, config_class)
     config = config.resolved()

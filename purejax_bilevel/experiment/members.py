@@ -96,18 +96,20 @@ def grid_of(config: Any, seeds: tuple[int, ...], axes: tuple[Axis, ...] = ()) ->
 def batch_config(config: C, grid: Grid) -> C:
     """The configuration of all members at once: every traced leaf an array `[members]`.
 
-    Static fields that size arrays receive the largest value among the members.
+    Static fields that size arrays receive the largest value among the members. Numbers have 32 bits unless the
+    configuration's class says `float64 = True`: then its whole program runs in 64 bits (`program.precision`).
 
     Raises:
         UserError: a size was fixed below the largest value asked for.
     """
     settings = [grid.settings(member) for member in range(len(grid))]
     changes: dict[str, Any] = {}
+    float_type = np.float64 if getattr(config, "float64", False) else np.float32
     for field in fields(config, is_traced=True):
         single = values_of(getattr(config, field.name))[0]
         values = [setting.get(field.name, single) for setting in settings]
         whole = all(isinstance(value, int | np.integer) for value in values)
-        changes[field.name] = np.asarray(values, np.int32 if whole and "int" in str(field.type) else np.float32)
+        changes[field.name] = np.asarray(values, np.int32 if whole and "int" in str(field.type) else float_type)
         maximum = field.metadata["maximum"]
         if maximum is not None:
             largest, given = int(max(values)), getattr(config, maximum)

@@ -43,7 +43,7 @@ class RunOptions:
     Args:
         folder: where to write results and checkpoints; None: nowhere.
         devices: number of devices; None: all.
-        member_batch: members trained at once on a device; None: one on a CPU (all if they are tiny), all elsewhere; 0: all.
+        member_batch: members trained at once on a device; None: one on a CPU (tiny ones: all), all elsewhere; 0: all.
         chunks: number of calls of the compiled program; None: one every few seconds.
         resume: go on from the folder's checkpoint if there is one.
         wandb_mode: disabled, offline or online.
@@ -61,6 +61,12 @@ class RunOptions:
     wandb_runs: str = "member"
     tensorboard: bool = False
     quiet: bool = False
+
+    def __post_init__(self) -> None:
+        if self.member_batch is not None and self.member_batch < 0:
+            raise UserError(f"--member_batch must be 0 (all) or a positive number, got {self.member_batch}.")
+        if self.chunks is not None and self.chunks < 1:
+            raise UserError(f"--chunks must be at least 1, got {self.chunks}.")
 
 
 @dataclasses.dataclass
