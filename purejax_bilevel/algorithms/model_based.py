@@ -34,7 +34,7 @@ from purejax_bilevel.environments import non_stationary
 from purejax_bilevel.errors import UserError
 
 # Named streams of random numbers; a constant each, so that adding one moves no other.
-INIT, ACT, ENVIRONMENT, LEARN, EVALUATE = range(5)
+INIT, ACT, ENVIRONMENT, LEARN, EVALUATE, VIDEO = range(6)
 
 # Found with this project's own runs on CartPole-v1 (README, "Learning").
 TUNED: dict[str, dict[str, Any]] = {
@@ -355,6 +355,28 @@ class ModelBased:
 
         carry = (jnp.int32(0), played, jnp.zeros(num_episodes), obs, environment)
         return jax.lax.while_loop(unfinished, advance, carry)[2]
+
+    def episode(self, state: State, config: Config, t: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """One episode of the policy of step `t`, for a video.
+
+        Returns:
+            Observations `[max_steps, obs]` and whether the episode was still going on `[max_steps]`.
+        """
+        key = jax.random.fold_in(jax.random.fold_in(state.key, VIDEO), t)
+        params = self._environment_params(config, t)
+        reset_key, key = jax.random.split(key)
+
+        def advance(carry: tuple, i: jax.Array) -> tuple[tuple, tuple[jax.Array, jax.Array]]:
+            obs, environment, alive = carry
+            policy_key, step_key = jax.random.split(jax.random.fold_in(key, i))
+            action = act(config, state.learner.q, obs[:, None].astype(state.obs.dtype), policy_key)[0]
+            next_obs, environment, _, terminated, truncated, _ = self.environment.step(
+                step_key, environment, action, params
+            )
+            return (next_obs, environment, alive & ~(terminated | truncated)), (obs, alive)
+
+        start = (*self.environment.reset(reset_key, params), jnp.bool_(True))
+        return jax.lax.scan(advance, start, jnp.arange(self.task.max_steps))[1]
 
     def is_finite(self, state: State) -> jax.Array:
         """Whether all learned parameters of a member are finite numbers."""

@@ -83,7 +83,9 @@ def execute(run: Run, config: Any, console: Console) -> None:
     runner.check_writable(folder)
     options = {"seed": run.seed, "num_seeds": run.num_seeds}
     part = experiment.make_part(config, run.num_seeds, run.seed)  # bad input shows before anything is written
-    del part
+    devices.make_mesh(len(part.grid), run.devices)
+    if run.video and not hasattr(part.program, "episode"):
+        raise UserError(f"--video: {type(part.program).__name__} has no policy to show.")
     experiment.save_description(folder, config, options, resumed=run.resume is not None)
     dataset = experiment.run(
         config,
@@ -96,6 +98,7 @@ def execute(run: Run, config: Any, console: Console) -> None:
         wandb_mode=run.wandb_mode,
         wandb_runs=run.wandb_runs,
         tensorboard=run.tensorboard,
+        video=run.video,
         quiet=run.quiet,
     )
     final = next(

@@ -8,16 +8,24 @@ from rich.console import Console
 
 from purejax_bilevel.configuration import to_dict
 from purejax_bilevel.experiment import plots, regression_plots, results, statistics
+from purejax_bilevel.experiment import video as videos
 from purejax_bilevel.experiment.members import batch_config, grid_of
 from purejax_bilevel.experiment.program import Part
 from purejax_bilevel.experiment.runner import RunOptions, make_seeds, to_dataset, train
 
 CURVES = "learning_curves.png"
+VIDEO = "policy.gif"
 FIGURES = {"Regression": regression_plots.write_figures}  # by program; the others get their learning curves
 
 
 def run(
-    config: Any, *, num_seeds: int = 1, seed: int = 0, folder: str | Path | None = None, **options: Any
+    config: Any,
+    *,
+    num_seeds: int = 1,
+    seed: int = 0,
+    folder: str | Path | None = None,
+    video: bool = False,
+    **options: Any,
 ) -> xarray.Dataset:
     """Trains every combination of the configuration's values with every seed, in one compiled program.
 
@@ -29,6 +37,7 @@ def run(
         num_seeds: members per setting; they have seeds `seed`, `seed` + 1, ...
         seed: first seed.
         folder: where to write results, figures and checkpoints; None: nowhere.
+        video: also write a GIF of the median member's policy to the folder.
         options: further fields of `RunOptions`: devices, member_batch, chunks, resume, wandb_mode, quiet...
 
     Returns:
@@ -45,6 +54,10 @@ def run(
     dataset = to_dataset(part, outcome, 0, config, {"command": results.command_line()})
     if run_options.folder is not None:
         write_outputs(dataset, run_options.folder)
+        if video:
+            final = outcome.rows[0][next(iter(part.program.finals))][:, -1].mean(-1)
+            member = videos.median_member(final)
+            videos.write_video(part, outcome.state[0], member, outcome.steps, run_options.folder / VIDEO)
     return dataset
 
 

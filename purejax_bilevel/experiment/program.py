@@ -358,6 +358,12 @@ def _with_length(length: int, leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((length, *leaf.shape[1:]), leaf.dtype)
 
 
+def typed_state(part: Part, plain: Tree) -> Tree:
+    """A member's state as the algorithm's functions take it, from the plain numbers that the host keeps."""
+    own = jax.tree.map(lambda leaf: jnp.asarray(leaf)[0], part.config)
+    return _typed_keys(plain, jax.eval_shape(part.program.init, jax.random.key(0), own))
+
+
 def _padded_indices(num_members: int, num_devices: int) -> np.ndarray:
     """Member numbers, the first ones repeated until every device has the same number of members."""
     return np.arange(-(-num_members // num_devices) * num_devices) % num_members

@@ -145,10 +145,6 @@ class Run:
         member_batch = (
             _default_member_batch(parts, mesh) if options.member_batch is None else options.member_batch or None
         )
-        if member_batch is not None and member_batch < 1:
-            raise UserError(f"--member_batch must be 0 (all) or a positive number, got {member_batch}.")
-        if options.chunks is not None and options.chunks < 1:
-            raise UserError(f"--chunks must be at least 1, got {options.chunks}.")
         if program is None:
             program = CompiledProgram(parts, mesh, member_batch)
         else:
