@@ -142,7 +142,7 @@ class Config:
     @property
     def title(self) -> str:
         """Short name of the experiment."""
-        return f"{self.agent_type}-{self.env_name}"
+        return f"{self.agent_type}-{self.env_name}{'' if self.smoothing == 'none' else '-smoothed'}"
 
     def resolved(self) -> Self:
         """Fills in the agent's tuned values and checks everything.
@@ -218,14 +218,14 @@ class ModelBased:
     headline = "evaluation_return"
     step_unit = "environment steps"
     long_names: ClassVar = {
-        "evaluation_return": "return of the policy, mean over evaluation episodes",
+        "evaluation_return": "return of evaluation episodes",
         "training_return": "return of the episodes finished in training",
         "model_loss": "outer loss",
         "q_loss": "inner loss",
         "model_gradient_norm": "norm of the model's gradient",
         "q_gradient_norm": "norm of the inner gradient",
         "model_error": "mean squared error of the predicted next observation",
-        "final_return": "return of each episode of the last evaluation",
+        "final_return": "return of the last evaluation",
     }
     finals: ClassVar = {"final_return": "episode"}
 

@@ -24,6 +24,8 @@ from purejax_bilevel.experiment import experiment, runner, statistics
 
 MARKERS = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
 
+RUNNER_OPTIONS = ("devices", "member_batch", "chunks", "wandb_mode", "wandb_runs", "tensorboard", "quiet")
+
 
 @dataclasses.dataclass(frozen=True)
 class Run:
@@ -80,27 +82,16 @@ def execute(run: Run, config: Any, console: Console) -> None:
 
     devices.prepare()
     folder = _folder(run, config)
-    runner.check_writable(folder)
-    options = {"seed": run.seed, "num_seeds": run.num_seeds}
-    part = experiment.make_part(config, run.num_seeds, run.seed)  # bad input shows before anything is written
+    how = {name: getattr(run, name) for name in RUNNER_OPTIONS}
+    runner.RunOptions(**how)  # bad input shows before anything is written
+    part = experiment.make_part(config, run.num_seeds, run.seed)
     devices.make_mesh(len(part.grid), run.devices)
     if run.video and not hasattr(part.program, "episode"):
         raise UserError(f"--video: {type(part.program).__name__} has no policy to show.")
-    experiment.save_description(folder, config, options, resumed=run.resume is not None)
-    dataset = experiment.run(
-        config,
-        **options,
-        folder=folder,
-        devices=run.devices,
-        member_batch=run.member_batch,
-        chunks=run.chunks,
-        resume=run.resume is not None,
-        wandb_mode=run.wandb_mode,
-        wandb_runs=run.wandb_runs,
-        tensorboard=run.tensorboard,
-        video=run.video,
-        quiet=run.quiet,
-    )
+    runner.check_writable(folder)
+    seeds = {"seed": run.seed, "num_seeds": run.num_seeds}
+    experiment.save_description(folder, config, seeds, resumed=run.resume is not None)
+    dataset = experiment.run(config, **seeds, folder=folder, video=run.video, resume=run.resume is not None, **how)
     final = next(
         (str(name) for name in dataset.data_vars if "episode" in dataset[name].dims), dataset.attrs["headline"]
     )

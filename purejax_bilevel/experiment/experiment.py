@@ -74,7 +74,7 @@ def write_outputs(dataset: xarray.Dataset, folder: Path) -> None:
     if write_figures := FIGURES.get(dataset.attrs["program"]):
         write_figures(dataset, folder)
     else:
-        plots.learning_curves(dataset, folder / CURVES, dataset.attrs["headline"])
+        plots.learning_curves(dataset, folder / CURVES, dataset.attrs["headline"], title=dataset.attrs["title"])
 
 
 def print_summary(dataset: xarray.Dataset, variable: str, console: Console) -> None:

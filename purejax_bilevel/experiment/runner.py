@@ -415,6 +415,7 @@ def to_dataset(part: Part, outcome: Outcome, number: int, config: Any, attrs: di
     }
     about = {
         "program": type(part.program).__name__,
+        "title": config.title,
         "environment": getattr(config, "env_name", ""),
         "config": to_dict(config),
         "versions": results.collect_versions(),
