@@ -38,10 +38,8 @@ from purejax_bilevel.configuration import (
 )
 from purejax_bilevel.errors import UserError
 
-# Named streams of random numbers; a constant each, so that adding one moves no other. Those of a member, then those of
-# one of its steps.
+# Named streams of random numbers; a constant each, so that adding one moves no other.
 PROBLEM, LEARNER, STEPS = range(3)
-INNER_BATCH, OUTER_BATCH, WINDOW, OUTER_NOISE, INNER_NOISE = range(5)
 
 AgentType = Literal["funcbo", "funcbo_nosmooth", "aid", "unroll1", "unroll", "exact"]
 
@@ -218,10 +216,10 @@ class Regression:
         self.eval_frequency = config.eval_frequency
 
     def init(self, key: jax.Array, config: Config) -> State:
-        """State of a member before its first step; the key becomes the member's own."""
+        """State of a member before its first step; the key is consumed."""
         learner = agents.init_learner(config, jax.random.fold_in(key, LEARNER))
         return State(
-            key=key,
+            key=jax.random.fold_in(key, STEPS),
             problem=data.init_problem(config, jax.random.fold_in(key, PROBLEM)),
             learner=learner,
             regret=Regret(
@@ -258,19 +256,21 @@ class Regression:
 
     def _draw(self, state: State, config: Config, t: jax.Array) -> tuple[agents.Data, data.Window]:
         time, problem = t + 1, state.problem
-        key = jax.random.fold_in(jax.random.fold_in(state.key, STEPS), t)
-        x_inner, f_inner = _batch(config, jax.random.fold_in(key, INNER_BATCH), problem.x_inner, problem.f_inner)
-        x_outer, f_outer = _batch(config, jax.random.fold_in(key, OUTER_BATCH), problem.x_outer, problem.f_outer)
+        noise_key, inner_key, outer_key = jax.random.split(jax.random.fold_in(state.key, t), 3)
+        x_inner, f_inner = _batch(config, inner_key, problem.x_inner, problem.f_inner)
+        x_outer, f_outer = _batch(config, outer_key, problem.x_outer, problem.f_outer)
+        # All noise of a step at once, that of the window last: a longer one changes no other number.
+        count, exact = f_outer.size, config.agent_type == "exact"
+        noise = jax.random.normal(noise_key, ((1 + exact) * count + data.noise_size(config),))
 
-        def observe(stream: int, values: jax.Array) -> jax.Array:
-            noise = jax.random.normal(jax.random.fold_in(key, stream), values.shape)
-            return data.targets_without_noise(config, problem, values, time) + config.noise_level * noise
+        def observe(values: jax.Array, number: int) -> jax.Array:
+            own = noise[number * count : (number + 1) * count].reshape(values.shape)
+            return data.targets_without_noise(config, problem, values, time) + config.noise_level * own
 
-        window = data.draw_window(
-            config, problem, f_inner, state.learner.weights, time, jax.random.fold_in(key, WINDOW)
-        )
-        y_inner = observe(INNER_NOISE, f_inner) if config.agent_type == "exact" else None
-        return agents.Data(x_inner, x_outer, observe(OUTER_NOISE, f_outer), y_inner), window
+        y_outer, y_inner = observe(f_outer, 0), observe(f_inner, 1) if exact else None
+        rest = noise[(1 + exact) * count :]
+        window = data.make_window(config, problem, f_inner, state.learner.weights, time, rest)
+        return agents.Data(x_inner, x_outer, y_outer, y_inner), window
 
     def _compare(
         self, state: State, config: Config, t: jax.Array, batch: agents.Data, window: data.Window, own: jax.Array

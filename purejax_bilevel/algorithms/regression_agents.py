@@ -80,9 +80,9 @@ Agent = Callable[[Any, Learner, Data, Summary], tuple[Step, Learner]]
 
 def init_learner(config: Any, key: jax.Array) -> Learner:
     """Initial networks, weights and optimiser states; the key is consumed."""
-    inner_key, dual_key = jax.random.split(key)
-    inner = init_network(config, inner_key)
-    dual = init_network(config, dual_key) if uses_dual(config) else None
+    both = jax.vmap(lambda key: init_network(config, key))(jax.random.split(key))  # together: less to compile
+    inner, dual = (jax.tree.map(lambda leaf, i=i: leaf[i], both) for i in range(2))
+    dual = dual if uses_dual(config) else None
     weights = jnp.full(config.max_window_size, config.lambda_reg, jnp.result_type(float))
     return Learner(
         inner=inner,

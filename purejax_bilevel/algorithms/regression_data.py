@@ -15,7 +15,6 @@ in distribution exactly as if all w x outputs x batch numbers had been drawn: wh
 independent of M. So the cost of a step does not depend on the length of the window.
 """
 
-import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -43,15 +42,17 @@ class Problem(NamedTuple):
 
 def init_problem(config: Any, key: jax.Array) -> Problem:
     """Draws inputs, function and direction; the key is consumed."""
-    input_key, truth_key, direction_key = jax.random.split(key, 3)
-    outer_size = config.n_samples // 2
-    inputs = jax.random.normal(input_key, (config.input_dim, config.n_samples))
-    sizes = (config.input_dim, config.truth_hidden_dim, config.output_dim)
-    truth = tuple(
-        Layer(TRUTH_MEAN + jax.random.truncated_normal(layer_key, -2.0, 2.0, shape), jnp.zeros(shape[1]))
-        for layer_key, shape in zip(jax.random.split(truth_key), itertools.pairwise(sizes), strict=True)
+    normal_key, truth_key = jax.random.split(key)
+    outer_size, sizes = config.n_samples // 2, (config.input_dim, config.truth_hidden_dim, config.output_dim)
+    # One call for all numbers of a kind: each call takes half a second to compile.
+    normals = jax.random.normal(normal_key, (config.input_dim * config.n_samples + config.output_dim,))
+    inputs = normals[: -config.output_dim].reshape(config.input_dim, config.n_samples)
+    direction = normals[-config.output_dim :]
+    kernels = TRUTH_MEAN + jax.random.truncated_normal(truth_key, -2.0, 2.0, (sizes[0] + sizes[2], sizes[1]))
+    truth = (
+        Layer(kernels[: sizes[0]], jnp.zeros(sizes[1])),
+        Layer(kernels[sizes[0] :].T, jnp.zeros(sizes[2])),
     )
-    direction = jax.random.normal(direction_key, (config.output_dim,))
     outer, inner = inputs[:, :outer_size], inputs[:, outer_size:]
     f_inner, f_outer = (networks.apply_network(truth, x, networks.gelu) for x in (inner, outer))
     return Problem(truth, direction / jnp.linalg.norm(direction), inner, outer, f_inner, f_outer)
@@ -98,10 +99,15 @@ class Window(NamedTuple):
     noise_level: jax.Array  # []
 
 
-def draw_window(
-    config: Any, problem: Problem, values: jax.Array, weights: jax.Array, time: jax.Array, key: jax.Array
+def noise_size(config: Any) -> int:
+    """Standard normals that `make_window` takes."""
+    return 2 * config.output_dim * config.batch_size + config.max_window_size
+
+
+def make_window(
+    config: Any, problem: Problem, values: jax.Array, weights: jax.Array, time: jax.Array, noise: jax.Array
 ) -> Window:
-    """The window before `time` on a batch with f = `values` `[outputs, batch]`; the key is consumed.
+    """The window before `time` on a batch with f = `values` `[outputs, batch]`.
 
     Args:
         config: its `window_size` may be traced.
@@ -109,14 +115,14 @@ def draw_window(
         values: f on the batch, `[outputs, batch]`.
         weights: lambda, `[lags]`, with which the inner problem will be posed.
         time: a whole number from 1.
-        key: consumed.
+        noise: `[noise_size]`, independent standard normals.
     """
-    component_key, rest_key = jax.random.split(key)
     lags = jnp.arange(1, weights.shape[0] + 1)
     present = ((lags <= config.window_size) & (lags < time)).astype(values.dtype)
     basis = _basis(weights * present, present)
-    components = config.noise_level * jax.random.normal(component_key, (2, *values.shape))
-    rest = config.noise_level * present * jax.random.normal(rest_key, weights.shape)
+    noise = config.noise_level * noise
+    components = noise[: 2 * values.size].reshape(2, *values.shape)
+    rest = present * noise[2 * values.size :]
     rest = rest - basis @ (basis.T @ rest)
     shifts = shift(config, (time - lags).astype(values.dtype))
     return Window(values, problem.direction, shifts, present, basis, components, rest, config.noise_level)
