@@ -10,11 +10,12 @@ import importlib
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["RLConfig", "RunOptions", "UserError", "__version__", "run"]
+__all__ = ["RLConfig", "RegressionConfig", "RunOptions", "UserError", "__version__", "run"]
 
 # Resolved on first use: importing `purejax_bilevel.bilevel` must not load environments and plotting.
 _LAZY = {
     "RLConfig": ("purejax_bilevel.algorithms.model_based", "Config"),
+    "RegressionConfig": ("purejax_bilevel.algorithms.regression", "Config"),
     "RunOptions": ("purejax_bilevel.experiment.runner", "RunOptions"),
     "UserError": ("purejax_bilevel.errors", "UserError"),
     "run": ("purejax_bilevel.experiment.experiment", "run"),
