@@ -258,8 +258,8 @@ class _Report:
         steps = int(self.agents[0].dataset[STEP].values[-1])
         seeds = len(self.agents[0].dataset[SEED])
         text = (
-            f"{members} members ({len(self.agents)} agents, "
-            f"{sum(len(agent.settings) for agent in self.agents)} settings, {seeds} seeds) of the program "
+            f"{members} members ({count(len(self.agents), 'agent')}, "
+            f"{count(sum(len(agent.settings) for agent in self.agents), 'setting')}, {count(seeds, 'seed')}) of the program "
             f"{self.about['program']}" + (f" on {environment}" if environment else "") + f", {steps:,} "
             f"{self.about.get('step_name', 'steps')} each."
         )
@@ -448,12 +448,12 @@ class _Report:
             ("device", f"{versions.pop('device', 'unknown')}, {self.about.get('devices', '?')} used"),
             (
                 "compiled",
-                f"{self.about['sub_programs']} sub-programs in one call, {self.about['compile_seconds']:.1f} s",
+                f"{count(self.about['sub_programs'], 'sub-program')} in one call, {self.about['compile_seconds']:.1f} s",
             ),
             ("ran", f"{self.about['run_seconds']:.1f} s"),
             (
                 "state of a member",
-                f"{max(agent.dataset.attrs['bytes_per_member'] for agent in self.agents) / 1e6:.2f} MB",
+                bytes_in_words(max(agent.dataset.attrs["bytes_per_member"] for agent in self.agents)),
             ),
             *versions.items(),
         ]
@@ -543,6 +543,19 @@ def _curve(agent: AgentResult, variable: str) -> np.ndarray:
 
 def words(setting: dict[str, Any]) -> str:
     return ", ".join(f"{name}={plots._text(value)}" for name, value in setting.items())
+
+
+def count(number: int, noun: str) -> str:
+    """`1 agent`, `2 agents`."""
+    return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
+def bytes_in_words(number: float) -> str:
+    """For example `3.2 MiB`."""
+    for size, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:.0f} B"
 
 
 def _score(score: Score) -> str:

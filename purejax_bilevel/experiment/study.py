@@ -58,7 +58,9 @@ class Interval:
     def at(self, position: float) -> float | int:
         """Value at a position from 0 (low) to 1 (high); positions outside count as the nearest end."""
         share = min(max(float(position), 0.0), 1.0)
-        if self.scale == "log":
+        if share in (0.0, 1.0):  # exactly
+            value = (self.low, self.high)[int(share)]
+        elif self.scale == "log":
             value = math.exp((1 - share) * math.log(self.low) + share * math.log(self.high))
         else:
             value = (1 - share) * self.low + share * self.high

@@ -409,10 +409,9 @@ class Plan:
         names = ", ".join(f"{part.label} {len(part.grid)}" for part in parts)
         steps = f"{parts[0].program.num_steps:,} {parts[0].program.step_unit}"
         rounds = " at a time" if self.study.search.in_rounds else ""
-        several = "sub-programs" if len(parts) > 1 else "sub-program"
         self._say(
-            f"{self.study.name}: {members} members{rounds} in {len(parts)} {several} ({names}), {steps} each, on "
-            f"{self.num_devices} {device.platform} device{'s' if self.num_devices > 1 else ''}"
+            f"{self.study.name}: {members} members{rounds} in {report.count(len(parts), 'sub-program')} ({names}), {steps} each, on "
+            f"{report.count(self.num_devices, f'{device.platform} device')}"
         )
         states = sum(
             -(-len(part.grid) // self.num_devices) * size
@@ -427,8 +426,10 @@ class Plan:
             self._check(program, needed, "the compiled program")
             free = self._free(program.mesh.devices.flat[0])
             shared = " (all devices share it)" if self._shared(program) and self.num_devices > 1 else ""
-            of = "" if free is None else f" of {_bytes(free)} free{shared}"
-            self._say(f"memory per device: {_bytes(needed)}{of}; compiled in {program.compile_seconds:.1f} s")
+            of = "" if free is None else f" of {report.bytes_in_words(free)} free{shared}"
+            self._say(
+                f"memory per device: {report.bytes_in_words(needed)}{of}; compiled in {program.compile_seconds:.1f} s"
+            )
         if steps > 0 or self.quiet:
             return state
         state, per_step, per_evaluation = program.time_steps(state, total)
@@ -460,19 +461,12 @@ class Plan:
             "this machine has" if self._shared(program) else f"each {program.mesh.devices.flat[0].platform} device has"
         )
         raise UserError(
-            f"{members} members do not fit: {what} would need {_bytes(wanted)}, {where} {_bytes(free)} free. About "
+            f"{members} members do not fit: {what} would need {report.bytes_in_words(wanted)}, {where} {report.bytes_in_words(free)} free. About "
             f"{fitting} members fit: take fewer seeds (--num_seeds) or settings, "
-            f"or make members smaller (the largest: {largest} with {_bytes(sizes[largest])}, by its capacity, widths "
+            f"or make members smaller (the largest: {largest} with {report.bytes_in_words(sizes[largest])}, by its capacity, widths "
             "and windows), or use more memory."
         )
 
     def _say(self, text: str) -> None:
         if not self.quiet:
             self._console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-def _bytes(number: float) -> str:
-    for size, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if number >= size:
-            return f"{number / size:.3g} {unit}"
-    return f"{number:.0f} B"

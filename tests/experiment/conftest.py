@@ -27,6 +27,10 @@ class Config:
     repeats: int = static(1, "terms", at_least(1))
     max_width: int = static(0, "array size", hidden=True)
 
+    @property
+    def title(self) -> str:
+        return f"{self.agent_type}-toy"
+
     def resolved(self) -> "Config":
         return validate(study.replace(self, lr=0.1) if self.lr is None else self)
 
