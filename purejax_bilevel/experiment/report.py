@@ -257,9 +257,10 @@ class _Report:
         environment = self.about.get("environment")
         steps = int(self.agents[0].dataset[STEP].values[-1])
         seeds = len(self.agents[0].dataset[SEED])
+        settings = sum(len(agent.settings) for agent in self.agents)
         text = (
-            f"{members} members ({count(len(self.agents), 'agent')}, "
-            f"{count(sum(len(agent.settings) for agent in self.agents), 'setting')}, {count(seeds, 'seed')}) of the program "
+            f"{members} members ({count(len(self.agents), 'agent')}, {count(settings, 'setting')}, "
+            f"{count(seeds, 'seed')}) of the program "
             f"{self.about['program']}" + (f" on {environment}" if environment else "") + f", {steps:,} "
             f"{self.about.get('step_name', 'steps')} each."
         )
@@ -444,12 +445,10 @@ class _Report:
 
     def _provenance(self) -> list[Block]:
         versions = dict(self.about.get("versions", {}))
+        parts = count(self.about["sub_programs"], "sub-program")
         facts = [
             ("device", f"{versions.pop('device', 'unknown')}, {self.about.get('devices', '?')} used"),
-            (
-                "compiled",
-                f"{count(self.about['sub_programs'], 'sub-program')} in one call, {self.about['compile_seconds']:.1f} s",
-            ),
+            ("compiled", f"{parts} in one call, {self.about['compile_seconds']:.1f} s"),
             ("ran", f"{self.about['run_seconds']:.1f} s"),
             (
                 "state of a member",

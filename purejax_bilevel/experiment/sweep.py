@@ -410,8 +410,8 @@ class Plan:
         steps = f"{parts[0].program.num_steps:,} {parts[0].program.step_unit}"
         rounds = " at a time" if self.study.search.in_rounds else ""
         self._say(
-            f"{self.study.name}: {members} members{rounds} in {report.count(len(parts), 'sub-program')} ({names}), {steps} each, on "
-            f"{report.count(self.num_devices, f'{device.platform} device')}"
+            f"{self.study.name}: {members} members{rounds} in {report.count(len(parts), 'sub-program')} ({names}), "
+            f"{steps} each, on {report.count(self.num_devices, f'{device.platform} device')}"
         )
         states = sum(
             -(-len(part.grid) // self.num_devices) * size
@@ -460,11 +460,11 @@ class Plan:
         where = (
             "this machine has" if self._shared(program) else f"each {program.mesh.devices.flat[0].platform} device has"
         )
+        text = report.bytes_in_words
         raise UserError(
-            f"{members} members do not fit: {what} would need {report.bytes_in_words(wanted)}, {where} {report.bytes_in_words(free)} free. About "
-            f"{fitting} members fit: take fewer seeds (--num_seeds) or settings, "
-            f"or make members smaller (the largest: {largest} with {report.bytes_in_words(sizes[largest])}, by its capacity, widths "
-            "and windows), or use more memory."
+            f"{members} members do not fit: {what} would need {text(wanted)}, {where} {text(free)} free. "
+            f"About {fitting} members fit: take fewer seeds (--num_seeds) or settings, or make members smaller (the "
+            f"largest: {largest} with {text(sizes[largest])}, by its capacity, widths and windows), or use more memory."
         )
 
     def _say(self, text: str) -> None:
