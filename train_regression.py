@@ -5,8 +5,12 @@
 
 import sys
 
-from purejax_bilevel.algorithms.regression import Config
+from purejax_bilevel import RegressionConfig
 from purejax_bilevel.experiment.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main(Config, "Non-stationary regression; options with several values give one member per combination."))
+    sys.exit(
+        main(
+            RegressionConfig, "Non-stationary regression; options with several values give one member per combination."
+        )
+    )

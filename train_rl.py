@@ -6,15 +6,15 @@
 
 import sys
 
-from purejax_bilevel.algorithms import model_based, tabular
+from purejax_bilevel import RLConfig, TabularConfig
 from purejax_bilevel.experiment.cli import main, named_environment
 
-CONFIGURATIONS = {"tabular": tabular.Config}  # by environment; all others are model_based's
+CONFIGURATIONS = {"tabular": TabularConfig}  # by environment; all others are RLConfig's
 
 if __name__ == "__main__":
     sys.exit(
         main(
-            CONFIGURATIONS.get(named_environment(), model_based.Config),
+            CONFIGURATIONS.get(named_environment(), RLConfig),
             "Train bilevel model-based agents; options with several values give one member per combination. "
             "Finite MDPs have options of their own: --env_name tabular --help.",
         )

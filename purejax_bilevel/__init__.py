@@ -10,12 +10,13 @@ import importlib
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["RLConfig", "RegressionConfig", "RunOptions", "UserError", "__version__", "run"]
+__all__ = ["RLConfig", "RegressionConfig", "RunOptions", "TabularConfig", "UserError", "__version__", "run"]
 
 # Resolved on first use: importing `purejax_bilevel.bilevel` must not load environments and plotting.
 _LAZY = {
     "RLConfig": ("purejax_bilevel.algorithms.model_based", "Config"),
     "RegressionConfig": ("purejax_bilevel.algorithms.regression", "Config"),
+    "TabularConfig": ("purejax_bilevel.algorithms.tabular", "Config"),
     "RunOptions": ("purejax_bilevel.experiment.runner", "RunOptions"),
     "UserError": ("purejax_bilevel.errors", "UserError"),
     "run": ("purejax_bilevel.experiment.experiment", "run"),
@@ -25,5 +26,7 @@ _LAZY = {
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    # Before gymnax is imported: its import makes jax choose its devices, and then it is too late to use all cores.
+    importlib.import_module("purejax_bilevel.experiment.devices").prepare()
     module, attribute = _LAZY[name]
     return getattr(importlib.import_module(module), attribute)

@@ -1,5 +1,8 @@
 """The command line of the training scripts: what it accepts, what it refuses and what a run leaves behind."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +13,7 @@ from purejax_bilevel.algorithms.model_based import Config
 from purejax_bilevel.errors import UserError
 from purejax_bilevel.experiment import cli, results
 
+ROOT = Path(__file__).parents[2]
 TINY = (
     "--num_train_steps 40 --init_steps 16 --batch_size 16 --capacity 40 --hidden_dim 4 --model_hidden_dim 2 "
     "--eval_frequency 20 --eval_episodes 2 --final_eval_episodes 2 --agent_type sql"
@@ -27,8 +31,8 @@ def main(text: str) -> int:
 def test_originals_flags_are_understood():
     run, config = parse(
         "--agent_type=funcBO --env_name=CartPole-v1 --seed=42 --num_train_steps=500 --hidden_dim=16 "
-        "--model_hidden_dim=8 --batch_size=64 --init_steps=100 --eval_frequency=50 --num_Q_steps=2 --num_T_steps=3 --eps=0.2 --discount=0.9 "
-        "--lr=0.01 --inner_lr=0.02 --alpha=0.03 --tau=0.04 --no_warm --warm_opt --no_double"
+        "--model_hidden_dim=8 --batch_size=64 --init_steps=100 --eval_frequency=50 --num_Q_steps=2 --num_T_steps=3 "
+        "--eps=0.2 --discount=0.9 --lr=0.01 --inner_lr=0.02 --alpha=0.03 --tau=0.04 --no_warm --warm_opt --no_double"
     )
     assert run.seed == 42
     assert (config.agent_type, config.num_train_steps, config.hidden_dim, config.model_hidden_dim) == (
@@ -120,6 +124,15 @@ def test_a_run_leaves_everything_behind_and_resumes(tmp_path: Path, capsys: pyte
     assert longer.step.values.tolist() == [20, 40, 60]
     np.testing.assert_array_equal(longer.q_loss[..., :2], dataset.q_loss)
     assert len((folder / "command.txt").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("code", ["import train_rl", "import train_regression", "from purejax_bilevel import run"])
+def test_all_cores_are_used_without_being_asked(code: str):
+    """An import that makes jax choose its devices too early would leave a single one."""
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    command = [sys.executable, "-c", f"{code}; import jax; print(len(jax.devices()))"]
+    output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    assert int(output) == len(os.sched_getaffinity(0))
 
 
 def test_a_foreign_config_is_refused(tmp_path: Path):
