@@ -38,12 +38,12 @@ INIT, ACT, ENVIRONMENT, LEARN, EVALUATE, VIDEO = range(6)
 
 # Found with this project's own runs on CartPole-v1 (README, "Learning").
 TUNED: dict[str, dict[str, Any]] = {
-    "omd": {"lr": 1e-3, "inner_lr": 3e-4, "tau": 0.01},
-    "funcbo": {"lr": 1e-3, "inner_lr": 1e-3, "tau": 0.01},
-    "funcbo_reward_only": {"lr": 1e-3, "inner_lr": 1e-3, "tau": 0.01},
-    "mle": {"lr": 1e-3, "inner_lr": 3e-4, "tau": 0.01},
-    "vep": {"lr": 1e-3, "inner_lr": 3e-4, "tau": 0.01},
-    "sql": {"lr": 1e-3, "inner_lr": 3e-4, "tau": 0.01},
+    "omd": {"lr": 1e-3, "inner_lr": 1e-3, "tau": 0.01},
+    "funcbo": {"lr": 3e-4, "inner_lr": 1e-3, "tau": 0.005},
+    "funcbo_reward_only": {"lr": 3e-4, "inner_lr": 1e-3, "tau": 0.005},
+    "mle": {"lr": 1e-3, "inner_lr": 1e-3, "tau": 0.01},
+    "vep": {"lr": 1e-3, "inner_lr": 1e-3, "tau": 0.01},
+    "sql": {"lr": 1e-3, "inner_lr": 1e-3, "tau": 0.005},
 }
 
 AgentType = Literal["omd", "funcbo", "funcbo_reward_only", "smoothfbo", "mle", "vep", "sql"]
