@@ -89,7 +89,7 @@ def _finish_curve(panel: Axes, series: plots.Curves, title: str) -> None:
     if len(values) and values.min() > 0 and values.max() > 300 * values.min():
         panel.set_yscale("log")
     else:
-        panel.yaxis.set_major_formatter(EngFormatter(sep=""))
+        panel.ticklabel_format(axis="y", scilimits=(-3, 5), useMathText=True)
 
 
 def _has_values(dataset: xarray.Dataset, name: str) -> bool:
