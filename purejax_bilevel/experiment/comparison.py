@@ -15,6 +15,9 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 from purejax_bilevel.experiment import plots, statistics
 
 
+DECADES = 1000.0  # ratio of values from which an axis is logarithmic
+
+
 @dataclasses.dataclass(frozen=True)
 class Score:
     """Interquartile mean with its interval."""
@@ -59,6 +62,9 @@ def curves(
             if len(series) <= plots.MANY_BANDS:
                 panel.fill_between(steps, found.low, found.high, color=color, alpha=0.18, linewidth=0)
             entries.append((label, color, dash))
+        finite = np.concatenate([values[np.isfinite(values)] for _, values in series])
+        if len(finite) and finite.min() > 0 and finite.max() > DECADES * finite.min():
+            panel.set_yscale("log")
         panel.set_xlim(steps[0], max(steps[-1], steps[0] + 1))
         panel.xaxis.set_major_formatter(EngFormatter(sep=""))
         plots._label(figure, [panel], step_name, f"{score_name}\nIQM over seeds, 95 % interval")

@@ -299,7 +299,10 @@ class _Report:
             Paragraph(self._choice()),
             Table(columns, rows, bold),
         ]
-        return blocks + self._curves(str(self.about["headline"]), "curves.png", "Best setting of each agent")
+        headline = str(self.about["headline"])
+        if headline in [figure.get("variable") for figure in self.study.report.figures]:
+            return blocks
+        return blocks + self._curves(headline, "curves.png", "Best setting of each agent")
 
     def _choice(self) -> str:
         by, over = str(self.about["selected_by"]), float(self.about["selected_over"])

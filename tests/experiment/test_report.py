@@ -285,6 +285,15 @@ def test_sensitivity_shows_every_kind_of_line(monkeypatch, tmp_path):
     assert [tick.get_text() for tick in figures[1].axes[0].get_xticklabels()] == ["none", "window"]
 
 
+def test_curves_over_decades_are_logarithmic(monkeypatch, tmp_path):
+    figures = drawn(monkeypatch)
+    narrow, wide = np.array([[1.0, 2.0, np.nan]] * 3), np.array([[1.0, 10.0, 1e5]] * 3)
+    for series in (narrow, wide, -wide):
+        comparison.curves(STEPS[:3], [("omd", series), ("mle", series)], "steps", "regret", tmp_path / "a.png")
+    assert [figure.axes[0].get_yscale() for figure in figures] == ["linear", "log", "linear"]
+    assert len(figures[0].axes[0].lines) == 2
+
+
 def test_profiles_fall_from_one_to_zero(monkeypatch, tmp_path):
     figures = drawn(monkeypatch)
     scores = [("omd", np.array([1.0, 2.0, np.nan, 4.0])), ("mle", np.array([3.0, 3.0, 3.0, 3.0]))]
