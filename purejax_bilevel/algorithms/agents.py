@@ -238,16 +238,17 @@ def solve_inner(config: Any, learner: Learner, predicted: Batch, key: jax.Array)
         learner = learner.replace(q=q, target_q=q)
     if not config.warm_opt:
         learner = learner.replace(q_optimizer=q_optimizer(config).init(learner.q))
-    return _repeat(lambda learner, _: q_step(config, learner, predicted), learner, key, config.num_Q_steps)
+    return _repeat(lambda learner, _: q_step(config, learner, predicted), learner, None, config.num_Q_steps)
 
 
 def _repeat(
-    step: Callable[[Learner, jax.Array], tuple[Learner, Losses]], learner: Learner, key: jax.Array, count: int
+    step: Callable[[Learner, Any], tuple[Learner, Losses]], learner: Learner, key: jax.Array | None, count: int
 ) -> tuple[Learner, Losses]:
-    """Runs `step(learner, key)` `count` times with a key each; the losses are those of the last time."""
+    """Runs `step(learner, key)` `count` times, with a key each if there is one; the losses are those of the last."""
     if count == 1:
         return step(learner, key)
-    learner, losses = jax.lax.scan(step, learner, jax.random.split(key, count))
+    keys = None if key is None else jax.random.split(key, count)
+    learner, losses = jax.lax.scan(step, learner, keys, length=count)
     return learner, jax.tree.map(lambda x: x[-1], losses)
 
 
@@ -326,7 +327,7 @@ def bilevel_agent(hypergradient: Callable[[Any, Learner, Batch], tuple[jax.Array
     """An agent that solves the inner problem on a model batch and moves the model along a hypergradient."""
 
     def agent(config: Any, learner: Learner, draw: Draw, key: jax.Array, t: jax.Array) -> tuple[Learner, Losses]:
-        batch_key, init_key = jax.random.split(key)
+        batch_key, init_key = jax.random.split(key) if config.no_warm else (key, key)  # no step without a use for it
         batch = draw(batch_key)
         predicted = predict(config, learner.model, batch)
         learner, losses = solve_inner(config, learner, predicted, init_key)

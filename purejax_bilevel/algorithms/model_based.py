@@ -34,13 +34,14 @@ from purejax_bilevel.environments import non_stationary
 from purejax_bilevel.errors import UserError
 
 # Named streams of random numbers; a constant each, so that adding one moves no other.
-INIT, ACT, ENVIRONMENT, LEARN, EVALUATE, VIDEO = range(6)
+INIT, STEP, EVALUATE, VIDEO = range(4)  # of a member
+ACT, ENVIRONMENT, LEARN = range(3)  # of a step
 
 # Found with this project's own runs on CartPole-v1 (README, "Learning").
 TUNED: dict[str, dict[str, Any]] = {
     "omd": {"lr": 1e-3, "inner_lr": 1e-3, "tau": 0.01},
-    "funcbo": {"lr": 3e-4, "inner_lr": 1e-3, "tau": 0.005},
-    "funcbo_reward_only": {"lr": 3e-4, "inner_lr": 1e-3, "tau": 0.005},
+    "funcbo": {"lr": 1e-4, "inner_lr": 1e-3, "tau": 0.005},
+    "funcbo_reward_only": {"lr": 1e-4, "inner_lr": 1e-3, "tau": 0.005},
     "mle": {"lr": 1e-3, "inner_lr": 1e-3, "tau": 0.01},
     "vep": {"lr": 1e-3, "inner_lr": 1e-3, "tau": 0.01},
     "sql": {"lr": 1e-3, "inner_lr": 1e-3, "tau": 0.005},
@@ -260,7 +261,7 @@ class ModelBased:
             config: of that member.
             t: number of the step, shared by all members, so that `cond` and buffer writes stay cheap under vmap.
         """
-        key = jax.random.fold_in(state.key, t)
+        key = jax.random.fold_in(jax.random.fold_in(state.key, STEP), t)
         state, metrics = self._interact(state, config, t, key)
 
         def learn(learner: agents.Learner) -> tuple[agents.Learner, agents.Losses]:
@@ -299,13 +300,13 @@ class ModelBased:
         return state, metrics
 
     def _draw(self, storage: jax.Array, config: Config, t: jax.Array, key: jax.Array) -> replay.Batch:
-        sample_key, noise_key = jax.random.split(key)
+        sample_key, noise_key = jax.random.split(key) if config.prob_model else (key, None)
         since: jax.Array | int = 0
         if config.clear_buffer:
             since = non_stationary.last_transition_end(t, config.transition_steps, config.plateau_steps)
         decay = config.time_weight_decay if config.time_weighted_sampling else None
         batch = replay.sample(storage, t, sample_key, config.batch_size, self.task.obs_dim, since, decay)
-        if config.prob_model:
+        if noise_key is not None:
             batch = batch._replace(noise=jax.random.normal(noise_key, batch.obs.shape, batch.obs.dtype))
         return batch
 

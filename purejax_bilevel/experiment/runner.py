@@ -247,7 +247,7 @@ class Run:
         if not all(name in rows and rows[name].shape[1] for rows in self.rows):
             return ""
         latest = np.concatenate([rows[name][:, -1] for rows in self.rows])
-        return f"{name.replace('_', ' ')} {float(statistics.iqm(latest)):.4g}"
+        return f"IQM {name.replace('_', ' ')} {float(statistics.iqm(latest)):.4g}"
 
     def _logger(self, number: int, progress: Progress) -> Loggers:
         folder, options = self.options.folder, self.options
