@@ -14,7 +14,6 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from purejax_bilevel.experiment import plots, statistics
 
-
 DECADES = 1000.0  # ratio of values from which an axis is logarithmic
 
 
