@@ -92,7 +92,11 @@ def command_line(arguments: Sequence[str]) -> tuple[Options, Study]:
     words, changes = split_overrides(arguments)
     options = tyro.cli(
         Options,
-        description="Run a study: all agents, settings and seeds in one compiled call.",
+        description=(
+            "Run a study: all agents, settings and seeds in one compiled call. Any setting of its program can be given "
+            "as field=value or --field value ...; agents=omd,mle chooses agents, search.x=, report.x= and seeds.x= "
+            "change these sections. Sweep files are explained in purejax_bilevel/experiment/study.py."
+        ),
         args=words,
         use_underscores=True,
         config=cli.MARKERS,
