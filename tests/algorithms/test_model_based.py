@@ -113,7 +113,8 @@ def test_seeds_act_differently_and_settings_learn_differently(trained: tuple):
     state = outcome.state[0][0]
     assert not np.array_equal(state.storage[0], state.storage[1])
     rates = len(part.grid) // 2
-    models = np.concatenate([leaf.reshape(len(part.grid), -1) for leaf in jax.tree.leaves(state.learner.model)], axis=1)
+    leaves = [leaf.reshape(len(part.grid), -1) for leaf in jax.tree.leaves(state.learner.model)]
+    models = np.concatenate(leaves, axis=1)
     if config.resolved().agent_type != "sql":
         assert len(np.unique(models[::2], axis=0)) == rates
 
