@@ -121,7 +121,7 @@ def test_seeds_act_differently_and_settings_learn_differently(trained: tuple):
 
 @pytest.mark.parametrize("agent", [*agents.AGENTS, "smoothfbo"])
 def test_member_equals_a_run_of_its_own(agent: str):
-    """The widest member of a grid on eight devices, and alone on one: programs of other shapes, equal up to rounding."""
+    """The widest member of a grid on eight devices, and alone on one: programs of other shapes, equal to rounding."""
     config = replace(SMALL, model_hidden_dim=(2, 4), lr=(1e-3, 3e-3), **VARIANTS[agent])
     part, outcome = train(config)
     member = len(part.grid) - 1
