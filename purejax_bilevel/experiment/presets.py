@@ -8,6 +8,11 @@
     smoothfbo_nonstationary    smoothing window x beta while the reward drifts (SmoothFBO)
     regression_agents          agents on a regression whose targets move (SmoothFBO)
     regression_window          how much of the past the inner problem sees, and the smoothing window (SmoothFBO)
+    tabular_norm_bound         return on a finite MDP against the bound on the model's norm (OMD)
+    tabular_value_bounds       how tight the theory's bounds on the error of Q are (OMD)
+    tabular_ift_noise          implicit differentiation of inexact inner solutions (OMD)
+
+The tabular studies take seconds, so that both scales are the original's.
 """
 
 from collections.abc import Callable
@@ -139,6 +144,50 @@ def regression_window(paper: bool) -> dict[str, Any]:
     }
 
 
+NORM_BOUNDS = [6 * point / 19 for point in range(20)]
+
+
+def tabular_norm_bound(paper: bool) -> dict[str, Any]:
+    return {
+        "program": "tabular",
+        "agents": ["mle", "omd"],
+        "axes": [{"grid": {"norm_bound": NORM_BOUNDS}}],
+        "seeds": {"first": 1, "count": 10},
+        "report": {
+            "variable": "evaluation_return",
+            "figures": [{"kind": "tabular", "figure": "norm_bound", "title": "Return against the norm bound"}],
+        },
+    }
+
+
+def tabular_value_bounds(paper: bool) -> dict[str, Any]:
+    return {
+        "program": "tabular",
+        "settings": {"outer_objective": "bellman"},
+        "agents": ["mle", "omd"],
+        "axes": [{"grid": {"norm_bound": NORM_BOUNDS}}],
+        "seeds": {"first": 1, "count": 10},
+        "report": {
+            "variable": "q_error",
+            "figures": [{"kind": "tabular", "figure": "value_bounds", "title": "Error of Q and its bounds"}],
+        },
+    }
+
+
+def tabular_ift_noise(paper: bool) -> dict[str, Any]:
+    return {
+        "program": "tabular",
+        "settings": {"outer_objective": "bellman"},
+        "agents": {label: {"agent_type": "omd", "with_inv_jac": label} for label in ("exact", "identity")},
+        "axes": [{"grid": {"inner_noise": [10 ** (-3 + 3.5 * point / 29) for point in range(30)]}}],
+        "seeds": {"first": 1, "count": 10},
+        "report": {
+            "variable": "evaluation_return",
+            "figures": [{"kind": "tabular", "figure": "ift_noise", "title": "Noise on the inner solutions"}],
+        },
+    }
+
+
 PRESETS: dict[str, Callable[[bool], dict[str, Any]]] = {
     study.__name__: study
     for study in (
@@ -148,6 +197,9 @@ PRESETS: dict[str, Callable[[bool], dict[str, Any]]] = {
         smoothfbo_nonstationary,
         regression_agents,
         regression_window,
+        tabular_norm_bound,
+        tabular_value_bounds,
+        tabular_ift_noise,
     )
 }
 

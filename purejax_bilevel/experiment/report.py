@@ -20,7 +20,7 @@ import numpy as np
 import xarray
 
 from purejax_bilevel.errors import UserError
-from purejax_bilevel.experiment import comparison, plots, results, statistics
+from purejax_bilevel.experiment import comparison, plots, results, statistics, tabular_plots
 from purejax_bilevel.experiment.comparison import Line, Score, score_of
 from purejax_bilevel.experiment.members import format_value
 from purejax_bilevel.experiment.results import SEED, STEP, setting_dimensions, setting_labels
@@ -278,6 +278,8 @@ class _Report:
             title = str(figure.get("title", ""))
             if figure["kind"] == "sensitivity":
                 blocks += self._sensitivity(figure["axis"], f"study-{number}.png", title)
+            elif figure["kind"] == "tabular":
+                blocks += self._tabular(figure["figure"], f"study-{number}.png", title)
             else:
                 blocks += self._curves(figure["variable"], f"study-{number}.png", title)
         return blocks
@@ -515,6 +517,15 @@ class _Report:
                 path, f"Settings tried: {chosen_by} against {axis.replace('_', ' ')} after {first[0]['steps']} steps."
             )
         ]
+
+    def _tabular(self, figure: str, name: str, title: str) -> list[Block]:
+        axis = tabular_plots.AXES[figure]
+        fitting = [agent for agent in self.succeeded if setting_dimensions(agent.dataset) == (axis,)]
+        datasets = {agent.label: agent.dataset for agent in fitting}
+        if not datasets:  # an override or a search swept something else
+            return []
+        path = tabular_plots.FIGURES[figure](datasets, self._path(name))
+        return [Picture(path, f"{title or figure.replace('_', ' ')}: means over all seeds.")]
 
     def _curves(self, variable: str, name: str, title: str) -> list[Block]:
         usable = [

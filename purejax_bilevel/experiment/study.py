@@ -1,7 +1,7 @@
 """Sweep files: which program, agents, settings and seeds, how to search, and how the best setting is chosen.
 
     name: capacity
-    program: rl                          # rl or regression
+    program: rl                          # rl, regression or tabular
     settings: {num_train_steps: 25000}   # fields of the program's configuration, for all agents
     agents:                              # label: own settings; agent_type is the label unless it is given
       omd: {}
@@ -38,6 +38,7 @@ from purejax_bilevel.experiment.runner import make_seeds
 PROGRAMS = {
     "rl": "purejax_bilevel.algorithms.model_based",
     "regression": "purejax_bilevel.algorithms.regression",
+    "tabular": "purejax_bilevel.algorithms.tabular",
 }
 SECTIONS = ("name", "program", "settings", "agents", "axes", "seeds", "search", "report")
 
@@ -130,7 +131,8 @@ class Reporting:
         select_by: what chooses the best setting; by default `variable`.
         select_over: as `over`, for `select_by`.
         solved: score regarded as solved, for the optimality gap.
-        figures: the study's own, first in the report: {kind: sensitivity, axis: lr} or {kind: curves, variable: x}.
+        figures: the study's own, first in the report: {kind: sensitivity, axis: lr}, {kind: curves, variable: x} or
+            {kind: tabular, figure: x}, x being one of `tabular_plots`.
     """
 
     variable: str = ""
@@ -484,8 +486,9 @@ def _report(given: Any) -> Reporting:
     if not isinstance(figures, list | tuple):
         raise UserError(f"report: figures must be a list, got {figures!r}.")
     for figure in figures:
-        kind = _choice(_mapping(figure, "a figure").get("kind"), ("sensitivity", "curves"), "the kind of a figure")
-        needed = {"sensitivity": "axis", "curves": "variable"}[kind]
+        needed_by = {"sensitivity": "axis", "curves": "variable", "tabular": "figure"}
+        kind = _choice(_mapping(figure, "a figure").get("kind"), tuple(needed_by), "the kind of a figure")
+        needed = needed_by[kind]
         if needed not in _known(figure, ("kind", needed, "title"), f"a figure of kind {kind}"):
             raise UserError(f"a figure of kind {kind} needs {needed}.")
     return Reporting(**{**values, "figures": tuple(figures)})

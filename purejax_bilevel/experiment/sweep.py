@@ -32,6 +32,7 @@ from purejax_bilevel.experiment.program import CompiledProgram, Part, num_rows
 from purejax_bilevel.experiment.progress import _duration as duration
 from purejax_bilevel.experiment.statistics import SettingRow, lower_is_better, render_table
 from purejax_bilevel.experiment.study import PROGRAMS, Agent, Study, config_class, make_agents, override, parse, read
+from purejax_bilevel.experiment.tabular_plots import FIGURES
 
 SAFE_SHARE = 0.9  # of the free memory that a sweep may plan with
 ROUND_SETTINGS = {
@@ -240,6 +241,11 @@ def check_report(study: Study, agents: Sequence[Agent]) -> None:
             raise UserError(f"report: the program measures no {name!r}; it measures {', '.join(sorted(measured))}.")
     visible = {field.name for field in fields(study.config_class)}
     for figure in study.report.figures:
+        if figure["kind"] == "tabular" and (study.program != "tabular" or figure["figure"] not in FIGURES):
+            raise UserError(
+                f"report: the figure {figure['figure']!r} of kind tabular must be one of {', '.join(FIGURES)}, "
+                "in a sweep of the program tabular."
+            )
         if figure["kind"] == "sensitivity" and figure["axis"] not in visible:
             raise UserError(f"report: a figure names the axis {figure['axis']!r}, which is no setting of the program.")
 

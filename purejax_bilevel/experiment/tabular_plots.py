@@ -106,11 +106,11 @@ def ift_noise(datasets: Datasets, path: str | Path) -> Path:
 
 
 FIGURES: dict[str, Callable[[Datasets, str | Path], Path]] = {
-    "tabular_norm_bound": norm_bound,
-    "tabular_value_bounds": value_bounds,
-    "tabular_ift_noise": ift_noise,
+    "norm_bound": norm_bound,
+    "value_bounds": value_bounds,
+    "ift_noise": ift_noise,
 }
-"""By preset."""
+AXES = {"norm_bound": "norm_bound", "value_bounds": "norm_bound", "ift_noise": "inner_noise"}  # of the figures
 
 
 # ---------------------------------------------------------------- parts

@@ -15,7 +15,7 @@ from purejax_bilevel.bilevel import implicit
 from purejax_bilevel.configuration import replace
 from purejax_bilevel.environments import finite
 from purejax_bilevel.errors import UserError
-from purejax_bilevel.experiment import cli, experiment, members, results, runner, tabular_plots
+from purejax_bilevel.experiment import cli, experiment, members, results, runner, sweep, tabular_plots
 
 GOLDEN = Path(__file__).parents[1] / "data" / "tabular_curve.npz"
 OPTIMAL_Q = [[0.16363807, 0.06282009], [1.89091046, 0.66282009]]
@@ -394,8 +394,22 @@ def test_figures_of_the_studies(tmp_path: Path):
         for axis, values in swept.items()
     }
     for name, figure in tabular_plots.FIGURES.items():
-        right, wrong = ("inner_noise", "norm_bound") if name == "tabular_ift_noise" else ("norm_bound", "inner_noise")
+        right, wrong = ("inner_noise", "norm_bound") if name == "ift_noise" else ("norm_bound", "inner_noise")
         pair = {"omd": datasets[right], "mle": datasets[right]}
         assert figure(pair, tmp_path / f"{name}.png").stat().st_size > 10_000
         with pytest.raises(UserError, match=f"needs {right} to be the only axis"):
             figure({"omd": datasets[wrong]}, tmp_path / "wrong.png")
+
+
+def test_a_sweep_draws_its_figure_where_the_axes_are_those_of_the_figure(tmp_path: Path):
+    words = ["tabular_norm_bound", "num_train_steps=10", "eval_frequency=5", "norm_bound=1,4", "seeds.count=4"]
+    where = ["--output_dir", str(tmp_path), "--quiet", "--name"]
+    title = "Return against the norm bound"
+    assert sweep.main([*words, *where, "own"]) == 0
+    assert f"![{title}" in (tmp_path / "own" / "report.md").read_text()
+    for agent in ("mle", "omd"):
+        dataset = results.load(tmp_path / "own" / agent)
+        assert dataset.attrs["compilations"] == 1
+        assert dataset.evaluation_return.dtype == np.float64
+    assert sweep.main([*words, "lr=0.01,0.1", *where, "other"]) == 0
+    assert title not in (tmp_path / "other" / "report.md").read_text()

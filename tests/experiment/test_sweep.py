@@ -80,6 +80,8 @@ WRONG = [
     ({"report": {"figures": [{"kind": "pie"}]}}, "kind of a figure must be one of"),
     ({"report": {"figures": [{"kind": "sensitivity"}]}}, "needs axis"),
     ({"report": {"figures": [{"kind": "sensitivity", "axis": "depth"}]}}, "the axis 'depth'"),
+    ({"report": {"figures": [{"kind": "tabular"}]}}, "needs figure"),
+    ({"report": {"figures": [{"kind": "tabular", "figure": "ift_noise"}]}}, "in a sweep of the program tabular"),
 ]
 
 
@@ -234,7 +236,7 @@ def test_presets_are_complete(name, scale):
     if scale == "smoke" and checked.program == "rl":
         assert members * steps <= 1.6e6  # minutes on two cores at 5500 steps/s
     if scale == "paper":
-        assert steps == (200_000 if checked.program == "rl" else 5000)
+        assert steps == {"rl": 200_000, "regression": 5000, "tabular": 10_000}[checked.program]
         assert checked.seeds.count >= 10
     for axis in [figure["axis"] for figure in checked.report.figures if figure["kind"] == "sensitivity"]:
         assert any(axis in agent.grid.settings(0) for agent in agents), axis
@@ -388,4 +390,4 @@ def test_a_real_program_end_to_end(tmp_path):
 
 
 def test_the_toy_is_not_left_registered():
-    assert set(study.PROGRAMS) == {"rl", "regression"}
+    assert set(study.PROGRAMS) == {"rl", "regression", "tabular"}
