@@ -309,7 +309,12 @@ def _run_member(
 ) -> tuple[Tree, dict[str, jax.Array], jax.Array]:
     """Steps start..stop-1 of one member."""
     keyed = jax.eval_shape(program.init, jax.random.key(0), config)
-    stored = jax.lax.cond(start == 0, lambda: _fresh(program, config, seed), lambda: stored)
+
+    def fresh() -> Tree:  # as `_fresh`, without tracing a step to find out what it measures
+        state = program.init(jax.random.key(seed), config)
+        return _plain_keys(state), jax.tree.map(jnp.zeros_like, stored[1])
+
+    stored = jax.lax.cond(start == 0, fresh, lambda: stored)
     state, sums = _typed_keys(stored[0], keyed), stored[1]
     frequency = program.eval_frequency
 

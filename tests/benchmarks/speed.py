@@ -31,6 +31,7 @@ from purejax_bilevel.experiment import devices, experiment
 from purejax_bilevel.experiment.program import CompiledProgram
 
 ENDLESS = 10**9
+INIT_STEPS = RLConfig().init_steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Arguments:
 
     agent_type: AgentType = "omd"
     members: tuple[int, ...] = (1, 8, 64)
-    steps: int = 2000  # timed steps of each member, per repetition
+    steps: int = 3000  # of each member, the first 1000 of which only collect data
     repeats: int = 3
     baseline: str = ""  # a script to run for comparison, between the repetitions
     compile_only: bool = False  # used by the script itself, in fresh processes
@@ -60,17 +61,13 @@ def compiled(arguments: Arguments, members: int, eval_frequency: int = 0, held_u
     return program
 
 
-def seconds_per_run(program: CompiledProgram, steps: int, repeats: int) -> list[float]:
-    """Times of `repeats` stretches of `steps` learning steps each."""
-    start = 1200  # learning has begun
-    state, *_ = program(program.initial(), 0, start, ENDLESS)
-    times = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        state, *_ = program(state, start, start + steps, ENDLESS)
-        times.append(time.perf_counter() - begin)
-        start += steps
-    return times
+def seconds_per_run(program: CompiledProgram, steps: int) -> float:
+    """Time of the first `steps` steps, of which the first 1000 only collect data."""
+    program(program.initial(), 0, 10, ENDLESS)  # whatever happens only once
+    state = jax.block_until_ready(program.initial())
+    begin = time.perf_counter()
+    program(state, 0, steps, ENDLESS)
+    return time.perf_counter() - begin
 
 
 def matmul_rate(repeats: int = 5, products: int = 20_000) -> float:
@@ -126,7 +123,7 @@ def compile_times(arguments: Arguments) -> tuple[float, float]:
 def run_baseline(arguments: Arguments, members: int) -> float:
     """Environment steps/s that the last line of the baseline script says."""
     per_core = max(1, members // len(jax.devices()))
-    command = [sys.executable, arguments.baseline, str(per_core), str(1000 + arguments.steps), arguments.agent_type]
+    command = [sys.executable, arguments.baseline, str(per_core), str(arguments.steps), arguments.agent_type]
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}  # it sets its own
     output = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
     return float(re.findall(r"(\d+) environment steps/s", output)[-1])
@@ -137,7 +134,10 @@ def evaluation_share(arguments: Arguments) -> float:
     members = len(jax.devices())
     with_evaluation = compiled(arguments, members, eval_frequency=1000, held_up=True)
     without = compiled(arguments, members, held_up=True)
-    long, short = (min(seconds_per_run(program, 2000, arguments.repeats)) for program in (with_evaluation, without))
+    long, short = (
+        min(seconds_per_run(program, arguments.steps) for _ in range(arguments.repeats))
+        for program in (with_evaluation, without)
+    )
     return (long - short) / long
 
 
@@ -156,12 +156,13 @@ def main(arguments: Arguments) -> None:
         rates, rivals, products = [], [], []
         for _ in range(arguments.repeats):
             products.append(matmul_rate())
-            rates.append(members * arguments.steps / min(seconds_per_run(program, arguments.steps, 1)))
+            rates.append(members * arguments.steps / seconds_per_run(program, arguments.steps))
             if arguments.baseline:
                 rivals.append(run_baseline(arguments, members))
         rate, product = float(np.median(rates)), float(np.median(products))
         devices_used = min(members, len(jax.devices()))
-        share = rate * flops / 1e9 / (product * devices_used / len(jax.devices()))
+        learning = 1 - INIT_STEPS / arguments.steps
+        share = rate * learning * flops / 1e9 / (product * devices_used / len(jax.devices()))
         text = f"{members} members: {rate:,.0f} environment steps/s, {share:.0%} of {product:.0f} GFLOP/s, "
         text += f"{program.bytes_per_member[0] / 1e6:.2f} MB per member"
         if rivals:
