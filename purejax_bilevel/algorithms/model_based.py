@@ -337,7 +337,9 @@ class ModelBased:
         num_episodes = played.shape[0]
         reset_key, key = jax.random.split(key)
         reset = jax.vmap(self.environment.reset, (0, None))
-        step = jax.vmap(self.environment.step, (0, 0, 0, None))
+        # Without the automatic reset of `step`, which would cost more than the rest: an episode is played once.
+        step = jax.vmap(self.environment.step_env, (0, 0, 0, None))
+        is_truncated = jax.vmap(self.environment.is_truncated, (0, None))
         obs, environment = reset(jax.random.split(reset_key, num_episodes), params)
 
         def unfinished(carry: tuple) -> jax.Array:
@@ -348,11 +350,11 @@ class ModelBased:
             i, alive, returns, obs, environment = carry
             policy_key, step_key = jax.random.split(jax.random.fold_in(key, i))
             action = act(config, q, obs.T.astype(returns.dtype), policy_key)
-            obs, environment, reward, terminated, truncated, _ = step(
-                jax.random.split(step_key, num_episodes), environment, action, params
-            )
+            keys = jax.random.split(step_key, num_episodes)
+            obs, environment, reward, terminated, _ = step(keys, environment, action, params)
             returns = returns + jnp.where(alive, reward, 0.0)
-            return i + 1, alive & ~(terminated | truncated), returns, obs, environment
+            alive = alive & ~(terminated | is_truncated(environment, params))
+            return i + 1, alive, returns, obs, environment
 
         carry = (jnp.int32(0), played, jnp.zeros(num_episodes), obs, environment)
         return jax.lax.while_loop(unfinished, advance, carry)[2]

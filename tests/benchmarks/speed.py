@@ -135,7 +135,7 @@ def evaluation_share(arguments: Arguments) -> float:
     with_evaluation = compiled(arguments, members, eval_frequency=1000, held_up=True)
     without = compiled(arguments, members, held_up=True)
     long, short = (
-        min(seconds_per_run(program, arguments.steps) for _ in range(arguments.repeats))
+        min(seconds_per_run(program, 3 * arguments.steps) for _ in range(arguments.repeats))
         for program in (with_evaluation, without)
     )
     return (long - short) / long
