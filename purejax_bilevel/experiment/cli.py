@@ -60,10 +60,14 @@ class Run:
 
 def main(config_class: type, description: str, arguments: Sequence[str] | None = None) -> int:
     """Runs a training script; returns its exit status: 0 done, 2 bad input, 130 interrupted."""
+    return exit_status(lambda console: execute(*parse(config_class, description, arguments), console))
+
+
+def exit_status(action: Callable[[Console], None]) -> int:
+    """Runs a script's work; tells what stopped it in a sentence and returns the exit status."""
     console = Console(stderr=True)
     try:
-        run, config = parse(config_class, description, arguments)
-        execute(run, config, console)
+        action(console)
     except UserError as error:
         console.print(f"error: {error}", style="bold red", markup=False, highlight=False, soft_wrap=True)
         return 2

@@ -67,21 +67,13 @@ class Options(cli.Run):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a sweep; returns the exit status: 0 done, 2 bad input, 130 interrupted."""
-    console = Console(stderr=True)
     devices.prepare()  # before anything imports gymnax, whose import makes jax choose its devices
-    try:
+
+    def work(console: Console) -> None:
         options, study = command_line(sys.argv[1:] if arguments is None else arguments)
         run(study, options, console)
-    except UserError as error:
-        console.print(f"error: {error}", style="bold red", markup=False, highlight=False, soft_wrap=True)
-        return 2
-    except runner.Interrupted as message:
-        console.print(str(message), markup=False, highlight=False, soft_wrap=True)
-        return 130
-    except KeyboardInterrupt:
-        console.print("stopped at once; the last checkpoint remains.")
-        return 130
-    return 0
+
+    return cli.exit_status(work)
 
 
 def command_line(arguments: Sequence[str]) -> tuple[Options, Study]:
