@@ -1,6 +1,7 @@
 """Environments: every one speaks the gymnax >= 1.0 interface, whose `step` returns six values.
 
-`make` gives any gymnax environment that has vector observations and discrete actions, checked, with its sizes at hand.
+`make` gives any gymnax environment that has vector observations and discrete actions, checked, with its sizes at hand;
+`make_continuous` any with vector observations and bounded continuous actions, which become [-1, 1] everywhere.
 """
 
 import dataclasses
@@ -11,6 +12,7 @@ import gymnax
 from gymnax.environments import spaces
 from gymnax.environments.environment import Environment
 
+from purejax_bilevel.environments.continuous import UnitActions
 from purejax_bilevel.errors import UserError
 
 
@@ -25,8 +27,19 @@ class Discrete:
     max_steps: int  # time limit of an episode
 
 
+@dataclasses.dataclass(frozen=True)
+class Continuous:
+    """An environment with observations `[obs_dim]` and actions `[action_dim]` in [-1, 1]."""
+
+    environment: Environment
+    params: Any  # traced argument of its `reset` and `step`
+    obs_dim: int  # with the distractors
+    action_dim: int
+    max_steps: int  # time limit of an episode
+
+
 def make(name: str) -> Discrete:
-    """Looks up a gymnax environment.
+    """Looks up an environment with discrete actions.
 
     Args:
         name: registered name, e.g. "CartPole-v1".
@@ -34,19 +47,62 @@ def make(name: str) -> Discrete:
     Raises:
         UserError: unknown name, continuous actions, or observations that are not vectors.
     """
-    if name not in gymnax.registered_envs:
-        close = difflib.get_close_matches(name, gymnax.registered_envs, n=1, cutoff=0.4)
-        hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(gymnax.registered_envs)}."
-        raise UserError(f"--env_name {name} is not an environment; {hint}")
-    environment, params = gymnax.make(name)
+    environment, params = _look_up(name)
     action_space = environment.action_space(params)
     if not isinstance(action_space, spaces.Discrete):
         raise UserError(
             f"--env_name {name} has continuous actions; this program needs discrete ones, e.g. CartPole-v1."
         )
+    obs_dim = _obs_dim(name, environment, params, "CartPole-v1")
+    return Discrete(environment, params, obs_dim, action_space.n, int(params.max_steps_in_episode))
+
+
+def make_continuous(name: str, dim_distract: int = 0) -> Continuous:
+    """Looks up an environment with continuous actions; they are clipped to [-1, 1] and scaled to its own bounds.
+
+    Args:
+        name: registered name, e.g. "Pendulum-v1".
+        dim_distract: standard normal numbers that are appended to every observation, at least 0.
+
+    Raises:
+        UserError: unknown name, discrete actions, observations that are not vectors, or a negative `dim_distract`.
+    """
+    if dim_distract < 0:
+        raise UserError(f"--dim_distract must be at least 0, got {dim_distract}.")
+    environment, params = _look_up(name)
+    action_space = environment.action_space(params)
+    if not isinstance(action_space, spaces.Box) or len(action_space.shape) != 1:
+        raise UserError(
+            f"--env_name {name} has discrete actions; this program needs continuous ones, e.g. Pendulum-v1."
+        )
+    obs_dim = _obs_dim(name, environment, params, "Pendulum-v1")
+    wrapped = UnitActions(environment, dim_distract)
+    return Continuous(wrapped, params, obs_dim + dim_distract, action_space.shape[0], int(params.max_steps_in_episode))
+
+
+def is_continuous(name: str) -> bool:
+    """Whether `name` is an environment with continuous actions; False for unknown names."""
+    if name not in gymnax.registered_envs:
+        return False
+    environment, params = _look_up(name)
+    return isinstance(environment.action_space(params), spaces.Box)
+
+
+def _look_up(name: str) -> tuple[Environment, Any]:
+    if name not in gymnax.registered_envs:
+        close = difflib.get_close_matches(name, gymnax.registered_envs, n=1, cutoff=0.4)
+        hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(gymnax.registered_envs)}."
+        raise UserError(f"--env_name {name} is not an environment; {hint}")
+    try:
+        return gymnax.make(name)
+    except OSError as error:  # one of them downloads its images
+        raise UserError(f"--env_name {name} needs a download, which failed ({error}).") from error
+
+
+def _obs_dim(name: str, environment: Environment, params: Any, example: str) -> int:
     shape = environment.observation_space(params).shape
     if len(shape) != 1:
         raise UserError(
-            f"--env_name {name} has observations of shape {tuple(shape)}; this program needs vectors, e.g. CartPole-v1."
+            f"--env_name {name} has observations of shape {tuple(shape)}; this program needs vectors, e.g. {example}."
         )
-    return Discrete(environment, params, shape[0], action_space.n, int(params.max_steps_in_episode))
+    return shape[0]
