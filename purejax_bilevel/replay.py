@@ -23,7 +23,8 @@ class Batch(NamedTuple):
     reward: jax.Array  # [batch]
     next_obs: jax.Array  # [obs, batch]
     terminated: jax.Array  # [batch], 0.0 or 1.0
-    noise: jax.Array | None = None  # [obs, batch], standard normals for models that sample
+    # [obs, batch] standard normals for models that sample, or [action, batch] for policies that do
+    noise: jax.Array | None = None
 
 
 def init(capacity: int, obs_dim: int, action_dim: int) -> jax.Array:
@@ -41,9 +42,32 @@ def add(
     terminated: jax.Array,
 ) -> jax.Array:
     """Writes the transition of step `t` (obs and next_obs `[obs]`, action `[action]`) over the oldest one."""
-    scalars = jnp.stack([reward.astype(storage.dtype), terminated.astype(storage.dtype)])
-    row = jnp.concatenate([obs, next_obs, action, scalars])
-    return jax.lax.dynamic_update_index_in_dim(storage, row, t % storage.shape[0], 0)
+    return add_block(storage, t, obs[None], action[None], reward[None], next_obs[None], terminated[None])
+
+
+def add_block(
+    storage: jax.Array,
+    t: jax.Array,
+    obs: jax.Array,
+    action: jax.Array,
+    reward: jax.Array,
+    next_obs: jax.Array,
+    terminated: jax.Array,
+) -> jax.Array:
+    """Writes the transitions of step `t`, one of each copy of the environment, as one slice over the oldest ones.
+
+    They are numbers t n .. t n + n - 1 for `sample`.
+
+    Args:
+        storage: `[capacity, row]`; its capacity must be a multiple of the number n of copies.
+        t: number of the step, shared by all members.
+        obs, next_obs: `[n, obs]`.
+        action: `[n, action]`.
+        reward, terminated: `[n]`.
+    """
+    scalars = jnp.stack([reward.astype(storage.dtype), terminated.astype(storage.dtype)], axis=1)
+    rows = jnp.concatenate([obs, next_obs, action, scalars], axis=1)
+    return jax.lax.dynamic_update_slice_in_dim(storage, rows, (t * rows.shape[0]) % storage.shape[0], 0)
 
 
 def sample(

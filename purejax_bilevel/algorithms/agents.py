@@ -40,7 +40,11 @@ class Model(NamedTuple):
 
 
 class Learner(flax.struct.PyTreeNode):
-    """Everything that is learned, with the optimisers' states."""
+    """Everything that is learned, with the optimisers' states.
+
+    Its methods say what model and Q-function are; the agents below need nothing else of them, so that a subclass may
+    have others (`actor_critic_agents.Learner`: continuous actions).
+    """
 
     # inner problem
     q: Heads
@@ -53,6 +57,30 @@ class Learner(flax.struct.PyTreeNode):
     values: Heads | None
     dual: Heads | None
     dual_optimizer: optax.OptState | None
+
+    def predict(self, config: Any, model: Any, batch: Batch) -> Batch:
+        """The batch as `model` (the learner's own, or one to differentiate in) would have it."""
+        return predict(config, model, batch)
+
+    def init_q(self, config: Any, key: jax.Array, obs_dim: int, action_dim: int) -> Heads:
+        """A fresh Q-function; the key is consumed."""
+        return init_q(config, key, obs_dim, action_dim)
+
+    def q_values(self, q: Heads, batch: Batch) -> jax.Array:
+        """Values `[heads, actions, batch]` of `q` on the batch's observations."""
+        return networks.apply_heads(q, batch.obs)
+
+    def taken(self, batch: Batch) -> jax.Array:
+        """Which of the values are of actions taken, one-hot `[actions, batch]`."""
+        return batch.action
+
+    def target(self, config: Any, batch: Batch) -> jax.Array:
+        """Bellman targets `[batch]`."""
+        return bellman_target(config, self.target_q, batch)
+
+    def q_loss(self, config: Any, q: Heads, batch: Batch) -> jax.Array:
+        """L_Q(q; target Q, batch)."""
+        return q_objective(self.q_values(q, batch), self.target(config, batch), self.taken(batch))
 
 
 Losses = dict[str, jax.Array]
@@ -71,7 +99,7 @@ def init_learner(config: Any, key: jax.Array, obs_dim: int, num_actions: int) ->
     values = dual = None
     if config.agent_type == "vep":
         values = networks.init_heads(value_key, config.num_ensemble_vep, (obs_dim, *hidden, 1), config.hidden_dim)
-    if _uses_dual(config):
+    if uses_dual(config):
         dual = init_q(config, dual_key, obs_dim, num_actions)
     return Learner(
         q=q,
@@ -100,7 +128,8 @@ def _init_model(config: Any, next_obs_key: jax.Array, reward_key: jax.Array, obs
     return Model(next_obs, networks.init_network(reward_key, (inputs, *hidden, 1), config.model_hidden_dim))
 
 
-def _uses_dual(config: Any) -> bool:
+def uses_dual(config: Any) -> bool:
+    """Whether the adjoint of funcbo is a network."""
     return config.agent_type in ("funcbo", "funcbo_reward_only") and config.num_dual_Q_steps > 0
 
 
@@ -197,10 +226,16 @@ def _reward_error(predicted: Batch, batch: Batch) -> jax.Array:
     return ((predicted.reward - batch.reward) ** 2).mean()
 
 
+def squared_error_loss(config: Any, learner: Learner, batch: Batch, predicted: Batch) -> jax.Array:
+    """mean |s'_hat - s'|^2 + mean (r_hat - r)^2."""
+    del config, learner
+    return model_error(predicted, batch) + _reward_error(predicted, batch)
+
+
 def likelihood_loss(config: Any, learner: Learner, batch: Batch, predicted: Batch) -> jax.Array:
     """Squared error of next observation (summed) and reward; Gaussian negative log-likelihood with `prob_model`."""
     if not config.prob_model:
-        return model_error(predicted, batch) + _reward_error(predicted, batch)
+        return squared_error_loss(config, learner, batch, predicted)
     outputs = networks.apply_network(learner.model.next_obs, jnp.concatenate([batch.obs, batch.action]))
     mean, log_std = _mean_and_log_std(outputs)
     negative_log_likelihood = -jax.scipy.stats.norm.logpdf(batch.next_obs, mean, jnp.exp(log_std))
@@ -219,7 +254,7 @@ def value_equivalence_loss(config: Any, learner: Learner, batch: Batch, predicte
 
 def q_step(config: Any, learner: Learner, batch: Batch) -> tuple[Learner, Losses]:
     """One Adam step on L_Q, then the soft update of the target network."""
-    loss, gradient = jax.value_and_grad(lambda q: q_loss(config, q, learner.target_q, batch))(learner.q)
+    loss, gradient = jax.value_and_grad(lambda q: learner.q_loss(config, q, batch))(learner.q)
     updates, optimizer_state = q_optimizer(config).update(gradient, learner.q_optimizer, learner.q)
     q = optax.apply_updates(learner.q, updates)
     target_q = optax.incremental_update(q, learner.target_q, config.tau)
@@ -234,7 +269,7 @@ def solve_inner(config: Any, learner: Learner, predicted: Batch, key: jax.Array)
     Adam starts afresh unless `warm_opt`.
     """
     if config.no_warm:
-        q = init_q(config, key, predicted.obs.shape[0], predicted.action.shape[0])
+        q = learner.init_q(config, key, predicted.obs.shape[0], predicted.action.shape[0])
         learner = learner.replace(q=q, target_q=q)
     if not config.warm_opt:
         learner = learner.replace(q_optimizer=q_optimizer(config).init(learner.q))
@@ -267,13 +302,13 @@ def hypergradient_omd(config: Any, learner: Learner, batch: Batch) -> tuple[jax.
     -(d f/d theta)^T v with f = grad_phi L_Q(phi; target phi, model batch) and v = H^-1 grad_phi L_Q(real batch); the
     identity approximation takes H = I (OMD, section 4).
     """
-    q, target_q = learner.q, learner.target_q
-    outer_loss, outer_gradient = jax.value_and_grad(lambda q: q_loss(config, q, target_q, batch))(q)
+    outer_loss, outer_gradient = jax.value_and_grad(lambda q: learner.q_loss(config, q, batch))(learner.q)
 
     def inner_loss(model: Model, q: Heads) -> jax.Array:
-        return q_loss(config, q, target_q, predict(config, model, batch))
+        return learner.q_loss(config, q, learner.predict(config, model, batch))
 
-    gradient = implicit.minimum_hypergradient(inner_loss, learner.model, q, outer_gradient, linear_solver(config))
+    solver = linear_solver(config)
+    gradient = implicit.minimum_hypergradient(inner_loss, learner.model, learner.q, outer_gradient, solver)
     return outer_loss, gradient, learner
 
 
@@ -283,22 +318,22 @@ def hypergradient_funcbo(config: Any, learner: Learner, batch: Batch) -> tuple[j
     The adjoint a solves H a = -dF/dq, where H = 1/batch on the actions taken, in closed form; or a dual network is
     fitted to it.
     """
-    values = networks.apply_heads(learner.q, batch.obs)
-    target = bellman_target(config, learner.target_q, batch)
-    outer_loss, cotangent = jax.value_and_grad(lambda values: q_objective(values, target, batch.action))(values)
+    values = learner.q_values(learner.q, batch)
+    target, taken = learner.target(config, batch), learner.taken(batch)
+    outer_loss, cotangent = jax.value_and_grad(lambda values: q_objective(values, target, taken))(values)
 
     def inner_objective(model: Model, values: jax.Array) -> jax.Array:
-        predicted = predict(config, model, batch)
+        predicted = learner.predict(config, model, batch)
         if config.agent_type == "funcbo_reward_only":
             predicted = predicted._replace(next_obs=batch.next_obs)
-        return q_objective(values, bellman_target(config, learner.target_q, predicted), batch.action)
+        return q_objective(values, learner.target(config, predicted), taken)
 
-    if _uses_dual(config):
+    if uses_dual(config):
         adjoint, learner = _dual_adjoint(config, learner, batch, cotangent)
     elif config.agent_type == "funcbo_reward_only":
         adjoint = -cotangent  # the OFBO code's scale: H taken as the identity
     else:
-        adjoint = functional.closed_form_adjoint(cotangent, _value_hessian(values, batch.action))
+        adjoint = functional.closed_form_adjoint(cotangent, _value_hessian(values, taken))
     gradient = functional.functional_hypergradient(inner_objective, learner.model, values, adjoint)
     return outer_loss, gradient, learner
 
@@ -310,16 +345,17 @@ def _value_hessian(values: jax.Array, action: jax.Array) -> jax.Array:
 
 
 def _dual_adjoint(config: Any, learner: Learner, batch: Batch, cotangent: jax.Array) -> tuple[jax.Array, Learner]:
-    hessian = _value_hessian(cotangent, batch.action)
+    taken = learner.taken(batch)
+    hessian = _value_hessian(cotangent, taken)
 
     def objective(dual: Heads) -> jax.Array:
-        adjoint = networks.apply_heads(dual, batch.obs)
+        adjoint = learner.q_values(dual, batch)
         return (0.5 * hessian * adjoint**2 + cotangent * adjoint).sum()
 
     dual, optimizer_state, _ = functional.fit_dual(
         objective, learner.dual, learner.dual_optimizer, optax.adam(config.dual_lr), config.num_dual_Q_steps
     )
-    adjoint = networks.apply_heads(dual, batch.obs) * batch.action
+    adjoint = learner.q_values(dual, batch) * taken
     return adjoint, learner.replace(dual=dual, dual_optimizer=optimizer_state)
 
 
@@ -329,7 +365,7 @@ def bilevel_agent(hypergradient: Callable[[Any, Learner, Batch], tuple[jax.Array
     def agent(config: Any, learner: Learner, draw: Draw, key: jax.Array, t: jax.Array) -> tuple[Learner, Losses]:
         batch_key, init_key = jax.random.split(key) if config.no_warm else (key, key)  # no step without a use for it
         batch = draw(batch_key)
-        predicted = predict(config, learner.model, batch)
+        predicted = learner.predict(config, learner.model, batch)
         learner, losses = solve_inner(config, learner, predicted, init_key)
         model_loss, gradient, learner = hypergradient(config, learner, batch)
         losses |= {
@@ -358,7 +394,7 @@ def predictive_agent(objective: Callable[[Any, Learner, Batch, Batch], jax.Array
             batch = draw(key)
 
             def loss_of(model: Model) -> tuple[jax.Array, jax.Array]:
-                predicted = predict(config, model, batch)
+                predicted = learner.predict(config, model, batch)
                 return objective(config, learner.replace(model=model), batch, predicted), model_error(predicted, batch)
 
             (loss, error), gradient = jax.value_and_grad(loss_of, has_aux=True)(learner.model)
@@ -366,7 +402,7 @@ def predictive_agent(objective: Callable[[Any, Learner, Batch, Batch], jax.Array
             return _model_step(config, learner, gradient, t), losses
 
         def step_q(learner: Learner, key: jax.Array) -> tuple[Learner, Losses]:
-            return q_step(config, learner, predict(config, learner.model, draw(key)))
+            return q_step(config, learner, learner.predict(config, learner.model, draw(key)))
 
         model_key, q_key = jax.random.split(key)
         learner, model_losses = _repeat(step_model, learner, model_key, config.num_T_steps)
@@ -377,7 +413,7 @@ def predictive_agent(objective: Callable[[Any, Learner, Batch, Batch], jax.Array
 
 
 def model_free_agent(config: Any, learner: Learner, draw: Draw, key: jax.Array, t: jax.Array) -> tuple[Learner, Losses]:
-    """Soft double Q-learning on real batches."""
+    """The inner problem on real batches: soft double Q-learning."""
     del t
     return _repeat(lambda learner, key: q_step(config, learner, draw(key)), learner, key, config.num_Q_steps)
 

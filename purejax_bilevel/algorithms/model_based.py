@@ -11,6 +11,7 @@ Outline of a run (every line inside one compiled loop):
 The agent is an argument; nothing else in this file depends on which one it is.
 """
 
+import functools
 from typing import Any, ClassVar, Literal, Self
 
 import flax.struct
@@ -18,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from purejax_bilevel import environments, networks, replay
-from purejax_bilevel.algorithms import agents
+from purejax_bilevel.algorithms import agents, rollouts
 from purejax_bilevel.configuration import (
     FRACTION,
     NONNEGATIVE,
@@ -325,39 +326,9 @@ class ModelBased:
             `evaluation_return` (mean), `final_return` `[episodes]` (NaN for those not played before the last
             evaluation).
         """
-        num_episodes = max(config.eval_episodes, config.final_eval_episodes)
-        played = jnp.arange(num_episodes) < jnp.where(is_last, config.final_eval_episodes, config.eval_episodes)
         key = jax.random.fold_in(jax.random.fold_in(state.key, EVALUATE), t)
-        params = self._environment_params(config, t)
-        returns = self._play(state.learner.q, config, params, key, played)
-        mean = jnp.sum(jnp.where(played, returns, 0.0)) / played.sum().astype(returns.dtype)
-        return {"evaluation_return": mean, "final_return": jnp.where(played, returns, jnp.nan)}
-
-    def _play(self, q: networks.Heads, config: Config, params: Any, key: jax.Array, played: jax.Array) -> jax.Array:
-        num_episodes = played.shape[0]
-        reset_key, key = jax.random.split(key)
-        reset = jax.vmap(self.environment.reset, (0, None))
-        # Without the automatic reset of `step`, which would cost more than the rest: an episode is played once.
-        step = jax.vmap(self.environment.step_env, (0, 0, 0, None))
-        is_truncated = jax.vmap(self.environment.is_truncated, (0, None))
-        obs, environment = reset(jax.random.split(reset_key, num_episodes), params)
-
-        def unfinished(carry: tuple) -> jax.Array:
-            i, alive, *_ = carry
-            return alive.any() & (i < self.task.max_steps)
-
-        def advance(carry: tuple) -> tuple:
-            i, alive, returns, obs, environment = carry
-            policy_key, step_key = jax.random.split(jax.random.fold_in(key, i))
-            action = act(config, q, obs.T.astype(returns.dtype), policy_key)
-            keys = jax.random.split(step_key, num_episodes)
-            obs, environment, reward, terminated, _ = step(keys, environment, action, params)
-            returns = returns + jnp.where(alive, reward, 0.0)
-            alive = alive & ~(terminated | is_truncated(environment, params))
-            return i + 1, alive, returns, obs, environment
-
-        carry = (jnp.int32(0), played, jnp.zeros(num_episodes), obs, environment)
-        return jax.lax.while_loop(unfinished, advance, carry)[2]
+        episodes = (config.eval_episodes, config.final_eval_episodes)
+        return rollouts.evaluate(*self._rollout(state, config, t), key, *episodes, is_last)
 
     def episode(self, state: State, config: Config, t: jax.Array) -> tuple[jax.Array, jax.Array]:
         """One episode of the policy of step `t`, for a video.
@@ -366,20 +337,11 @@ class ModelBased:
             Observations `[max_steps, obs]` and whether the episode was still going on `[max_steps]`.
         """
         key = jax.random.fold_in(jax.random.fold_in(state.key, VIDEO), t)
-        params = self._environment_params(config, t)
-        reset_key, key = jax.random.split(key)
+        return rollouts.episode(*self._rollout(state, config, t), key)
 
-        def advance(carry: tuple, i: jax.Array) -> tuple[tuple, tuple[jax.Array, jax.Array]]:
-            obs, environment, alive = carry
-            policy_key, step_key = jax.random.split(jax.random.fold_in(key, i))
-            action = act(config, state.learner.q, obs[:, None].astype(state.obs.dtype), policy_key)[0]
-            next_obs, environment, _, terminated, truncated, _ = self.environment.step(
-                step_key, environment, action, params
-            )
-            return (next_obs, environment, alive & ~(terminated | truncated)), (obs, alive)
-
-        start = (*self.environment.reset(reset_key, params), jnp.bool_(True))
-        return jax.lax.scan(advance, start, jnp.arange(self.task.max_steps))[1]
+    def _rollout(self, state: State, config: Config, t: jax.Array) -> tuple[Any, Any, int, rollouts.Policy]:
+        policy = functools.partial(act, config, state.learner.q)
+        return self.environment, self._environment_params(config, t), self.task.max_steps, policy
 
     def is_finite(self, state: State) -> jax.Array:
         """Whether all learned parameters of a member are finite numbers."""
