@@ -1,7 +1,8 @@
 """Environments: every one speaks the gymnax >= 1.0 interface, whose `step` returns six values.
 
 `make` gives any gymnax environment that has vector observations and discrete actions, checked, with its sizes at hand;
-`make_continuous` any with vector observations and bounded continuous actions, which become [-1, 1] everywhere.
+`make_continuous` any of gymnax, Brax or MuJoCo Playground with vector observations and bounded continuous actions,
+which become [-1, 1] everywhere.
 """
 
 import dataclasses
@@ -12,6 +13,7 @@ import gymnax
 from gymnax.environments import spaces
 from gymnax.environments.environment import Environment
 
+from purejax_bilevel.environments import brax
 from purejax_bilevel.environments.continuous import UnitActions
 from purejax_bilevel.errors import UserError
 
@@ -47,14 +49,14 @@ def make(name: str) -> Discrete:
     Raises:
         UserError: unknown name, continuous actions, or observations that are not vectors.
     """
-    environment, params = _look_up(name)
-    action_space = environment.action_space(params)
-    if not isinstance(action_space, spaces.Discrete):
+    if is_continuous(name):
         raise UserError(
             f"--env_name {name} has continuous actions; this program needs discrete ones, e.g. CartPole-v1."
         )
+    environment, params = _look_up(name)
     obs_dim = _obs_dim(name, environment, params, "CartPole-v1")
-    return Discrete(environment, params, obs_dim, action_space.n, int(params.max_steps_in_episode))
+    num_actions = environment.action_space(params).n
+    return Discrete(environment, params, obs_dim, num_actions, int(params.max_steps_in_episode))
 
 
 def make_continuous(name: str, dim_distract: int = 0) -> Continuous:
@@ -82,6 +84,8 @@ def make_continuous(name: str, dim_distract: int = 0) -> Continuous:
 
 def is_continuous(name: str) -> bool:
     """Whether `name` is an environment with continuous actions; False for unknown names."""
+    if brax.known(name):  # without importing a suite that may not be installed
+        return True
     if name not in gymnax.registered_envs:
         return False
     environment, params = _look_up(name)
@@ -89,9 +93,12 @@ def is_continuous(name: str) -> bool:
 
 
 def _look_up(name: str) -> tuple[Environment, Any]:
+    if brax.known(name):
+        return brax.make(name)
     if name not in gymnax.registered_envs:
-        close = difflib.get_close_matches(name, gymnax.registered_envs, n=1, cutoff=0.4)
-        hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(gymnax.registered_envs)}."
+        names = [*gymnax.registered_envs, *brax.NAMES]
+        close = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+        hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(names)}."
         raise UserError(f"--env_name {name} is not an environment; {hint}")
     try:
         return gymnax.make(name)
