@@ -5,12 +5,20 @@
 
 import sys
 
-from purejax_bilevel import RegressionConfig
 from purejax_bilevel.experiment.cli import main
+
+
+def configuration() -> type:
+    """The class of options; imported once all processes have joined."""
+    from purejax_bilevel import RegressionConfig
+
+    return RegressionConfig
+
 
 if __name__ == "__main__":
     sys.exit(
         main(
-            RegressionConfig, "Non-stationary regression; options with several values give one member per combination."
+            configuration,
+            "Non-stationary regression; options with several values give one member per combination.",
         )
     )

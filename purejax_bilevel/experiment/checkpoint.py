@@ -2,7 +2,11 @@
 
 A checkpoint is a plain numpy archive (`.npz`): readable anywhere, one file instead of orbax's folder of dozens, with a
 checksum per array that makes a torn file show. Arrays are stored without padding, so that a run resumes on any number
-of devices.
+of devices and processes.
+
+Of several processes each writes its own members to `checkpoint.<steps>.<process>.npz`; once all have done so, process 0
+puts these shards together. The folder must be one that all of them see. Whenever anything is killed, `checkpoint.npz`
+is whole; shards left behind are of no use and deleted at the next start.
 """
 
 import json
@@ -14,7 +18,8 @@ import jax
 import numpy as np
 
 from purejax_bilevel.errors import UserError
-from purejax_bilevel.experiment.results import replacing
+from purejax_bilevel.experiment import hosts
+from purejax_bilevel.experiment.results import replacing, write_bytes
 
 FORMAT = "purejax_bilevel checkpoint 1"
 FILE_NAME = "checkpoint.npz"
@@ -22,7 +27,7 @@ Tree = Any
 
 
 class Checkpoint(NamedTuple):
-    """What a run needs to go on, per part."""
+    """What a run needs to go on, per part; to `save`: of the members of this process."""
 
     steps: int  # done by each member
     state: list[Tree]  # leaves [members, ...]
@@ -32,7 +37,7 @@ class Checkpoint(NamedTuple):
 
 
 def save(path: Path, checkpoint: Checkpoint, fingerprint: dict[str, Any]) -> None:
-    """Writes a checkpoint in one step: a reader sees the old file or the new one.
+    """Writes a checkpoint in one step: a reader sees the old file or the new one. All processes call it.
 
     Args:
         path: file to write.
@@ -42,6 +47,14 @@ def save(path: Path, checkpoint: Checkpoint, fingerprint: dict[str, Any]) -> Non
     Raises:
         UserError: the place is not writable.
     """
+    if hosts.count() == 1:
+        _write_members(path, checkpoint, fingerprint)
+        return
+    _write_members(_shard(path, checkpoint.steps, hosts.index()), checkpoint, fingerprint)
+    hosts.from_first(lambda: _merge(path, checkpoint.steps))
+
+
+def _write_members(path: Path, checkpoint: Checkpoint, fingerprint: dict[str, Any]) -> None:
     arrays: dict[str, np.ndarray] = {}
     for part, (state, rows, failed) in enumerate(
         zip(checkpoint.state, checkpoint.rows, checkpoint.failed, strict=True)
@@ -50,9 +63,55 @@ def save(path: Path, checkpoint: Checkpoint, fingerprint: dict[str, Any]) -> Non
         arrays |= {f"{part}/rows/{name}": array for name, array in rows.items()}
         arrays[f"{part}/failed"] = failed
     about = {"format": FORMAT, "steps": checkpoint.steps, "seconds": checkpoint.seconds, "fingerprint": fingerprint}
-    arrays["about"] = np.frombuffer(json.dumps(about).encode(), np.uint8)
+    _write(path, arrays, about)
+
+
+def _write(path: Path, arrays: dict[str, np.ndarray], about: dict[str, Any]) -> None:
+    described = np.frombuffer(json.dumps(about).encode(), np.uint8)
     with replacing(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, **arrays)  # type: ignore[arg-type]
+        np.savez(file, **arrays, about=described)  # type: ignore[arg-type]
+
+
+def _shard(path: Path, steps: int, process: int) -> Path:
+    return path.with_suffix(f".{steps}.{process}{path.suffix}")
+
+
+def _merge(path: Path, steps: int) -> None:
+    """Puts the shards of all processes together and deletes them."""
+    shards = [_shard(path, steps, process) for process in range(hosts.count())]
+    read = [_read(shard) for shard in shards]
+    arrays = {name: np.concatenate([own[name] for own, _ in read]) for name in read[0][0]}
+    _write(path, arrays, read[0][1])
+    for shard in shards:
+        shard.unlink()
+
+
+def begin(path: Path) -> None:
+    """Deletes the shards that a killed run left, and makes sure that all processes see the same folder.
+
+    Raises:
+        UserError: they do not, or it is not writable.
+    """
+    hosts.from_first(lambda: _delete_shards(path))
+    if hosts.count() > 1:
+        write_bytes(_shard(path, 0, hosts.index()), b"")
+        hosts.from_first(lambda: _check_shared(path))
+
+
+def _check_shared(path: Path) -> None:
+    unseen = [process for process in range(hosts.count()) if not _shard(path, 0, process).exists()]
+    if unseen:
+        raise UserError(
+            f"what process {unseen[0]} writes to {path.parent} is not there for process 0: the folder must be one "
+            "that all processes share."
+        )
+    _delete_shards(path)
+
+
+def _delete_shards(path: Path) -> None:
+    for pattern in (f"{path.stem}.*.*{path.suffix}", f".{path.stem}.*.part"):  # whole ones, and torn ones
+        for left in path.parent.glob(pattern):
+            left.unlink(missing_ok=True)
 
 
 def load(path: Path, structure: list[Tree], fingerprint: dict[str, Any]) -> Checkpoint:

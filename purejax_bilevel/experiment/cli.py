@@ -7,6 +7,7 @@ its folder, so that `--resume` needs nothing else.
 import dataclasses
 import datetime
 import itertools
+import re
 import sys
 import types
 import typing
@@ -20,7 +21,7 @@ from rich.console import Console
 
 from purejax_bilevel.configuration import RUN_LENGTH, fields, from_dict, to_dict, validate
 from purejax_bilevel.errors import UserError
-from purejax_bilevel.experiment import experiment, runner, statistics
+from purejax_bilevel.experiment import experiment, hosts, runner, statistics
 
 MARKERS = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
 
@@ -38,6 +39,15 @@ class Run:
     seed: Annotated[int, tyro.conf.arg(help="first seed")] = 0
     num_seeds: Annotated[int, tyro.conf.arg(help="members per setting, with seeds seed, seed + 1, ...")] = 1
     devices: Annotated[int | None, tyro.conf.arg(help="number of devices (default: all cores or accelerators)")] = None
+    coordinator: Annotated[
+        str | None,
+        tyro.conf.arg(
+            help="host:port of process 0, where several processes share the members (default: what Slurm or Open MPI "
+            "say); all need the same output_dir, and --devices counts the devices of all"
+        ),
+    ] = None
+    num_processes: Annotated[int | None, tyro.conf.arg(help="how many processes, with --coordinator")] = None
+    process_id: Annotated[int | None, tyro.conf.arg(help="which one this is, from 0")] = None
     member_batch: Annotated[
         int | None,
         tyro.conf.arg(help="members trained at once on a device, 0: all (default: 1 on a CPU, all elsewhere)"),
@@ -58,26 +68,50 @@ class Run:
     quiet: Annotated[bool, tyro.conf.arg(help="no progress bar, no table")] = False
 
 
-def main(config_class: type, description: str, arguments: Sequence[str] | None = None) -> int:
-    """Runs a training script; returns its exit status: 0 done, 2 bad input, 130 interrupted."""
-    return exit_status(lambda console: execute(*parse(config_class, description, arguments), console))
+def main(configuration: type | Callable[[], type], description: str, arguments: Sequence[str] | None = None) -> int:
+    """Runs a training script; returns its exit status: 0 done, 2 bad input, 130 interrupted.
+
+    Args:
+        configuration: its class, or a function that imports it: what it imports may make jax choose its devices, which
+            must not happen before several processes have joined.
+        description: for `--help`.
+        arguments: of the command line; by default those of this process.
+    """
+    words = sys.argv[1:] if arguments is None else list(arguments)
+
+    def work(console: Console) -> None:
+        config_class = configuration if isinstance(configuration, type) else configuration()
+        execute(*parse(config_class, description, words), console)
+
+    return exit_status(work, words)
 
 
-def exit_status(action: Callable[[Console], None]) -> int:
-    """Runs a script's work; tells what stopped it in a sentence and returns the exit status."""
-    console = Console(stderr=True)
+def exit_status(action: Callable[[Console], None], arguments: Sequence[str]) -> int:
+    """Joins the other processes and runs a script's work; tells what stopped it and returns the exit status."""
     try:
-        action(console)
+        _join(arguments)
+        with hosts.together():
+            action(hosts.console())
     except UserError as error:
-        console.print(f"error: {error}", style="bold red", markup=False, highlight=False, soft_wrap=True)
+        if hosts.should_tell(error):
+            text = f"error: {error}"
+            Console(stderr=True).print(text, style="bold red", markup=False, highlight=False, soft_wrap=True)
         return 2
     except runner.Interrupted as message:
-        console.print(str(message), markup=False, highlight=False, soft_wrap=True)
+        hosts.console().print(str(message), markup=False, highlight=False, soft_wrap=True)
         return 130
     except KeyboardInterrupt:
-        console.print("stopped at once; the last checkpoint remains.")
+        Console(stderr=True).print("stopped at once; the last checkpoint remains.")
         return 130
     return 0
+
+
+def _join(arguments: Sequence[str]) -> None:
+    """Before the command line is read: to know all its options takes imports that touch devices."""
+    numbers = [_option(arguments, name) for name in ("num_processes", "process_id")]
+    if all(re.fullmatch(r"(-?\d+)?", number) for number in numbers):  # else the reading of the command line says so
+        num_processes, process_id = (int(number) if number else None for number in numbers)
+        hosts.join(_option(arguments, "coordinator") or None, num_processes, process_id)
 
 
 def execute(run: Run, config: Any, console: Console) -> None:
@@ -85,21 +119,22 @@ def execute(run: Run, config: Any, console: Console) -> None:
     from purejax_bilevel.experiment import devices
 
     devices.prepare()
-    folder = _folder(run, config)
+    folder = Path(hosts.from_first(lambda: str(_folder(run, config))))
     how = {name: getattr(run, name) for name in RUNNER_OPTIONS}
     runner.RunOptions(**how)  # bad input shows before anything is written
     part = experiment.make_part(config, run.num_seeds, run.seed)
     devices.make_mesh(len(part.grid), run.devices)
     if run.video and not hasattr(part.program, "episode"):
         raise UserError(f"--video: {type(part.program).__name__} has no policy to show.")
-    runner.check_writable(folder)
     seeds = {"seed": run.seed, "num_seeds": run.num_seeds}
-    experiment.save_description(folder, config, seeds, resumed=run.resume is not None)
+    if hosts.is_first():
+        runner.check_writable(folder)
+        experiment.save_description(folder, config, seeds, resumed=run.resume is not None)
     dataset = experiment.run(config, **seeds, folder=folder, video=run.video, resume=run.resume is not None, **how)
     final = next(
         (str(name) for name in dataset.data_vars if "episode" in dataset[name].dims), dataset.attrs["headline"]
     )
-    if not run.quiet:
+    if not run.quiet and hosts.is_first():
         for variable in dataset.attrs.get("tables") or [final]:
             experiment.print_summary(dataset, variable, Console())
         failed = int(statistics.failed_members(dataset).sum())
@@ -122,16 +157,21 @@ def _folder(run: Run, config: Any) -> Path:
 
 
 def named_environment(arguments: Sequence[str] | None = None) -> str:
-    """The value of `--env_name`, or of the run that `--resume` names, by which a script chooses its configuration.
+    """The value of `--env_name`; see `named_setting`."""
+    return named_setting("env_name", arguments)
+
+
+def named_setting(name: str, arguments: Sequence[str] | None = None) -> str:
+    """The value of an option, or of the run that `--resume` names, by which a script chooses its configuration.
 
     Nothing is checked here: where nothing is found ("" then), the usual reading of the command line says what is wrong.
     """
     words = sys.argv[1:] if arguments is None else list(arguments)
-    if name := _option(words, "env_name"):
-        return name
+    if value := _option(words, name):
+        return value
     try:
         saved = yaml.safe_load((Path(_option(words, "resume")) / "config.yaml").read_text())
-        return str(saved["config"]["env_name"])
+        return str(saved["config"][name])
     except (OSError, yaml.YAMLError, KeyError, TypeError):
         return ""
 

@@ -34,14 +34,14 @@ def prepare() -> None:
 
 
 def make_mesh(num_members: int, num_devices: int | None = None) -> Mesh:
-    """A one-dimensional mesh over the devices that share the members.
+    """A one-dimensional mesh over the devices that share the members, those of a process side by side.
 
     Args:
-        num_members: no more devices than members are used.
-        num_devices: how many to use; None: all.
+        num_members: no more devices than members are used, but at least one of every process.
+        num_devices: how many to use, over all processes, the same number of each; None: all.
 
     Raises:
-        UserError: fewer devices exist than asked for.
+        UserError: fewer devices exist than asked for, or the processes cannot share them evenly.
     """
     available = jax.devices()
     if num_devices is not None and not 1 <= num_devices <= len(available):
@@ -49,9 +49,16 @@ def make_mesh(num_members: int, num_devices: int | None = None) -> Mesh:
             f"--devices must be from 1 to {len(available)}, the number of {available[0].platform} devices here, "
             f"got {num_devices}."
         )
-    chosen = available[: num_devices or len(available)]
+    own = [[device for device in available if device.process_index == i] for i in range(jax.process_count())]
+    most = len(available) if num_devices is None else num_devices // len(own)
+    if num_devices is not None and (num_devices % len(own) or most > min(map(len, own))):
+        raise UserError(
+            f"--devices counts the devices of all {len(own)} processes, which use the same number each, at most "
+            f"{min(map(len, own))} here; got {num_devices}."
+        )
+    most = max(1, min(most, -(-num_members // len(own))))
     # Mesh, unlike make_mesh, has Auto axes, which vmap inside shard_map needs.
-    return Mesh(np.array(chosen[: max(1, min(len(chosen), num_members))]), (AXIS,))
+    return Mesh(np.array([device for devices in own for device in devices[:most]]), (AXIS,))
 
 
 def default_member_batch(mesh: Mesh) -> int | None:

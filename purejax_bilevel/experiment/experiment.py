@@ -7,7 +7,7 @@ import xarray
 from rich.console import Console
 
 from purejax_bilevel.configuration import to_dict
-from purejax_bilevel.experiment import plots, regression_plots, results, statistics
+from purejax_bilevel.experiment import hosts, plots, regression_plots, results, statistics
 from purejax_bilevel.experiment import video as videos
 from purejax_bilevel.experiment.members import batch_config, grid_of
 from purejax_bilevel.experiment.program import Part
@@ -36,12 +36,13 @@ def run(
         config: a configuration such as `RLConfig`; a traced field may hold a tuple of values, an axis each.
         num_seeds: members per setting; they have seeds `seed`, `seed` + 1, ...
         seed: first seed.
-        folder: where to write results, figures and checkpoints; None: nowhere.
+        folder: where to write results, figures and checkpoints, seen by all processes; None: nowhere.
         video: also write a GIF of the median member's policy to the folder.
         options: further fields of `RunOptions`: devices, member_batch, chunks, resume, wandb_mode, quiet...
 
     Returns:
-        Labelled arrays: one dimension per axis, then `seed`, then `step` or `episode`.
+        Labelled arrays: one dimension per axis, then `seed`, then `step` or `episode`. Several processes (`hosts.join`)
+        share the members; all return the whole, process 0 alone writes.
 
     Raises:
         UserError: bad input, in one sentence.
@@ -52,7 +53,7 @@ def run(
     part = make_part(config, num_seeds, seed)
     outcome = train([part], run_options)
     dataset = to_dataset(part, outcome, 0, config, {"command": results.command_line()})
-    if run_options.folder is not None:
+    if run_options.folder is not None and hosts.is_first():
         write_outputs(dataset, run_options.folder)
         if video:
             final = outcome.rows[0][next(iter(part.program.finals))][:, -1].mean(-1)

@@ -5,7 +5,8 @@
 Step bounds are arguments, so a single compilation serves every chunk, a resumed run and a longer run. An experiment
 may have several *parts*, sub-programs that differ in static settings (the agent, say); they share the compiled call.
 
-Nothing is exchanged between members. Each device maps over its members one after another (`member_batch` 1), all at
+Nothing is exchanged between members. Each process places its own members on its own devices; what is measured goes to
+all processes between two calls. Each device maps over its members one after another (`member_batch` 1), all at
 once (None, vmap) or in batches.
 """
 
@@ -22,6 +23,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from purejax_bilevel.experiment import hosts
 from purejax_bilevel.experiment.devices import AXIS
 from purejax_bilevel.experiment.members import Grid
 
@@ -138,7 +140,7 @@ class CompiledProgram:
 
         Returns:
             The new state; per part the rows `{name: [members, evaluations, ...]}` and `[members]` whether it is
-            finite. On several hosts: of the members that live on this one.
+            finite.
         """
         bounds = (np.int32(bound) for bound in (start, stop, total))
         state, rows, finite = self._compiled(state, self._configs, self._seeds, *bounds)
@@ -150,7 +152,7 @@ class CompiledProgram:
             )
             host_rows.append({name: self.local(number, array)[:, :done] for name, array in rows[number].items()})
             host_finite.append(self.local(number, finite[number]))
-        return state, host_rows, host_finite
+        return state, *hosts.everywhere((host_rows, host_finite))
 
     def swap(self, parts: Sequence[Part]) -> None:
         """Puts other members in the places of the present ones; what is compiled stays.
@@ -200,6 +202,7 @@ class CompiledProgram:
         seconds(0, 1)
         most = max(1, min(first + frequency, total) - 1 - first)  # the steps before an evaluation
         guess = seconds(first, first + 1)
+        guess = hosts.from_first(lambda: guess)
         count = int(np.clip(1.0 / max(guess, 1e-6), 1, most))
         per_step = seconds(first, first + count) / count
         evaluation = min(first + frequency, total) - 1
@@ -207,17 +210,17 @@ class CompiledProgram:
         return state, per_step, per_evaluation
 
     def gather(self, state: Tree) -> list[Tree]:
-        """Host copy of each part's state, leaves `[members, ...]` without padding."""
+        """Host copy of each part's state, leaves `[members, ...]` without padding; of this process's members."""
         return [jax.tree.map(lambda leaf, i=i: self.local(i, leaf), part) for i, part in enumerate(state)]
 
     @_in_precision
     def scatter(self, host_state: Sequence[Tree]) -> Tree:
-        """The inverse of `gather`, on whatever number of devices."""
+        """The inverse of `gather` from all members, on whatever number of devices and processes."""
         return tuple(self._place(part, index) for part, index in zip(host_state, self._padded, strict=True))
 
     @property
     def structure(self) -> list[Tree]:
-        """Shapes and types that `gather` returns and `scatter` takes."""
+        """Shapes and types of what `scatter` takes: the state of all members."""
         return [
             jax.tree.map(functools.partial(_with_length, len(part.grid)), shapes)
             for part, shapes in zip(self.parts, self._structure, strict=True)
@@ -232,7 +235,7 @@ class CompiledProgram:
         ]
 
     def local(self, part: int, array: jax.Array) -> np.ndarray:
-        """The members of this host, `[members, ...]`, padding dropped."""
+        """The members of this process, `[members, ...]`, padding dropped."""
         shards = sorted(array.addressable_shards, key=lambda shard: shard.index[0].start or 0)
         pieces = []
         for shard in shards:
@@ -240,14 +243,25 @@ class CompiledProgram:
             pieces.append(np.asarray(shard.data)[: max(0, len(self.parts[part].grid) - start)])
         return np.concatenate(pieces)
 
+    def members_here(self, part: int) -> slice:
+        """The members of a part that live in this process."""
+        number, devices = len(self.parts[part].grid), self.mesh.devices.flat
+        here = [place for place, device in enumerate(devices) if device.process_index == hosts.index()]
+        each = len(self._padded[part]) // len(devices)
+        return slice(min(here[0] * each, number), min((here[-1] + 1) * each, number))
+
     def _place(self, tree: Tree, index: np.ndarray) -> Tree:
-        return jax.tree.map(
-            lambda leaf: jax.device_put(_as_default_type(np.asarray(leaf)[index]), self._sharding), tree
-        )
+        def place(leaf: Any) -> jax.Array:
+            whole = _as_default_type(np.asarray(leaf)[index])
+            if hosts.count() == 1:
+                return jax.device_put(whole, self._sharding)
+            return jax.make_array_from_callback(whole.shape, self._sharding, lambda own: whole[own])
+
+        return jax.tree.map(place, tree)
 
     def _empty(self) -> Tree:
         def part_of(part: Part, config: Any, seeds: Any) -> Tree:
-            one = jax.tree.map(lambda x: x[0], (config, seeds))
+            one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), (config, seeds))
             shapes = jax.eval_shape(lambda config, seed: _fresh(part.program, config, seed), *one)
             return jax.tree.map(lambda leaf: jnp.zeros((seeds.shape[0], *leaf.shape), leaf.dtype), shapes)
 

@@ -4,6 +4,9 @@
 
 It calls the compiled program in chunks; between two calls the host shows progress, logs, saves a checkpoint and looks
 for members that diverged. Chunk boundaries change nothing in the numbers, bit for bit.
+
+Several processes (`hosts.py`) run this loop together: process 0's clock sets the chunks and the checkpoints, a Ctrl-C
+in any of them stops all, each saves its own members, and process 0 alone logs and prints.
 """
 
 import contextlib
@@ -23,7 +26,7 @@ from rich.console import Console
 from purejax_bilevel.configuration import RUN_LENGTH, to_dict
 from purejax_bilevel.errors import UserError
 from purejax_bilevel.experiment import checkpoint as checkpoints
-from purejax_bilevel.experiment import devices, results, statistics
+from purejax_bilevel.experiment import devices, hosts, results, statistics
 from purejax_bilevel.experiment.loggers import Loggers
 from purejax_bilevel.experiment.program import ROWS, CompiledProgram, Part, num_rows, precision, row_steps
 from purejax_bilevel.experiment.progress import Progress
@@ -41,8 +44,8 @@ class RunOptions:
     """How to run, as opposed to what.
 
     Args:
-        folder: where to write results and checkpoints; None: nowhere.
-        devices: number of devices; None: all.
+        folder: where to write results and checkpoints, seen by all processes; None: nowhere.
+        devices: number of devices over all processes; None: all.
         member_batch: members trained at once on a device; None: one on a CPU (tiny ones: all), all elsewhere; 0: all.
         chunks: number of calls of the compiled program; None: one every few seconds.
         resume: go on from the folder's checkpoint if there is one.
@@ -71,7 +74,10 @@ class RunOptions:
 
 @dataclasses.dataclass
 class Outcome:
-    """What came out of a run, per part: host arrays of all members."""
+    """What came out of a run, per part: host arrays of all members, in every process.
+
+    `state` is the exception: of several processes only process 0 has it, and only if there is a folder; else it is [].
+    """
 
     steps: int
     rows: list[dict[str, np.ndarray]]
@@ -111,7 +117,7 @@ def train(
         UserError: the options cannot be met.
         Interrupted: on Ctrl-C, after the checkpoint was written.
     """
-    console = console or Console(stderr=True)
+    console = console or hosts.console()
     return Run(parts, options, console, watcher=watcher).to_the_end()
 
 
@@ -139,6 +145,8 @@ class Run:
     ):
         devices.prepare()
         self.parts, self.options, self.console = tuple(parts), options, console
+        if not hosts.is_first():
+            self.options = dataclasses.replace(options, quiet=True, wandb_mode="disabled", tensorboard=False)
         self.total = parts[0].program.num_steps
         self.num_members = sum(len(part.grid) for part in parts)
         mesh = devices.make_mesh(max(len(part.grid) for part in parts), options.devices)
@@ -184,8 +192,9 @@ class Run:
             chunk = self._first_chunk()
             while self.steps < self.stop:
                 seconds = self._advance(min(chunk, self.stop - self.steps), loggers, progress)
-                self._save_if_due(force=stopped() or self.steps == self.stop)
-                if stopped() and self.steps < self.stop:
+                stopping = hosts.any_of(stopped())
+                self._save_if_due(force=stopping or self.steps == self.stop)
+                if stopping and self.steps < self.stop:
                     raise Interrupted(self._how_to_resume())
                 chunk = self._next_chunk(chunk, seconds)
             for number, part in enumerate(self.parts):
@@ -195,7 +204,7 @@ class Run:
             self.steps,
             self.rows,
             self.failed,
-            self.program.gather(self._state),
+            self._final_state(),
             self.program.compile_seconds + self.earlier_seconds[0],
             self.run_seconds + self.earlier_seconds[1],
             self.program.num_traces,
@@ -283,7 +292,7 @@ class Run:
     def _next_chunk(self, chunk: int, seconds: float) -> int:
         if self.options.chunks is not None:
             return chunk
-        wanted = chunk * CHUNK_SECONDS / max(seconds, 1e-3)
+        wanted = chunk * CHUNK_SECONDS / max(hosts.from_first(lambda: seconds), 1e-3)
         return int(np.clip(min(wanted, 4 * chunk), 100, self._most_steps()))
 
     # --- checkpoints ---
@@ -293,7 +302,9 @@ class Run:
         return None if self.options.folder is None else self.options.folder / checkpoints.FILE_NAME
 
     def _restore(self) -> None:
-        if not (self.options.resume and self._path is not None and self._path.exists()):
+        if self._path is not None:
+            checkpoints.begin(self._path)
+        if not (self.options.resume and self._path is not None and hosts.from_first(self._path.exists)):
             self.steps, state = self.stretch.start, self.stretch.state
             self._state = self.program.initial() if state is None else self.program.scatter(state)
             return
@@ -315,15 +326,27 @@ class Run:
         self._state = self.program.scatter(saved.state)
 
     def _save_if_due(self, force: bool) -> None:
-        if self._path is None or not (force or time.monotonic() - self._saved_at >= CHECKPOINT_SECONDS):
+        if self._path is None:
+            return
+        if not force and not hosts.from_first(lambda: time.monotonic() - self._saved_at >= CHECKPOINT_SECONDS):
             return
         seconds = (
             self.earlier_seconds[0] + self.program.compile_seconds,
             self.earlier_seconds[1] + self.run_seconds,
         )
-        saved = checkpoints.Checkpoint(self.steps, self.program.gather(self._state), self.rows, self.failed, seconds)
+        here = [self.program.members_here(number) for number in range(len(self.parts))]
+        rows = [{name: array[own] for name, array in rows.items()} for rows, own in zip(self.rows, here, strict=True)]
+        failed = [failed[own] for failed, own in zip(self.failed, here, strict=True)]
+        saved = checkpoints.Checkpoint(self.steps, self.program.gather(self._state), rows, failed, seconds)
         checkpoints.save(self._path, saved, fingerprint(self.parts))
         self._saved_at = time.monotonic()
+
+    def _final_state(self) -> list[Any]:
+        if hosts.count() == 1:
+            return self.program.gather(self._state)
+        if self._path is None or not hosts.is_first():
+            return []
+        return checkpoints.load(self._path, self.program.structure, fingerprint(self.parts)).state
 
     def _how_to_resume(self) -> str:
         done = f"stopped after {self.steps} of {self.total} steps"

@@ -35,7 +35,7 @@ from rich.console import Console
 
 from purejax_bilevel.errors import UserError
 from purejax_bilevel.experiment import checkpoint as checkpoints
-from purejax_bilevel.experiment import results, runner
+from purejax_bilevel.experiment import hosts, results, runner
 from purejax_bilevel.experiment.members import Grid
 from purejax_bilevel.experiment.program import CompiledProgram, Part, Program
 from purejax_bilevel.experiment.statistics import iqm
@@ -195,13 +195,13 @@ class Rounds:
         """
         path = self.folder(name) / "scores.json"
         stop = self.total if stop is None else stop
-        if not path.is_file():
+        if not hosts.from_first(path.is_file):
             outcome = self.run(name, members, start, stop, state)
             found = [
                 member_scores(rows, failed, self.variable, self.over)[: len(listed)]
                 for rows, failed, listed in zip(outcome.rows, outcome.failed, members, strict=True)
             ]
-            record = {
+            record: dict[str, Any] = {
                 "name": name,
                 "steps": stop,
                 "seconds": outcome.run_seconds,
@@ -214,10 +214,11 @@ class Rounds:
                     for template, listed, scores in zip(self.templates, members, found, strict=True)
                 ],
             }
-            results.write_text(path, json.dumps(results.as_plain(record)))
+            if hosts.is_first():
+                results.write_text(path, json.dumps(results.as_plain(record)))
             if not keep:
                 self.forget(name)
-        record = json.loads(path.read_text())
+        record = hosts.from_first(lambda: json.loads(path.read_text()))
         self.history.append(record)
         self.run_seconds += record["seconds"]
         return [np.array([np.nan if x is None else x for x in part["scores"]]) for part in record["parts"]]
@@ -236,7 +237,7 @@ class Rounds:
         options = dataclasses.replace(
             self.options, folder=folder, resume=True, wandb_mode="disabled", tensorboard=False
         )
-        begun = (folder / checkpoints.FILE_NAME).exists()
+        begun = hosts.from_first((folder / checkpoints.FILE_NAME).exists)
         stretch = runner.Stretch(start, stop, None if begun or state is None else state())
         before = self.compiled.compile_seconds if self.compiled else 0.0
         run = runner.Run(parts, options, self.console, program=self.compiled, stretch=stretch, watcher=self.watcher)
@@ -265,13 +266,16 @@ class Rounds:
 
     def forget(self, name: str) -> None:
         """Deletes a round's checkpoint, which is large; its scores stay."""
+        if not hosts.is_first():
+            return
         with contextlib.suppress(FileNotFoundError):
             (self.folder(name) / checkpoints.FILE_NAME).unlink()
 
     def save_history(self) -> None:
         """Writes all rounds and their scores into the sweep's folder."""
         assert self.options.folder is not None
-        results.write_text(self.options.folder / HISTORY, json.dumps(self.history))
+        if hosts.is_first():
+            results.write_text(self.options.folder / HISTORY, json.dumps(self.history))
 
 
 def selecting(study: Study, program: Program) -> tuple[str, float]:

@@ -24,7 +24,7 @@ from rich.console import Console
 
 from purejax_bilevel.configuration import fields
 from purejax_bilevel.errors import UserError
-from purejax_bilevel.experiment import cli, devices, report, results, runner
+from purejax_bilevel.experiment import cli, devices, hosts, report, results, runner
 from purejax_bilevel.experiment import search as searches
 from purejax_bilevel.experiment.loggers import Loggers
 from purejax_bilevel.experiment.presets import PRESETS, preset
@@ -68,12 +68,13 @@ class Options(cli.Run):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a sweep; returns the exit status: 0 done, 2 bad input, 130 interrupted."""
     devices.prepare()  # before anything imports gymnax, whose import makes jax choose its devices
+    words = sys.argv[1:] if arguments is None else list(arguments)
 
     def work(console: Console) -> None:
-        options, study = command_line(sys.argv[1:] if arguments is None else arguments)
+        options, study = command_line(words)
         run(study, options, console)
 
-    return cli.exit_status(work)
+    return cli.exit_status(work, words)
 
 
 def command_line(arguments: Sequence[str]) -> tuple[Options, Study]:
@@ -177,7 +178,7 @@ def _resumed(options: Options, changes: Mapping[str, Any]) -> Study:
 
 
 def run(study: Study, options: Options, console: Console) -> list[xarray.Dataset]:
-    """Runs a sweep to its end and writes everything; returns the results of each agent.
+    """Runs a sweep to its end; returns the results of each agent. Of several processes, process 0 writes everything.
 
     Raises:
         UserError: bad input, or it does not fit the memory.
@@ -187,9 +188,11 @@ def run(study: Study, options: Options, console: Console) -> list[xarray.Dataset
     agents = make_agents(study)
     _check_names(agents)
     check_report(study, agents)
-    folder = _folder(study, options)
-    runner.check_writable(folder)
-    results.write_config(folder, {"sweep": study.description}, resumed=options.resume is not None)
+    folder = Path(hosts.from_first(lambda: str(_folder(study, options))))
+    devices.make_mesh(1, options.devices)
+    if hosts.is_first():
+        runner.check_writable(folder)
+        results.write_config(folder, {"sweep": study.description}, resumed=options.resume is not None)
     run_options = runner.RunOptions(
         folder=folder,
         devices=options.devices,
@@ -203,12 +206,15 @@ def run(study: Study, options: Options, console: Console) -> list[xarray.Dataset
     )
     plan = Plan(study, agents, console, options.quiet)
     files = [folder / runner.file_name(agent.label) / results.FILE_NAME for agent in agents]
-    if study.search.in_rounds and all(file.exists() for file in files):  # a finished search: its report is made again
+    finished = hosts.from_first(lambda: all(file.exists() for file in files))
+    if study.search.in_rounds and finished:  # a finished search: its report is made again
         datasets = [results.load(file) for file in files]
     elif study.search.in_rounds:
         datasets = _in_rounds(study, agents, run_options, console, plan)
     else:
         datasets = _at_once(study, agents, run_options, console, plan)
+    if not hosts.is_first():
+        return datasets
     for file, dataset in zip(files, datasets, strict=True):
         results.save(dataset, file)
     searches.clean(folder)
@@ -302,7 +308,8 @@ def _in_rounds(
             [finding.bytes_per_member],
         )
         dataset = _dataset(study, agent, part, outcome, plan, {report.SELECTION: finding.selection})
-        _log_finalists(dataset, part, outcome, options)
+        if hosts.is_first():
+            _log_finalists(dataset, part, outcome, options)
         datasets.append(dataset)
     return datasets
 
@@ -407,7 +414,7 @@ class Plan:
         self.num_devices = int(program.mesh.devices.size)
         parts = program.parts
         members = sum(len(part.grid) for part in parts)
-        device = program.mesh.devices.flat[0]
+        device = program.mesh.local_devices[0]
         names = ", ".join(f"{part.label} {len(part.grid)}" for part in parts)
         steps = f"{parts[0].program.num_steps:,} {parts[0].program.step_unit}"
         rounds = " at a time" if self.study.search.in_rounds else ""
@@ -426,7 +433,7 @@ class Plan:
         needed = program.device_bytes
         if needed is not None:
             self._check(program, needed, "the compiled program")
-            free = self._free(program.mesh.devices.flat[0])
+            free = self._free(program.mesh.local_devices[0])
             shared = " (all devices share it)" if self._shared(program) and self.num_devices > 1 else ""
             of = "" if free is None else f" of {report.bytes_in_words(free)} free{shared}"
             self._say(
@@ -448,11 +455,8 @@ class Plan:
         return program.mesh.devices.flat[0].platform == "cpu"
 
     def _check(self, program: CompiledProgram, needed: int, what: str) -> None:
-        free = self._free(program.mesh.devices.flat[0])
-        on_machine = sum(
-            device.process_index == program.mesh.devices.flat[0].process_index for device in program.mesh.devices.flat
-        )
-        wanted = needed * on_machine if self._shared(program) else needed
+        free = self._free(program.mesh.local_devices[0])
+        wanted = needed * len(program.mesh.local_devices) if self._shared(program) else needed
         if free is None or wanted <= SAFE_SHARE * free:
             return
         members = sum(len(part.grid) for part in program.parts)
