@@ -10,10 +10,20 @@ import importlib
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["RLConfig", "RegressionConfig", "RunOptions", "TabularConfig", "UserError", "__version__", "run"]
+__all__ = [
+    "ContinuousConfig",
+    "RLConfig",
+    "RegressionConfig",
+    "RunOptions",
+    "TabularConfig",
+    "UserError",
+    "__version__",
+    "run",
+]
 
 # Resolved on first use: importing `purejax_bilevel.bilevel` must not load environments and plotting.
 _LAZY = {
+    "ContinuousConfig": ("purejax_bilevel.algorithms.actor_critic", "Config"),
     "RLConfig": ("purejax_bilevel.algorithms.model_based", "Config"),
     "RegressionConfig": ("purejax_bilevel.algorithms.regression", "Config"),
     "TabularConfig": ("purejax_bilevel.algorithms.tabular", "Config"),

@@ -15,8 +15,8 @@ Sources: OMD, Nikishin et al. 2021 (arXiv 2106.03273); funcBO, Petrulionyte et a
 smoothed gradient; VEP, Grimm et al. 2020.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import flax.struct
 import jax
@@ -25,9 +25,12 @@ import optax
 
 from purejax_bilevel import networks
 from purejax_bilevel.bilevel import functional, implicit, smoothing
+from purejax_bilevel.configuration import replace
+from purejax_bilevel.errors import UserError
 from purejax_bilevel.networks import Heads, Network
 from purejax_bilevel.replay import Batch
 
+C = TypeVar("C")
 LOG_STD_RANGE = (-5.0, 2.0)
 NUM_LAYERS = 2
 
@@ -51,7 +54,7 @@ class Learner(flax.struct.PyTreeNode):
     target_q: Heads
     q_optimizer: optax.OptState
     # outer problem
-    model: Model
+    model: Any  # a Model; a subclass may have another
     model_optimizer: optax.OptState
     # fixed random value functions (vep), dual network (funcbo with num_dual_Q_steps > 0)
     values: Heads | None
@@ -86,6 +89,38 @@ class Learner(flax.struct.PyTreeNode):
 Losses = dict[str, jax.Array]
 Draw = Callable[[jax.Array], Batch]
 Agent = Callable[[Any, Learner, Draw, jax.Array, jax.Array], tuple[Learner, Losses]]
+
+# --- settings ---------------------------------------------------------------------------------------------------------
+
+
+def without_alias(config: C) -> C:
+    """The configuration with smoothfbo spelled out: funcbo, smoothed."""
+    if config.agent_type != "smoothfbo":  # type: ignore[attr-defined]
+        return config
+    smoothing = "window" if config.smoothing == "none" else config.smoothing  # type: ignore[attr-defined]
+    return replace(config, agent_type="funcbo", smoothing=smoothing)
+
+
+def check_hypergradient(config: Any, bilevel: Sequence[str]) -> None:
+    """Refuses settings of the hypergradient that the agent has no use for.
+
+    Args:
+        config: its agent without alias.
+        bilevel: the agents that have a hypergradient.
+
+    Raises:
+        UserError: naming the two settings that do not go together.
+    """
+    if config.smoothing != "none" and config.agent_type not in bilevel:
+        raise UserError(
+            f"--smoothing {config.smoothing} needs an agent with a hypergradient ({', '.join(bilevel)}), "
+            f"not {config.agent_type}."
+        )
+    if config.with_inv_jac != "identity" and config.agent_type != "omd":
+        raise UserError(f"--with_inv_jac {config.with_inv_jac} is for --agent_type omd, not {config.agent_type}.")
+    if config.num_dual_Q_steps > 0 and config.agent_type not in ("funcbo", "funcbo_reward_only"):
+        raise UserError(f"--num_dual_Q_steps is for --agent_type funcbo, not {config.agent_type}.")
+
 
 # --- construction -----------------------------------------------------------------------------------------------------
 

@@ -152,10 +152,7 @@ class Config:
         Raises:
             UserError: for a value that is not allowed, or two that do not go together.
         """
-        config = self
-        if config.agent_type == "smoothfbo":
-            smoothing = "window" if config.smoothing == "none" else config.smoothing
-            config = replace(config, agent_type="funcbo", smoothing=smoothing)
+        config = agents.without_alias(self)
         tuned = TUNED.get(config.agent_type, {})
         config = replace(config, **{name: value for name, value in tuned.items() if getattr(config, name) is None})
         if config.transition_steps == 0:
@@ -173,21 +170,18 @@ def _check_together(config: Config) -> None:
         )
     if config.capacity < config.batch_size:
         raise UserError(f"--capacity {config.capacity} is smaller than --batch_size {config.batch_size}.")
-    if config.smoothing != "none" and config.agent_type not in agents.BILEVEL:
-        raise UserError(
-            f"--smoothing {config.smoothing} needs an agent with a hypergradient ({', '.join(agents.BILEVEL)}), "
-            f"not {config.agent_type}."
-        )
-    if config.with_inv_jac != "identity" and config.agent_type != "omd":
-        raise UserError(f"--with_inv_jac {config.with_inv_jac} is for --agent_type omd, not {config.agent_type}.")
-    if config.num_dual_Q_steps > 0 and config.agent_type not in ("funcbo", "funcbo_reward_only"):
-        raise UserError(f"--num_dual_Q_steps is for --agent_type funcbo, not {config.agent_type}.")
+    agents.check_hypergradient(config, agents.BILEVEL)
     if config.non_stationary != "plain" and not config.env_name.startswith("CartPole"):
         raise UserError(
             f"--non_stationary {config.non_stationary} is about CartPole's pole angle: not {config.env_name}."
         )
     if config.clear_buffer and config.non_stationary != "drift":
         raise UserError("--clear_buffer needs --non_stationary drift: there is no transition otherwise.")
+    if environments.is_continuous(config.env_name):
+        raise UserError(
+            f"--env_name {config.env_name} has continuous actions and --agent_type {config.agent_type} is for discrete "
+            "ones here; use --agent_type sac (from Python: ContinuousConfig)."
+        )
     environments.make(config.env_name)
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -15,9 +14,17 @@ from purejax_bilevel.algorithms import agents, model_based
 from purejax_bilevel.algorithms.model_based import Config
 from purejax_bilevel.configuration import replace
 from purejax_bilevel.errors import UserError
-from purejax_bilevel.experiment import experiment, runner
+from purejax_bilevel.experiment import runner
 from purejax_bilevel.experiment.devices import make_mesh
-from purejax_bilevel.experiment.program import CompiledProgram
+from tests.algorithms.programs import (
+    check_resume_is_bitwise,
+    count_conds,
+    initial_learners,
+    moved,
+    own_run,
+    same,
+    train,
+)
 
 STEPS = 60
 SMALL = Config(
@@ -57,15 +64,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def train(config: Config, num_seeds: int = 2, seed: int = 0, **options: Any) -> tuple[Any, runner.Outcome]:
-    part = experiment.make_part(config.resolved(), num_seeds, seed)
-    return part, runner.train([part], runner.RunOptions(quiet=True, **options))
-
-
-def same(a: Any, b: Any) -> None:
-    jax.tree.map(np.testing.assert_array_equal, a, b)
-
-
 @pytest.fixture(scope="module", params=VARIANTS, ids=str)
 def trained(request: pytest.FixtureRequest) -> tuple[Config, Any, runner.Outcome]:
     """Two model widths, two rates, two seeds (and the variant's own axes) on eight devices."""
@@ -89,9 +87,7 @@ def test_runs_in_one_compilation(trained: tuple):
 
 def test_every_trainable_leaf_moves_and_fixed_ones_do_not(trained: tuple):
     config, part, outcome = trained
-    seeds = jnp.array([part.grid.settings(member)["seed"] for member in range(len(part.grid))])
-    batched = jax.tree.map(jnp.asarray, part.config)
-    start = jax.jit(jax.vmap(lambda seed, own: part.program.init(jax.random.key(seed), own)))(seeds, batched).learner
+    start = initial_learners(part)
     end = outcome.state[0][0].learner
     for first, last in zip(jax.tree.leaves(start.q), jax.tree.leaves(end.q), strict=True):
         assert not np.any(np.all(first == last, axis=tuple(range(1, last.ndim))))  # in no member a leaf stays as it was
@@ -101,11 +97,6 @@ def test_every_trainable_leaf_moves_and_fixed_ones_do_not(trained: tuple):
     if start.dual is not None:
         assert moved(start.dual, end.dual)
         assert np.all(jax.tree.leaves(end.dual_optimizer)[0] > 0)
-
-
-def moved(start: Any, end: Any) -> bool:
-    pairs = zip(jax.tree.leaves(start), jax.tree.leaves(end), strict=True)
-    return any(not np.allclose(first, last, atol=1e-6) for first, last in pairs)
 
 
 def test_seeds_act_differently_and_settings_learn_differently(trained: tuple):
@@ -125,9 +116,7 @@ def test_member_equals_a_run_of_its_own(agent: str):
     config = replace(SMALL, model_hidden_dim=(2, 4), lr=(1e-3, 3e-3), **VARIANTS[agent])
     part, outcome = train(config)
     member = len(part.grid) - 1
-    setting = part.grid.settings(member)
-    seed = setting.pop("seed")
-    _, single = train(replace(config, **setting), 1, seed, devices=1)
+    single = own_run(config, part, member)
     for name, array in single.rows[0].items():
         np.testing.assert_allclose(array[0], outcome.rows[0][name][member], rtol=1e-4, atol=1e-6)
     jax.tree.map(
@@ -148,41 +137,15 @@ def test_vmapped_members_agree(agent: str):
 
 def test_step_counter_stays_shared_under_vmap():
     """`cond` on the step must stay a branch: batched, it would compute both sides and copy the buffer at every step."""
-    config = replace(SMALL, smoothing="window", smoothing_window=9).resolved()
-
-    def count(num_seeds: int, member_batch: int | None) -> int:
-        part = experiment.make_part(config, num_seeds, 0)
-        program = CompiledProgram([part], make_mesh(1, 1), member_batch)
-        bounds = (jnp.int32(0), jnp.int32(STEPS), jnp.int32(STEPS))
-        jaxpr = jax.make_jaxpr(program._chunk)(program._structure, program._configs, program._seeds, *bounds)
-        return str(jaxpr).count("cond[")
-
-    assert count(4, None) == count(1, 1) >= 3
+    config = replace(SMALL, smoothing="window", smoothing_window=9)
+    mesh = make_mesh(1, 1)
+    assert count_conds(config, 4, None, mesh) == count_conds(config, 1, 1, mesh) >= 3
 
 
 @pytest.mark.parametrize("agent", ["omd", "smoothfbo", "vep"])
 def test_resume_is_bitwise(agent: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Broken off between two evaluations and continued on another number of devices."""
     config = replace(SMALL, agent_type=agent, lr=(1e-3, 3e-3), smoothing_window=9)
-    _, whole = train(config)
-    monkeypatch.setattr(runner, "CHECKPOINT_SECONDS", 0.0)
-    original = CompiledProgram.__call__
-
-    def breaking(self: CompiledProgram, state: Any, start: int, stop: int, total: int) -> Any:
-        if start >= 30:
-            raise RuntimeError("power cut")
-        return original(self, state, start, stop, total)
-
-    monkeypatch.setattr(CompiledProgram, "__call__", breaking)
-    with pytest.raises(RuntimeError, match="power cut"):
-        train(config, folder=tmp_path, devices=3, chunks=4)
-    monkeypatch.undo()
-    assert runner.steps_done(tmp_path) == 30
-    _, outcome = train(config, folder=tmp_path, resume=True, devices=2, chunks=5)
-    assert outcome.steps == STEPS
-    same(outcome.state, whole.state)
-    for name, array in whole.rows[0].items():
-        np.testing.assert_array_equal(outcome.rows[0][name], array)
+    check_resume_is_bitwise(config, tmp_path, monkeypatch)
 
 
 def test_a_member_that_diverges_leaves_the_others_untouched(capsys: pytest.CaptureFixture):

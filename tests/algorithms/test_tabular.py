@@ -364,7 +364,7 @@ def test_wrong_settings_get_one_sentence(changes: dict, message: str):
 def test_script_chooses_the_configuration_by_environment(tmp_path: Path):
     (tmp_path / "config.yaml").write_text("config: {env_name: tabular}\nrun: {}\n")
     for words in (["--env_name", "tabular"], ["--env-name=tabular", "--help"], ["--resume", str(tmp_path)]):
-        assert train_rl.CONFIGURATIONS.get(cli.named_environment(words)) is Config, words
+        assert train_rl.configuration(words) is Config, words
     for words in (
         [],
         ["--env_name", "CartPole-v1"],
@@ -372,7 +372,7 @@ def test_script_chooses_the_configuration_by_environment(tmp_path: Path):
         ["--resume", str(tmp_path / "none")],
         ["--resume"],
     ):
-        assert train_rl.CONFIGURATIONS.get(cli.named_environment(words)) is None, words
+        assert train_rl.configuration(words) is not Config, words
 
 
 def test_command_line_runs_and_resumes(tmp_path: Path, capsys: pytest.CaptureFixture):
