@@ -5,6 +5,7 @@ What the user set stays: flags are appended, a given platform and cache folder a
 CPU on every machine, because the expected numbers and the eight devices are those of a CPU.
 """
 
+import gc
 import os
 import tempfile
 from collections.abc import Iterator
@@ -53,6 +54,14 @@ def _configure_jax() -> None:
 
 
 _configure_jax()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_compiled_programs() -> Iterator[None]:
+    """Compiled programs of a test file go with it: kept until the end they fill gigabytes."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture
