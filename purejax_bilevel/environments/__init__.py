@@ -13,7 +13,7 @@ import gymnax
 from gymnax.environments import spaces
 from gymnax.environments.environment import Environment
 
-from purejax_bilevel.environments import brax
+from purejax_bilevel.environments import brax, probes
 from purejax_bilevel.environments.continuous import UnitActions
 from purejax_bilevel.errors import UserError
 
@@ -86,7 +86,7 @@ def is_continuous(name: str) -> bool:
     """Whether `name` is an environment with continuous actions; False for unknown names."""
     if brax.known(name):  # without importing a suite that may not be installed
         return True
-    if name not in gymnax.registered_envs:
+    if name not in gymnax.registered_envs and name not in probes.NAMES:
         return False
     environment, params = _look_up(name)
     return isinstance(environment.action_space(params), spaces.Box)
@@ -95,9 +95,11 @@ def is_continuous(name: str) -> bool:
 def _look_up(name: str) -> tuple[Environment, Any]:
     if brax.known(name):
         return brax.make(name)
+    if name in probes.NAMES:
+        return probes.make(name)
     if name not in gymnax.registered_envs:
         names = [*gymnax.registered_envs, *brax.NAMES]
-        close = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+        close = difflib.get_close_matches(name, [*names, *probes.NAMES], n=1, cutoff=0.4)
         hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(names)}."
         raise UserError(f"--env_name {name} is not an environment; {hint}")
     try:
