@@ -13,9 +13,10 @@ the same first state. Instead:
 The suites come with the optional extra `brax` and are imported when one of their environments is asked for.
 """
 
+import contextlib
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax.struct
@@ -122,8 +123,7 @@ def make(name: str) -> tuple["SuiteEnvironment", Params]:
 def _load_brax(name: str, backend: str) -> tuple[Any, np.ndarray]:
     from brax import envs
 
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Brax System", UserWarning)  # says that MJX is its successor
+    with _without_warnings():
         environment = envs.get_environment(name, backend=backend)
     return environment, np.tile(np.array([-1.0, 1.0], np.float32), (environment.action_size, 1))
 
@@ -134,6 +134,21 @@ def _load_playground(name: str) -> tuple[Any, np.ndarray]:
     # The default implementation is written for NVIDIA GPUs: on a CPU it is 20 times slower.
     environment = registry.load(name, config_overrides={"impl": "jax"})
     return environment, environment.mj_model.actuator_ctrlrange.astype(np.float32)
+
+
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Brax warns that MJX is its successor; MuJoCo writes MUJOCO_LOG.TXT about an old attribute in Brax's files."""
+    import mujoco
+
+    before = mujoco.get_mju_user_warning()
+    mujoco.set_mju_user_warning(lambda message: None)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Brax System", UserWarning)
+            yield
+    finally:
+        mujoco.set_mju_user_warning(before)
 
 
 class SuiteEnvironment(Environment):
