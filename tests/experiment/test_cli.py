@@ -126,7 +126,14 @@ def test_a_run_leaves_everything_behind_and_resumes(tmp_path: Path, capsys: pyte
     assert len((folder / "command.txt").read_text().splitlines()) == 2
 
 
-@pytest.mark.parametrize("code", ["import train_rl", "import train_regression", "from purejax_bilevel import run"])
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import train_rl; train_rl.configuration()",
+        "import train_regression as t; t.configuration()",
+        "from purejax_bilevel import run",
+    ],
+)
 def test_all_cores_are_used_without_being_asked(code: str):
     """An import that makes jax choose its devices too early would leave a single one."""
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
