@@ -110,6 +110,7 @@ def test_seeds_act_differently(trained: tuple):
     assert not np.array_equal(state.storage[0], state.storage[1])
 
 
+@pytest.mark.parametrize("trained", actor_critic_agents.AGENTS, indirect=True)
 def test_narrow_member_equals_a_run_of_its_own(trained: tuple):
     """The narrowest member of a grid on eight devices in the widest one's arrays, and alone in its own arrays."""
     config, part, outcome = trained
@@ -120,12 +121,12 @@ def test_narrow_member_equals_a_run_of_its_own(trained: tuple):
     np.testing.assert_allclose(storage, outcome.state[0][0].storage[0], rtol=1e-3, atol=1e-4)
 
 
-def test_vmapped_members_agree():
-    config = replace(SMALL, num_train_steps=30, model_hidden_dim=4)
-    _, one_by_one = train(config, devices=1)
+@pytest.mark.parametrize("trained", ["omd"], indirect=True)
+def test_vmapped_members_agree(trained: tuple):
+    config, _, one_by_one = trained
     _, together = train(config, devices=1, member_batch=0)
     for name in ("q_loss", "policy_loss", "model_loss"):
-        np.testing.assert_allclose(together.rows[0][name], one_by_one.rows[0][name], rtol=1e-3)
+        np.testing.assert_allclose(together.rows[0][name], one_by_one.rows[0][name], rtol=2e-3)
 
 
 def test_step_counter_stays_shared_under_vmap():
