@@ -63,7 +63,7 @@ NEEDED: dict[str, tuple[dict[str, Any], float]] = {
     "funcbo_reward_only": ({"num_train_steps": 4000, "lr": 1e-3, "tau": 0.2}, 0.15),
     "mle": ({}, 0.02),
     # Fewer random value functions than an observation has entries do not tell all observations apart.
-    "vep": ({"num_ensemble_vep": 16, "num_train_steps": 4000}, 0.05),
+    "vep": ({"num_ensemble_vep": 32}, 0.02),
     "sql": ({}, 0.02),
 }
 
