@@ -44,6 +44,7 @@ SMALL = Config(
     final_eval_episodes=3,
     lr=1e-3,
     inner_lr=(1e-3, 3e-3),
+    num_Q_steps=1,
     hidden_dim=5,
     model_hidden_dim=(2, 4),
 )
@@ -385,7 +386,7 @@ def test_capacity_is_the_run_up_to_a_bound_in_whole_steps():
 def test_tuned_values_fill_in_only_what_is_not_given():
     for agent, tuned in actor_critic.TUNED.items():
         config = Config(agent_type=agent, inner_lr=0.5).resolved()
-        assert (config.lr, config.inner_lr) == (tuned["lr"], 0.5)
+        assert (config.lr, config.num_Q_steps, config.inner_lr) == (tuned["lr"], tuned["num_Q_steps"], 0.5)
 
 
 def test_script_chooses_the_configuration(tmp_path: Path, capsys: pytest.CaptureFixture):
