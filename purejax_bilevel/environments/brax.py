@@ -42,8 +42,8 @@ BRAX = (
     "swimmer",
     "walker2d",
 )
-# The physics of Brax, the default first: generalized coordinates are Brax's own most accurate physics, spring is about
-# three times faster on a CPU and coarser (other motors, too), mjx is MuJoCo and calls LAPACK in every step.
+# The physics of Brax, the default first: generalized coordinates are Brax's own most accurate physics, spring is over
+# twice as fast on a CPU and coarser (other motors, too), mjx is MuJoCo and calls LAPACK in every step.
 BACKENDS = ("generalized", "spring", "positional", "mjx")
 PLAYGROUND = (
     "AcrobotSwingup",
@@ -132,13 +132,14 @@ def _load_playground(name: str) -> tuple[Any, np.ndarray]:
     from mujoco_playground import registry
 
     # The default implementation is written for NVIDIA GPUs: on a CPU it is 20 times slower.
-    environment = registry.load(name, config_overrides={"impl": "jax"})
+    with _without_warnings():
+        environment = registry.load(name, config_overrides={"impl": "jax"})
     return environment, environment.mj_model.actuator_ctrlrange.astype(np.float32)
 
 
 @contextlib.contextmanager
 def _without_warnings() -> Iterator[None]:
-    """Brax warns that MJX is its successor; MuJoCo writes MUJOCO_LOG.TXT about an old attribute in Brax's files."""
+    """Brax warns that MJX is its successor; MuJoCo writes MUJOCO_LOG.TXT about an old word in the suites' files."""
     import mujoco
 
     before = mujoco.get_mju_user_warning()

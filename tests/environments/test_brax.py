@@ -3,6 +3,7 @@
 import importlib.util
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import flax.struct
@@ -191,12 +192,14 @@ def test_names_are_those_of_the_suites():
 @needs_extra
 @suites
 @pytest.mark.parametrize(
-    ("name", "sizes"), [("inverted_pendulum", (4, 1)), ("reacher:spring", (11, 2)), ("PendulumSwingup", (3, 1))]
+    ("name", "sizes"), [("inverted_pendulum", (4, 1)), ("reacher:spring", (11, 2)), ("CheetahRun", (17, 6))]
 )
-def test_real_physics(name: str, sizes: tuple[int, int]):
+def test_real_physics(name: str, sizes: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The adapter's numbers are the suite's own; episodes are cut off, and go on from fresh states."""
+    monkeypatch.chdir(tmp_path)
     task = environments.make_continuous(name)
     assert (task.obs_dim, task.action_dim, task.max_steps) == (*sizes, 1000)
+    assert not list(tmp_path.iterdir())  # MuJoCo's log
     environment = task.environment.wrapped
     low, high = environment.bounds.T
     key, steps, limit = jax.random.key(3), 12, 5
