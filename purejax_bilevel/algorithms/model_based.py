@@ -44,7 +44,7 @@ TUNED: dict[str, dict[str, Any]] = {
     "funcbo": {"lr": 1e-4, "inner_lr": 1e-3, "tau": 0.005},
     "funcbo_reward_only": {"lr": 1e-4, "inner_lr": 1e-3, "tau": 0.005},
     "mle": {"lr": 1e-3, "inner_lr": 1e-3, "tau": 0.01},
-    "vep": {"lr": 1e-3, "inner_lr": 1e-3, "tau": 0.01},
+    "vep": {"lr": 3e-3, "inner_lr": 1e-3, "tau": 0.01},
     "sql": {"lr": 1e-3, "inner_lr": 1e-3, "tau": 0.005},
 }
 
