@@ -2,20 +2,24 @@
 
     ./setup/run python tests/benchmarks/speed.py                       # omd with 1, 8 and 64 members
     ./setup/run python tests/benchmarks/speed.py --agent_type mle --members 8
+    ./setup/run python tests/benchmarks/speed.py --env_name Pendulum-v1 --learning_only --steps 300
     ./setup/run python tests/benchmarks/speed.py --baseline script.py  # also run script.py MEMBERS_PER_CORE STEPS AGENT
 
 Prints environment steps per second (evaluation off), the time to compile with an empty and a filled cache, MFLOP per
-step, the share of the rate at which the same devices multiply 256x32 by 32x32 matrices in the same run, the memory of
-a member's state, and the share of a run that evaluation takes in the worst case (all episodes last to the time limit).
+step, the share of the rate at which the same devices multiply matrices of a layer's shape (256x32 by 32x32 for
+CartPole's networks) in the same run, the memory of a member's state, and the share of a run that evaluation takes in
+the worst case (all episodes last to the time limit; not with --learning_only).
 """
 
 import dataclasses
+import math
 import os
 import re
 import subprocess
 import sys
 import tempfile
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,34 +28,39 @@ import tyro
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from purejax_bilevel import RLConfig, replay  # RLConfig first: it lets jax use all cores
-from purejax_bilevel.algorithms import agents
-from purejax_bilevel.algorithms.model_based import AgentType, ModelBased
+from purejax_bilevel import ContinuousConfig, RLConfig, environments, replay  # first: this lets jax use all cores
 from purejax_bilevel.experiment import devices, experiment
 from purejax_bilevel.experiment.program import CompiledProgram
 
 ENDLESS = 10**9
-INIT_STEPS = RLConfig().init_steps
+Settings = RLConfig | ContinuousConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
     """What to measure."""
 
-    agent_type: AgentType = "omd"
+    env_name: str = "CartPole-v1"
+    agent_type: str = "omd"
     members: tuple[int, ...] = (1, 8, 64)
-    steps: int = 3000  # of each member, the first 1000 of which only collect data
+    steps: int = 3000  # of each member, the first 1000 of which (init_steps) only collect data
+    learning_only: bool = False  # leave those out and measure `steps` more
     repeats: int = 3
     baseline: str = ""  # a script to run for comparison, between the repetitions
     compile_only: bool = False  # used by the script itself, in fresh processes
 
 
+def settings(arguments: Arguments, eval_frequency: int = 0) -> Settings:
+    """A run without end with default sizes."""
+    kind = ContinuousConfig if environments.is_continuous(arguments.env_name) else RLConfig
+    default = kind(agent_type=arguments.agent_type, env_name=arguments.env_name).resolved()
+    return dataclasses.replace(default, num_train_steps=ENDLESS, eval_frequency=eval_frequency)
+
+
 def compiled(arguments: Arguments, members: int, eval_frequency: int = 0, held_up: bool = False) -> CompiledProgram:
-    """The program of a run without end; `held_up`: the pole never falls, every episode lasts to its time limit."""
-    agent_type = arguments.agent_type
-    config = RLConfig(agent_type=agent_type, num_train_steps=ENDLESS, eval_frequency=eval_frequency)
-    part = experiment.make_part(config.resolved(), members, 0)
-    if held_up:
+    """The program of a run without end; `held_up`: CartPole's pole never falls, episodes last to their time limit."""
+    part = experiment.make_part(settings(arguments, eval_frequency), members, 0)
+    if held_up and arguments.env_name == "CartPole-v1":
         task = part.program.task
         params = task.params.replace(theta_threshold_radians=1e9, x_threshold=1e9)
         part.program.task = dataclasses.replace(task, params=params)
@@ -61,22 +70,24 @@ def compiled(arguments: Arguments, members: int, eval_frequency: int = 0, held_u
     return program
 
 
-def seconds_per_run(program: CompiledProgram, steps: int) -> float:
-    """Time of the first `steps` steps, of which the first 1000 only collect data."""
-    program(program.initial(), 0, 10, ENDLESS)  # whatever happens only once
-    state = jax.block_until_ready(program.initial())
+def seconds_per_run(program: CompiledProgram, steps: int, start: int = 0) -> float:
+    """Time of `steps` steps from step `start` on."""
+    # Before the clock starts: whatever happens only once, and the steps to `start`.
+    state, _, _ = program(program.initial(), 0, start or 10, ENDLESS)
+    state = jax.block_until_ready(state if start else program.initial())
     begin = time.perf_counter()
-    program(state, 0, steps, ENDLESS)
+    program(state, start, start + steps, ENDLESS)
     return time.perf_counter() - begin
 
 
-def matmul_rate(repeats: int = 5, products: int = 20_000) -> float:
-    """GFLOP/s of chained 256x32 by 32x32 products, one chain on every device at once."""
+def matmul_rate(batch: int, width: int, repeats: int = 5) -> float:
+    """GFLOP/s of chained products of a `batch x width` matrix with a square one, one chain on every device at once."""
+    products = int(1e10) // (2 * batch * width**2)
     mesh = devices.make_mesh(len(jax.devices()))
     sharding = NamedSharding(mesh, P(devices.AXIS))
     count = mesh.devices.size
-    x = jax.device_put(np.random.default_rng(0).normal(size=(count, 256, 32)).astype(np.float32), sharding)
-    w = jax.device_put(np.tile(np.eye(32, dtype=np.float32), (count, 1, 1)), sharding)
+    x = jax.device_put(np.random.default_rng(0).normal(size=(count, batch, width)).astype(np.float32), sharding)
+    w = jax.device_put(np.tile(np.eye(width, dtype=np.float32), (count, 1, 1)), sharding)
 
     def chain(x: jax.Array, w: jax.Array) -> jax.Array:
         return jax.lax.fori_loop(0, products, lambda _, x: x @ w[0], x[0])[None]
@@ -89,27 +100,58 @@ def matmul_rate(repeats: int = 5, products: int = 20_000) -> float:
         begin = time.perf_counter()
         run(x, w).block_until_ready()
         times.append(time.perf_counter() - begin)
-    return count * products * 2 * 256 * 32 * 32 / float(np.median(times)) / 1e9
+    return count * products * 2 * batch * width**2 / float(np.median(times)) / 1e9
 
 
-def flops_per_step(agent_type: AgentType) -> float:
-    """Floating-point operations of one outer step, as XLA counts them after optimisation."""
-    config = RLConfig(agent_type=agent_type, max_hidden_dim=32, max_model_hidden_dim=32, max_smoothing_window=1)
-    config = jax.tree.map(jnp.asarray, config.resolved())
-    program = ModelBased(config)
-    learner = program.init(jax.random.key(0), config).learner
-    batch = replay.Batch(*(jnp.zeros(shape) for shape in ((4, 256), (2, 256), (256,), (4, 256), (256,))))
+def flops_per_step(config: Settings) -> float:
+    """Floating-point operations of one outer step of one member, as XLA counts them after optimisation.
 
-    def step(learner: agents.Learner, batch: replay.Batch) -> tuple:
-        return program.agent(config, learner, lambda _: batch, jax.random.key(0), jnp.int32(0))
-
+    XLA counts the body of the inner loop once; the further inner steps are added as the matrix products of the trace.
+    """
+    sizes = {"max_hidden_dim": config.hidden_dim, "max_model_hidden_dim": config.model_hidden_dim}
+    config = dataclasses.replace(config, **sizes, max_smoothing_window=1)
     with jax.default_matmul_precision("highest"):
-        return jax.jit(step).lower(learner, batch).compile().cost_analysis()["flops"]
+        one, two = (outer_step(dataclasses.replace(config, num_Q_steps=count)) for count in (1, 2))
+        counted = one.lower().compile().cost_analysis()["flops"]
+    inner_step = product_flops(two.jaxpr.jaxpr) - product_flops(one.jaxpr.jaxpr)
+    return counted + (config.num_Q_steps - 1) * inner_step
+
+
+def outer_step(config: Settings) -> Any:
+    """The traced outer step of one member."""
+    config = jax.tree.map(jnp.asarray, config)
+    program = config.program()
+    task, size = program.task, config.batch_size
+    is_continuous = isinstance(task, environments.Continuous)
+    obs = jnp.zeros((task.obs_dim, size))
+    action = jnp.zeros((task.action_dim if is_continuous else task.num_actions, size))
+    numbers = jnp.zeros(size)
+    batch = replay.Batch(obs, action, numbers, obs, numbers, action if is_continuous else None)
+    key = jax.random.key(0)
+
+    def step(learner: Any, batch: replay.Batch) -> tuple:
+        return program.agent(config, learner, lambda _: batch, key, jnp.int32(0))
+
+    return jax.jit(step).trace(program.init(key, config).learner, batch)
+
+
+def product_flops(jaxpr: Any) -> float:
+    """Operations of all matrix products of a traced function, loops of known length included."""
+    total = 0.0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            contracted = equation.params["dimension_numbers"][0][0]
+            shape = equation.invars[0].aval.shape
+            total += 2.0 * equation.outvars[0].aval.size * math.prod(shape[axis] for axis in contracted)
+        inner = sum(product_flops(part) for part in jax.core.jaxprs_in_params(equation.params))
+        total += inner * equation.params.get("length", 1)
+    return total
 
 
 def compile_times(arguments: Arguments) -> tuple[float, float]:
     """Seconds to trace and compile in a fresh process: with an empty cache, then with the cache that left behind."""
-    command = [sys.executable, __file__, "--agent_type", arguments.agent_type, "--members", "8", "--compile_only"]
+    command = [sys.executable, __file__, "--agent_type", arguments.agent_type, "--env_name", arguments.env_name]
+    command += ["--members", "8", "--compile_only"]
     with tempfile.TemporaryDirectory() as folder:
         environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": folder}
         outputs = [
@@ -122,7 +164,7 @@ def compile_times(arguments: Arguments) -> tuple[float, float]:
 
 def run_baseline(arguments: Arguments, members: int) -> float:
     """Environment steps/s that the last line of the baseline script says."""
-    per_core = max(1, members // len(jax.devices()))
+    per_core = members // len(jax.devices())
     command = [sys.executable, arguments.baseline, str(per_core), str(arguments.steps), arguments.agent_type]
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}  # it sets its own
     output = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
@@ -149,19 +191,21 @@ def main(arguments: Arguments) -> None:
     print(f"{arguments.agent_type} on {len(jax.devices())} x {jax.devices()[0].device_kind}, jax {jax.__version__}")
     cold, cached = compile_times(arguments)
     print(f"compile: {cold:.1f} s cold, {cached:.1f} s with a filled cache (tracing included)")
-    flops = flops_per_step(arguments.agent_type)
+    config = settings(arguments)
+    flops = flops_per_step(config)
     print(f"arithmetic: {flops / 1e6:.1f} MFLOP per step")
+    start = config.init_steps if arguments.learning_only else 0
+    learning = 1.0 if arguments.learning_only else 1 - config.init_steps / arguments.steps
     for members in arguments.members:
         program = compiled(arguments, members)
         rates, rivals, products = [], [], []
         for _ in range(arguments.repeats):
-            products.append(matmul_rate())
-            rates.append(members * arguments.steps / seconds_per_run(program, arguments.steps))
-            if arguments.baseline:
+            products.append(matmul_rate(config.batch_size, config.hidden_dim))
+            rates.append(members * arguments.steps / seconds_per_run(program, arguments.steps, start))
+            if arguments.baseline and members >= len(jax.devices()):  # it runs at least one on each
                 rivals.append(run_baseline(arguments, members))
         rate, product = float(np.median(rates)), float(np.median(products))
         devices_used = min(members, len(jax.devices()))
-        learning = 1 - INIT_STEPS / arguments.steps
         share = rate * learning * flops / 1e9 / (product * devices_used / len(jax.devices()))
         text = f"{members} members: {rate:,.0f} environment steps/s, {share:.0%} of {product:.0f} GFLOP/s, "
         text += f"{program.bytes_per_member[0] / 1e6:.2f} MB per member"
@@ -169,7 +213,8 @@ def main(arguments: Arguments) -> None:
             ratio = np.median(np.array(rates) / np.array(rivals))
             text += f"; baseline {np.median(rivals):,.0f} steps/s, ratio {ratio:.2f}"
         print(text, flush=True)
-    print(f"evaluation: at most {evaluation_share(arguments):.1%} of a run")
+    if not arguments.learning_only:
+        print(f"evaluation: at most {evaluation_share(arguments):.1%} of a run")
 
 
 if __name__ == "__main__":
