@@ -280,18 +280,12 @@ class ActorCritic:
         """
         key = jax.random.fold_in(jax.random.fold_in(state.key, STEP), t)
         state, metrics = self._interact(state, config, t, key)
-        Learned = tuple[actor_critic_agents.Learner, agents.Losses]
 
-        def learn(learner: actor_critic_agents.Learner) -> Learned:
+        def learn(learner: actor_critic_agents.Learner) -> tuple[actor_critic_agents.Learner, agents.Losses]:
             return self._learn(learner, state.storage, config, t, jax.random.fold_in(key, LEARN))
 
-        def wait(learner: actor_critic_agents.Learner) -> Learned:
-            return learner, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(learn, learner)[1])
-
-        learning = t >= config.init_steps
-        learner, losses = jax.lax.cond(learning, learn, wait, state.learner)
-        metrics |= {name: (loss, learning.astype(loss.dtype)) for name, loss in losses.items()}
-        return state.replace(learner=learner), metrics
+        learner, losses = agents.learn_from(config.init_steps, t, learn, state.learner)
+        return state.replace(learner=learner), metrics | losses
 
     def _interact(self, state: State, config: Config, t: jax.Array, key: jax.Array) -> tuple[State, Metrics]:
         noise_key, uniform_key = jax.random.split(jax.random.fold_in(key, ACT))

@@ -263,13 +263,8 @@ class ModelBased:
             draw = lambda key: self._draw(state.storage, config, t, key)  # noqa: E731
             return self.agent(config, learner, draw, jax.random.fold_in(key, LEARN), t)
 
-        def wait(learner: agents.Learner) -> tuple[agents.Learner, agents.Losses]:
-            return learner, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(learn, learner)[1])
-
-        learning = t >= config.init_steps
-        learner, losses = jax.lax.cond(learning, learn, wait, state.learner)
-        metrics |= {name: (loss, learning.astype(loss.dtype)) for name, loss in losses.items()}
-        return state.replace(learner=learner), metrics
+        learner, losses = agents.learn_from(config.init_steps, t, learn, state.learner)
+        return state.replace(learner=learner), metrics | losses
 
     def _interact(self, state: State, config: Config, t: jax.Array, key: jax.Array) -> tuple[State, Metrics]:
         policy_key, explore_key, uniform_key = jax.random.split(jax.random.fold_in(key, ACT), 3)
