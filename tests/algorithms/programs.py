@@ -46,7 +46,7 @@ def own_run(config: Any, part: Any, member: int) -> runner.Outcome:
 
 def check_resume_is_bitwise(config: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run of 60 steps broken off at 30, between two evaluations, and continued on another number of devices."""
-    _, whole = train(config)
+    _, whole = train(config, devices=2)
     monkeypatch.setattr(runner, "CHECKPOINT_SECONDS", 0.0)
     original = CompiledProgram.__call__
 

@@ -110,11 +110,10 @@ def test_seeds_act_differently_and_settings_learn_differently(trained: tuple):
         assert len(np.unique(models[::2], axis=0)) == rates
 
 
-@pytest.mark.parametrize("agent", [*agents.AGENTS, "smoothfbo"])
-def test_member_equals_a_run_of_its_own(agent: str):
+@pytest.mark.parametrize("trained", [*agents.AGENTS, "smoothfbo"], indirect=True)
+def test_member_equals_a_run_of_its_own(trained: tuple):
     """The widest member of a grid on eight devices, and alone on one: programs of other shapes, equal to rounding."""
-    config = replace(SMALL, model_hidden_dim=(2, 4), lr=(1e-3, 3e-3), **VARIANTS[agent])
-    part, outcome = train(config)
+    config, part, outcome = trained
     member = len(part.grid) - 1
     single = own_run(config, part, member)
     for name, array in single.rows[0].items():
@@ -124,9 +123,8 @@ def test_member_equals_a_run_of_its_own(agent: str):
     )
 
 
-@pytest.mark.parametrize("agent", ["omd", "mle"])
-def test_vmapped_members_agree(agent: str):
-    config = replace(SMALL, agent_type=agent, lr=(1e-3, 3e-3), num_train_steps=30)
+def test_vmapped_members_agree():
+    config = replace(SMALL, lr=(1e-3, 3e-3), num_train_steps=30)
     _, one_by_one = train(config, devices=1)
     _, together = train(config, devices=1, member_batch=0)
     _, batched = train(config, devices=1, member_batch=3)
@@ -142,7 +140,7 @@ def test_step_counter_stays_shared_under_vmap():
     assert count_conds(config, 4, None, mesh) == count_conds(config, 1, 1, mesh) >= 3
 
 
-@pytest.mark.parametrize("agent", ["omd", "smoothfbo", "vep"])
+@pytest.mark.parametrize("agent", ["smoothfbo", "vep"])
 def test_resume_is_bitwise(agent: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     config = replace(SMALL, agent_type=agent, lr=(1e-3, 3e-3), smoothing_window=9)
     check_resume_is_bitwise(config, tmp_path, monkeypatch)

@@ -22,6 +22,7 @@ import time
 from typing import Any
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 import tyro
@@ -143,7 +144,7 @@ def product_flops(jaxpr: Any) -> float:
             contracted = equation.params["dimension_numbers"][0][0]
             shape = equation.invars[0].aval.shape
             total += 2.0 * equation.outvars[0].aval.size * math.prod(shape[axis] for axis in contracted)
-        inner = sum(product_flops(part) for part in jax.core.jaxprs_in_params(equation.params))
+        inner = sum(product_flops(part) for part in jax.extend.core.jaxprs_in_params(equation.params))
         total += inner * equation.params.get("length", 1)
     return total
 
@@ -205,9 +206,8 @@ def main(arguments: Arguments) -> None:
             if arguments.baseline and members >= len(jax.devices()):  # it runs at least one on each
                 rivals.append(run_baseline(arguments, members))
         rate, product = float(np.median(rates)), float(np.median(products))
-        devices_used = min(members, len(jax.devices()))
-        share = rate * learning * flops / 1e9 / (product * devices_used / len(jax.devices()))
-        text = f"{members} members: {rate:,.0f} environment steps/s, {share:.0%} of {product:.0f} GFLOP/s, "
+        share = rate * learning * flops / 1e9 / product
+        text = f"{members} members: {rate:,.0f} environment steps/s, {share:.0%} of all cores' {product:.0f} GFLOP/s, "
         text += f"{program.bytes_per_member[0] / 1e6:.2f} MB per member"
         if rivals:
             ratio = np.median(np.array(rates) / np.array(rivals))
