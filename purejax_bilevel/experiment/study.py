@@ -1,7 +1,7 @@
 """Sweep files: which program, agents, settings and seeds, how to search, and how the best setting is chosen.
 
     name: capacity
-    program: rl                          # rl, regression or tabular
+    program: rl                          # rl (discrete actions), continuous, regression or tabular
     settings: {num_train_steps: 25000}   # fields of the program's configuration, for all agents
     agents:                              # label: own settings; agent_type is the label unless it is given
       omd: {}
@@ -37,6 +37,7 @@ from purejax_bilevel.experiment.runner import make_seeds
 
 PROGRAMS = {
     "rl": "purejax_bilevel.algorithms.model_based",
+    "continuous": "purejax_bilevel.algorithms.actor_critic",
     "regression": "purejax_bilevel.algorithms.regression",
     "tabular": "purejax_bilevel.algorithms.tabular",
 }

@@ -228,15 +228,19 @@ def test_intervals(interval):
 @pytest.mark.parametrize("scale", presets.SCALES)
 @pytest.mark.parametrize("name", presets.PRESETS)
 def test_presets_are_complete(name, scale):
-    checked = parse(presets.preset(name, scale))
+    content = presets.preset(name, scale)
+    if content.get("settings", {}).get("env_name") == "halfcheetah":  # comes with an extra
+        content["settings"]["env_name"] = "Pendulum-v1"
+    checked = parse(content)
     agents = make_agents(checked)
     sweep.check_report(checked, agents)
     members = sum(len(agent.grid) for agent in agents)
     steps = agents[0].templates[0].config.program().num_steps
-    if scale == "smoke" and checked.program == "rl":
-        assert members * steps <= 1.6e6  # minutes on two cores at 5500 steps/s
+    if scale == "smoke" and checked.program in ("rl", "continuous"):
+        # Minutes on two cores at 5500 and, on average over the agents, 1500 steps/s.
+        assert members * steps <= {"rl": 1.6e6, "continuous": 4.5e5}[checked.program]
     if scale == "paper":
-        assert steps == {"rl": 200_000, "regression": 5000, "tabular": 10_000}[checked.program]
+        assert steps == {"rl": 200_000, "continuous": 200_000, "regression": 5000, "tabular": 10_000}[checked.program]
         assert checked.seeds.count >= 10
     for axis in [figure["axis"] for figure in checked.report.figures if figure["kind"] == "sensitivity"]:
         assert any(axis in agent.grid.settings(0) for agent in agents), axis
