@@ -27,6 +27,7 @@ from purejax_bilevel.experiment import hosts
 from purejax_bilevel.experiment.devices import AXIS
 from purejax_bilevel.experiment.members import Grid
 
+TIMED_SECONDS = 1.0  # of steps, to tell the time that a run will take
 ROWS = 32  # most evaluations in one chunk: the size of the arrays that take them
 Tree = Any
 
@@ -184,7 +185,10 @@ class CompiledProgram:
         return kept + analysis.temp_size_in_bytes
 
     def time_steps(self, state: Tree, total: int) -> tuple[Tree, float, float]:
-        """Measures the speed on late steps of a run that has just begun, about a second long.
+        """Measures the speed on late steps of a run that has just begun, for a second or a few.
+
+        A call has a cost of its own, with large states that of hundreds of steps, and a run makes few calls: what is
+        measured is the difference of a long call and one of a single step.
 
         Returns:
             State that a run may start from step 0 with (it is filled in then), seconds per step of all members, seconds
@@ -197,16 +201,21 @@ class CompiledProgram:
             nonlocal state
             begin = time.perf_counter()
             state, _, _ = self(state, start, stop, total)
-            return time.perf_counter() - begin
+            elapsed = time.perf_counter() - begin
+            return hosts.from_first(lambda: elapsed)
 
         seconds(0, 1)
         most = max(1, min(first + frequency, total) - 1 - first)  # the steps before an evaluation
-        guess = seconds(first, first + 1)
-        guess = hosts.from_first(lambda: guess)
-        count = int(np.clip(1.0 / max(guess, 1e-6), 1, most))
-        per_step = seconds(first, first + count) / count
+        seconds(first, first + 1)
+        single = seconds(first, first + 1)
+        count = 1
+        longer = single
+        while count < most and longer - single < TIMED_SECONDS:
+            count = min(4 * count, most)
+            longer = seconds(first, first + count)
+        per_step = single if count == 1 else max(longer - single, 0.0) / (count - 1)
         evaluation = min(first + frequency, total) - 1
-        per_evaluation = max(seconds(evaluation, evaluation + 1) - per_step, 0.0)
+        per_evaluation = max(seconds(evaluation, evaluation + 1) - single, 0.0)
         return state, per_step, per_evaluation
 
     def gather(self, state: Tree) -> list[Tree]:
