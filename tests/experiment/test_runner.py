@@ -13,7 +13,7 @@ import pytest
 
 from purejax_bilevel.configuration import POSITIVE, at_least, configuration, replace, static, traced
 from purejax_bilevel.errors import UserError
-from purejax_bilevel.experiment import checkpoint, experiment, program, runner
+from purejax_bilevel.experiment import checkpoint, devices, experiment, program, runner
 
 
 @configuration
@@ -213,3 +213,22 @@ def test_shorter_run_than_the_checkpoint_is_refused(tmp_path: Path):
     run(Walk(), folder=tmp_path)
     with pytest.raises(UserError, match="has done 25 steps, more than the 10"):
         run(replace(Walk(), num_train_steps=10), folder=tmp_path, resume=True)
+
+
+@pytest.mark.parametrize(("frequency", "total"), [(100, 1000), (0, 1000), (7, 30)])
+def test_time_of_a_step_leaves_out_the_cost_of_a_call(monkeypatch: pytest.MonkeyPatch, frequency: int, total: int):
+    part = experiment.make_part(Walk(num_train_steps=total, eval_frequency=frequency), 2, 0)
+    compiled = program.CompiledProgram([part], devices.make_mesh(1, 1), 1)
+    clock = 0.0
+
+    def call(self: program.CompiledProgram, state: Any, start: int, stop: int, total: int) -> tuple:
+        nonlocal clock
+        assert 0 <= start < stop <= total
+        evaluations = sum((t + 1) % (frequency or total) == 0 or t + 1 == total for t in range(start, stop))
+        clock += 5.0 + 0.02 * (stop - start) + 3.0 * evaluations
+        return state, None, None
+
+    monkeypatch.setattr(program.CompiledProgram, "__call__", call)
+    monkeypatch.setattr(program.time, "perf_counter", lambda: clock)
+    _, per_step, per_evaluation = compiled.time_steps(None, total)
+    np.testing.assert_allclose([per_step, per_evaluation], [0.02, 3.0], rtol=1e-6)
