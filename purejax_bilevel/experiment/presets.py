@@ -121,7 +121,7 @@ def omd_continuous(paper: bool) -> dict[str, Any]:
 
 # With the original's rates networks and duals learn too slowly to tell the agents apart (README's table).
 INNER_RATE = {"inner_lr": 1e-3}
-DUAL_RATE = {"dual_lr": 1e-3}
+DUAL_RATES = {"dual_lr": [1e-3, 1e-2]}  # the smaller one is for long runs: with the larger one they end unstable
 
 
 def regression_agents(paper: bool) -> dict[str, Any]:
@@ -133,8 +133,8 @@ def regression_agents(paper: bool) -> dict[str, Any]:
             **INNER_RATE,
         },
         "agents": {
-            "funcbo": DUAL_RATE,
-            "funcbo_nosmooth": DUAL_RATE,
+            "funcbo": DUAL_RATES,
+            "funcbo_nosmooth": DUAL_RATES,
             "exact": {},
             "aid": {"lambda_reg": 1.0},
             "unroll1": {},
@@ -159,9 +159,9 @@ def regression_window(paper: bool) -> dict[str, Any]:
             "T_max": 5000 if paper else 1500,
             "eval_frequency": 100 if paper else 50,
             **INNER_RATE,
-            "outer_lr": 1e-2,
+            "outer_lr": 1e-3,
         },
-        "agents": {"funcbo": DUAL_RATE, "exact": {}},
+        "agents": {"funcbo": {"dual_lr": 1e-2}, "exact": {}},
         "axes": [
             {
                 "grid": {
