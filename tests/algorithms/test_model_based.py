@@ -3,10 +3,12 @@
 Programs are tiny; what is compared is the whole state and every recorded number.
 """
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -153,6 +155,71 @@ def test_a_member_that_diverges_leaves_the_others_untouched(capsys: pytest.Captu
     same(jax.tree.map(lambda leaf: leaf[:1], outcome.state), alone.state)
     dataset = runner.to_dataset(part, outcome, 0, SMALL, {})
     assert dataset.failed.values.tolist() == [[False], [True]]
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+LIMIT, RECORDED = 5, 23
+
+
+@pytest.fixture(scope="module")
+def interrupted() -> tuple[Config, Any, Any, dict[str, Any]]:
+    """CartPole with a time limit of 5 steps, after 23 steps of which the last 11 were learned from; the last 20 are
+    stored."""
+    config = Config(agent_type="sql", init_steps=12, batch_size=8, hidden_dim=3, capacity=20, num_train_steps=RECORDED)
+    config = replace(config.resolved(), max_hidden_dim=3, max_model_hidden_dim=3)
+    program = config.program()
+    params = program.task.params.replace(max_steps_in_episode=LIMIT)
+    program.task = dataclasses.replace(program.task, params=params)
+
+    @jax.jit
+    def run() -> tuple[Any, Any]:
+        start = program.init(jax.random.key(0), config)
+        return jax.lax.scan(lambda state, t: program.update(state, config, t), start, jnp.arange(RECORDED))
+
+    return config, program, *run()
+
+
+def test_time_limits_are_not_terminations(interrupted: tuple):
+    """What is stored is the observation before the reset, from which the target bootstraps."""
+    _, _, state, metrics = interrupted
+    steps = np.arange(RECORDED - 20, RECORDED)
+    rows = np.asarray(state.storage)[steps % 20]
+    obs, next_obs, reward, terminated = rows[:, :4], rows[:, 4:8], rows[:, -2], rows[:, -1]
+    assert not terminated.any()
+    np.testing.assert_array_equal(reward, 1.0)
+    np.testing.assert_allclose(next_obs[:, 0], obs[:, 0] + 0.02 * obs[:, 1], atol=1e-6)  # across the limit too
+    goes_on = (steps[:-1] + 1) % LIMIT != 0
+    np.testing.assert_array_equal(next_obs[:-1][goes_on], obs[1:][goes_on])
+    assert np.abs(next_obs[:-1][~goes_on] - obs[1:][~goes_on]).max(-1).min() > 1e-3
+    total, count = metrics["training_return"]
+    ended = (np.arange(RECORDED) + 1) % LIMIT == 0
+    np.testing.assert_array_equal(count, ended)
+    np.testing.assert_array_equal(total, LIMIT * ended)
+
+
+def test_learning_starts_after_the_random_steps(interrupted: tuple):
+    _, _, state, metrics = interrupted
+    np.testing.assert_array_equal(metrics["q_loss"][1], np.arange(RECORDED) >= 12)
+    assert int(state.learner.q_optimizer[0].count) == 11
+
+
+def test_random_actions_are_uniform_then_the_policys(interrupted: tuple):
+    """With a Q-function that always prefers action 1, and no exploration."""
+    config, program, state, _ = interrupted
+    config = replace(config, eps=0.0, alpha=1e-6)
+    certain = jax.tree.map(jnp.zeros_like, state.learner.q)
+    certain = tuple((*head[:-1], head[-1]._replace(bias=jnp.array([0.0, 1.0]))) for head in certain)
+    state = state.replace(learner=state.learner.replace(q=certain))
+
+    @jax.jit
+    def actions(keys: jax.Array, t: jax.Array) -> jax.Array:
+        moved = jax.vmap(lambda key: program.update(state.replace(key=key), config, t)[0].storage)(keys)
+        return moved[:, t % 20, 9]
+
+    keys = jax.random.split(jax.random.key(1), 400)
+    assert 0.4 < actions(keys, jnp.int32(3)).mean() < 0.6
+    np.testing.assert_array_equal(actions(keys, jnp.int32(13)), 1.0)
 
 
 @pytest.mark.parametrize(
