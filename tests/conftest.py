@@ -15,7 +15,9 @@ HOST_DEVICES = 8
 XLA_FLAGS = (
     f"--xla_force_host_platform_device_count={HOST_DEVICES}",
     "--xla_cpu_multi_thread_eigen=false",
-    "--xla_backend_optimization_level=0",  # tests compile much and compute little
+    # Tests compile much and compute little: with these two, compiling takes half the time.
+    "--xla_backend_optimization_level=0",
+    "--xla_cpu_use_fusion_emitters=false",
 )
 
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *XLA_FLAGS]).strip()

@@ -45,7 +45,7 @@ def report_numbers(folder: Path) -> str:
 
 WRONG = [
     ({"agent": ["left"]}, "no entry 'agent'"),
-    ({"program": "rll"}, "program must be one of rl, regression"),
+    ({"program": "rll"}, "program must be one of rl, continuous"),
     ({"settings": {"lrr": 1}}, "no entry 'lrr'"),
     ({"settings": {"max_width": 3}}, "no entry 'max_width'"),
     ({"settings": {"lr": 0.1}}, "both in settings and in axes"),
@@ -394,4 +394,4 @@ def test_a_real_program_end_to_end(tmp_path):
 
 
 def test_the_toy_is_not_left_registered():
-    assert set(study.PROGRAMS) == {"rl", "regression", "tabular"}
+    assert set(study.PROGRAMS) == {"rl", "continuous", "regression", "tabular"}
