@@ -147,6 +147,7 @@ def test_resume_is_bitwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     check_resume_is_bitwise(config, tmp_path, monkeypatch)
 
 
+@pytest.mark.usefixtures("usual_compilation")
 def test_a_member_that_diverges_leaves_the_others_untouched(capsys: pytest.CaptureFixture):
     part, outcome = train(replace(SMALL, lr=(1e-3, 1e30)), num_seeds=1)
     _, alone = train(replace(SMALL, lr=1e-3), num_seeds=1)

@@ -34,7 +34,8 @@ def train(config: Any) -> Any:
         return jax.lax.fori_loop(0, config.num_train_steps, update, start).learner
 
     keys = [jax.random.key(seed) for seed in range(SEEDS)]
-    return jax.jit(lambda keys: jax.lax.map(member, keys))(jnp.stack(keys))
+    stacked = jnp.stack(keys)
+    return jax.jit(lambda keys: jax.lax.map(member, keys)).lower(stacked).compile()(stacked)
 
 
 # --- discrete actions -------------------------------------------------------------------------------------------------
