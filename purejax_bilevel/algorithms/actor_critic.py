@@ -39,7 +39,7 @@ INIT, STEP, EVALUATE, VIDEO = range(4)  # of a member
 ACT, ENVIRONMENT, LEARN = range(3)  # of a step
 
 # The paper's rate, and for the bilevel agents what learned in this project's own runs on Pendulum-v1 (README,
-# "Learning"). omd with one critic step did so for few seeds: model and critic chase each other.
+# "Continuous control"). omd with one critic step did so for few seeds: model and critic chase each other.
 PAPER = {"lr": 3e-4, "inner_lr": 3e-4, "num_Q_steps": 1}
 TUNED: dict[str, dict[str, Any]] = {
     "omd": {"lr": 1e-3, "inner_lr": 5e-4, "num_Q_steps": 3},
