@@ -214,6 +214,10 @@ def test_batches_hold_every_copy_of_the_latest_steps(interrupted: tuple):
     np.testing.assert_array_equal(drawn, np.unique(np.asarray(state.storage)[:, -2]))
     assert batch.noise.shape == batch.action.shape == (1, 500)
     assert np.abs(batch.action).max() <= 1
+    # Before the buffer is full: the rows of steps 0 to 5, two each, and none of those not yet written.
+    numbered = jnp.zeros_like(state.storage).at[:12, -2].set(jnp.arange(1.0, 13.0))
+    batch = program._draw(numbered, replace(config, batch_size=500), jnp.int32(5), jax.random.key(4))
+    np.testing.assert_array_equal(np.unique(batch.reward), np.arange(1.0, 13.0))
 
 
 def test_random_actions_are_uniform_then_the_policys(interrupted: tuple):

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from purejax_bilevel import replay
 from purejax_bilevel.algorithms import agents, model_based
 from purejax_bilevel.algorithms.model_based import Config
 from purejax_bilevel.configuration import replace
@@ -202,6 +203,28 @@ def test_learning_starts_after_the_random_steps(interrupted: tuple):
     _, _, state, metrics = interrupted
     np.testing.assert_array_equal(metrics["q_loss"][1], np.arange(RECORDED) >= 12)
     assert int(state.learner.q_optimizer[0].count) == 11
+
+
+def test_a_cleared_buffer_starts_at_the_latest_transitions_end():
+    """The interval rests for 4 steps, moves for 3: at step 9 only steps 7 to 9 are drawn."""
+    config = replace(SMALL, non_stationary="drift", plateau_steps=4, transition_steps=3, batch_size=400, init_steps=400)
+    numbered = jnp.zeros((40, 12)).at[:10, -2].set(jnp.arange(10.0))
+    for clear_buffer, steps in ((True, np.arange(7, 10)), (False, np.arange(10))):
+        own = replace(config, clear_buffer=clear_buffer, capacity=400).resolved()
+        batch = own.program()._draw(numbered, own, jnp.int32(9), jax.random.key(2))
+        np.testing.assert_array_equal(np.unique(batch.reward), steps)
+
+
+@pytest.mark.parametrize(("warm_opt", "count"), [(False, 2), (True, 3 + 2)])
+def test_adam_starts_afresh_in_each_inner_problem_unless_warm(warm_opt: bool, count: int):
+    config = Config(agent_type="omd", warm_opt=warm_opt, num_Q_steps=2, hidden_dim=3, model_hidden_dim=3).resolved()
+    config = replace(config, max_hidden_dim=3, max_model_hidden_dim=3, max_smoothing_window=1)
+    learner = agents.init_learner(config, jax.random.key(0), 4, 2)
+    used = learner.q_optimizer[0]._replace(count=jnp.int32(3))
+    learner = learner.replace(q_optimizer=(used, *learner.q_optimizer[1:]))
+    batch = replay.Batch(jnp.ones((4, 8)), jnp.ones((2, 8)) / 2, jnp.ones(8), jnp.ones((4, 8)), jnp.zeros(8))
+    solved, _ = agents.solve_inner(config, learner, batch, jax.random.key(1))
+    assert int(solved.q_optimizer[0].count) == count
 
 
 def test_random_actions_are_uniform_then_the_policys(interrupted: tuple):

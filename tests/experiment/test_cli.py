@@ -11,7 +11,7 @@ import yaml
 
 from purejax_bilevel.algorithms.model_based import Config
 from purejax_bilevel.errors import UserError
-from purejax_bilevel.experiment import cli, results
+from purejax_bilevel.experiment import cli, results, runner
 
 ROOT = Path(__file__).parents[2]
 TINY = (
@@ -146,3 +146,18 @@ def test_a_foreign_config_is_refused(tmp_path: Path):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"run": {"seed": 0}, "config": {"temperature": 3}}))
     with pytest.raises(UserError, match=r"its config\.yaml is not of this script"):
         parse(f"--resume {tmp_path}")
+
+
+@pytest.mark.parametrize(
+    ("stopped", "sentence"),
+    [
+        (runner.Interrupted("stopped after 5 of 9 steps; go on with --resume runs/x"), "go on with --resume runs/x"),
+        (KeyboardInterrupt(), "the last checkpoint remains"),
+    ],
+)
+def test_an_interrupted_run_says_so_and_exits_with_130(stopped: BaseException, sentence: str, capsys):
+    def work(console: object) -> None:
+        raise stopped
+
+    assert cli.exit_status(work, []) == 130
+    assert sentence in capsys.readouterr().err

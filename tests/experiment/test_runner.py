@@ -121,6 +121,7 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path: Path):
     first = run(Walk(), folder=tmp_path)
     again = run(Walk(), folder=tmp_path, resume=True)
     assert again.num_traces == 0
+    assert (again.compile_seconds, again.run_seconds) == (first.compile_seconds, first.run_seconds)
     jax.tree.map(np.testing.assert_array_equal, again.rows, first.rows)
 
 
@@ -148,6 +149,13 @@ def test_failures_are_named_once(capsys: pytest.CaptureFixture):
     text = capsys.readouterr().err
     assert text.count("diverged (not a number) by step 10: seed=5") == 1
     assert text.count("seed=6") == 1
+
+
+def test_of_many_failures_the_first_are_named(capsys: pytest.CaptureFixture):
+    runner.train([experiment.make_part(Walk(explode_after=7), 13, 0)], runner.RunOptions(chunks=5))
+    text = capsys.readouterr().err
+    assert text.count("diverged") == 10
+    assert "... and 3 more members." in text
 
 
 @pytest.mark.parametrize(
