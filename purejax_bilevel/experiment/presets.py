@@ -22,6 +22,7 @@ from typing import Any
 from purejax_bilevel.errors import UserError
 
 SCALES = ("smoke", "paper")
+RATES = {"space": {"lr": [1e-4, 1e-2], "inner_lr": [1e-4, 3e-3], "tau": [1e-3, 1e-1]}}  # what --search looks through
 
 
 def omd_capacity(paper: bool) -> dict[str, Any]:
@@ -31,7 +32,7 @@ def omd_capacity(paper: bool) -> dict[str, Any]:
         "agents": ["omd", "mle", "vep"],
         "axes": [{"grid": {"model_hidden_dim": [1, 2, 3, 4, 6, 8, 16, 32] if paper else [2, 3, 8, 32]}}],
         "seeds": {"count": 10 if paper else 5},
-        "search": {"space": {"lr": [1e-4, 1e-2], "inner_lr": [1e-4, 3e-3], "tau": [1e-3, 1e-1]}},
+        "search": RATES,
         "report": {
             "variable": "final_return",
             "figures": [{"kind": "sensitivity", "axis": "model_hidden_dim", "title": "Return against model width"}],
@@ -49,7 +50,7 @@ def omd_inverse_jacobian(paper: bool) -> dict[str, Any]:
         },
         "axes": [{"grid": {"model_hidden_dim": [3, 32]}}],
         "seeds": {"count": 10 if paper else 4},
-        "search": {"space": {"lr": [1e-4, 1e-2], "inner_lr": [1e-4, 3e-3], "tau": [1e-3, 1e-1]}},
+        "search": RATES,
         "report": {
             "variable": "final_return",
             "figures": [
@@ -111,7 +112,7 @@ def omd_continuous(paper: bool) -> dict[str, Any]:
         "settings": {"env_name": "halfcheetah" if paper else "Pendulum-v1", **length},
         "agents": {"sac": {}, "omd": widths, "mle": widths},
         "seeds": {"count": 10 if paper else 5},
-        "search": {"space": {"lr": [1e-4, 1e-2], "inner_lr": [1e-4, 3e-3], "tau": [1e-3, 1e-1]}},
+        "search": RATES,
         "report": {
             "variable": "final_return",
             "figures": [*figures, {"kind": "sensitivity", "axis": "model_hidden_dim"}] if paper else figures,
@@ -119,19 +120,18 @@ def omd_continuous(paper: bool) -> dict[str, Any]:
     }
 
 
-# With the original's rates networks and duals learn too slowly to tell the agents apart (README's table).
-INNER_RATE = {"inner_lr": 1e-3}
+def _regression_settings(paper: bool) -> dict[str, Any]:
+    # With the original's rates networks and duals learn too slowly to tell the agents apart (README's table).
+    return {"T_max": 5000 if paper else 1500, "eval_frequency": 100 if paper else 50, "inner_lr": 1e-3}
+
+
 DUAL_RATES = {"dual_lr": [1e-3, 1e-2]}  # the smaller one is for long runs: with the larger one they end unstable
 
 
 def regression_agents(paper: bool) -> dict[str, Any]:
     return {
         "program": "regression",
-        "settings": {
-            "T_max": 5000 if paper else 1500,
-            "eval_frequency": 100 if paper else 50,
-            **INNER_RATE,
-        },
+        "settings": _regression_settings(paper),
         "agents": {
             "funcbo": DUAL_RATES,
             "funcbo_nosmooth": DUAL_RATES,
@@ -155,12 +155,7 @@ def regression_agents(paper: bool) -> dict[str, Any]:
 def regression_window(paper: bool) -> dict[str, Any]:
     return {
         "program": "regression",
-        "settings": {
-            "T_max": 5000 if paper else 1500,
-            "eval_frequency": 100 if paper else 50,
-            **INNER_RATE,
-            "outer_lr": 1e-3,
-        },
+        "settings": {**_regression_settings(paper), "outer_lr": 1e-3},
         "agents": {"funcbo": {"dual_lr": 1e-2}, "exact": {}},
         "axes": [
             {

@@ -1,5 +1,6 @@
 """What every training program must withstand, whatever its algorithm: checks shared by the tests of this folder."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,23 @@ def initial_learners(part: Any) -> Any:
     batched = jax.tree.map(jax.numpy.asarray, part.config)
     start = jax.jit(jax.vmap(lambda seed, own: part.program.init(jax.random.key(seed), own)))(seeds, batched)
     return start.learner
+
+
+def recorded(config: Any, steps: int, limit: int) -> tuple[Any, Any, Any, dict[str, Any]]:
+    """The first steps of a member alone, in an environment with that time limit: configuration, program, state after
+    them, metrics of each."""
+    config = config.resolved()
+    config = replace(config, max_hidden_dim=config.hidden_dim, max_model_hidden_dim=config.model_hidden_dim)
+    program = config.program()
+    params = program.task.params.replace(max_steps_in_episode=limit)
+    program.task = dataclasses.replace(program.task, params=params, max_steps=limit)
+
+    @jax.jit
+    def run() -> tuple[Any, Any]:
+        start = program.init(jax.random.key(0), config)
+        return jax.lax.scan(lambda state, t: program.update(state, config, t), start, jax.numpy.arange(steps))
+
+    return config, program, *run()
 
 
 def own_run(config: Any, part: Any, member: int) -> runner.Outcome:

@@ -4,7 +4,6 @@ its losses and hypergradients against others written out by hand.
 Programs are tiny; what is compared is the whole state and every recorded number.
 """
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from tests.algorithms.programs import (
     initial_learners,
     moved,
     own_run,
+    recorded,
     train,
 )
 
@@ -156,24 +156,11 @@ def interrupted() -> tuple[Config, actor_critic.ActorCritic, actor_critic.State,
         init_steps=12,
         batch_size=8,
         hidden_dim=3,
-        max_hidden_dim=3,
-        max_model_hidden_dim=3,
+        model_hidden_dim=3,
         capacity=31,
         num_train_steps=23,
-    ).resolved()
-    program = config.program()
-    task = program.task
-    params = task.params.replace(max_steps_in_episode=LIMIT)
-    program.task = dataclasses.replace(task, params=params, max_steps=LIMIT)
-
-    @jax.jit
-    def run() -> tuple[Any, Any]:
-        def step(carry: tuple, t: jax.Array) -> tuple:
-            return program.update(carry, config, t)
-
-        return jax.lax.scan(step, program.init(jax.random.key(0), config), jnp.arange(23))
-
-    return config, program, *run()
+    )
+    return recorded(config, 23, LIMIT)
 
 
 def test_time_limits_are_not_terminations(interrupted: tuple):

@@ -3,7 +3,6 @@
 Programs are tiny; what is compared is the whole state and every recorded number.
 """
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from tests.algorithms.programs import (
     initial_learners,
     moved,
     own_run,
+    recorded,
     same,
     train,
 )
@@ -167,18 +167,16 @@ LIMIT, RECORDED = 5, 23
 def interrupted() -> tuple[Config, Any, Any, dict[str, Any]]:
     """CartPole with a time limit of 5 steps, after 23 steps of which the last 11 were learned from; the last 20 are
     stored."""
-    config = Config(agent_type="sql", init_steps=12, batch_size=8, hidden_dim=3, capacity=20, num_train_steps=RECORDED)
-    config = replace(config.resolved(), max_hidden_dim=3, max_model_hidden_dim=3)
-    program = config.program()
-    params = program.task.params.replace(max_steps_in_episode=LIMIT)
-    program.task = dataclasses.replace(program.task, params=params)
-
-    @jax.jit
-    def run() -> tuple[Any, Any]:
-        start = program.init(jax.random.key(0), config)
-        return jax.lax.scan(lambda state, t: program.update(state, config, t), start, jnp.arange(RECORDED))
-
-    return config, program, *run()
+    config = Config(
+        agent_type="sql",
+        init_steps=12,
+        batch_size=8,
+        hidden_dim=3,
+        model_hidden_dim=3,
+        capacity=20,
+        num_train_steps=RECORDED,
+    )
+    return recorded(config, RECORDED, LIMIT)
 
 
 def test_time_limits_are_not_terminations(interrupted: tuple):
