@@ -206,7 +206,7 @@ class CompiledProgram:
 
         seconds(0, 1)
         most = max(1, min(first + frequency, total) - 1 - first)  # the steps before an evaluation
-        seconds(first, first + 1)
+        seconds(first, first + 1)  # touches what only learning does
         single = seconds(first, first + 1)
         count = 1
         longer = single
