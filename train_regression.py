@@ -5,7 +5,7 @@
 
 import sys
 
-from purejax_bilevel.experiment.cli import main
+from purejax_bilevel.studies.command_line import main
 
 
 def configuration() -> type:

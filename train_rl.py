@@ -8,7 +8,7 @@
 import sys
 from collections.abc import Sequence
 
-from purejax_bilevel.experiment.cli import main, named_environment, named_setting
+from purejax_bilevel.studies.command_line import main, named_environment, named_setting
 
 DISCRETE_AGENTS = ("sql", "funcbo_reward_only")  # only RLConfig has them, and says so when the actions are continuous
 

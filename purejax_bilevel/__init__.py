@@ -23,13 +23,13 @@ __all__ = [
 
 # Resolved on first use: importing `purejax_bilevel.bilevel` must not load environments and plotting.
 _LAZY = {
-    "ContinuousConfig": ("purejax_bilevel.algorithms.actor_critic", "Config"),
-    "RLConfig": ("purejax_bilevel.algorithms.model_based", "Config"),
-    "RegressionConfig": ("purejax_bilevel.algorithms.regression", "Config"),
-    "TabularConfig": ("purejax_bilevel.algorithms.tabular", "Config"),
-    "RunOptions": ("purejax_bilevel.experiment.runner", "RunOptions"),
+    "ContinuousConfig": ("purejax_bilevel.programs.control.soft_actor_critic", "Config"),
+    "RLConfig": ("purejax_bilevel.programs.control.q_learning", "Config"),
+    "RegressionConfig": ("purejax_bilevel.programs.regression.program", "Config"),
+    "TabularConfig": ("purejax_bilevel.programs.tabular.program", "Config"),
+    "RunOptions": ("purejax_bilevel.runtime.loop", "RunOptions"),
     "UserError": ("purejax_bilevel.errors", "UserError"),
-    "run": ("purejax_bilevel.experiment.experiment", "run"),
+    "run": ("purejax_bilevel.studies.run", "run"),
 }
 
 
@@ -37,6 +37,6 @@ def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     # Before gymnax is imported: its import makes jax choose its devices, and then it is too late to use all cores.
-    importlib.import_module("purejax_bilevel.experiment.devices").prepare()
+    importlib.import_module("purejax_bilevel.runtime.devices").prepare()
     module, attribute = _LAZY[name]
     return getattr(importlib.import_module(module), attribute)

@@ -76,3 +76,13 @@ def strict_promotion() -> Iterator[None]:
     """Refuse every implicit promotion between array types in this test."""
     with jax.numpy_dtype_promotion("strict"):
         yield
+
+
+@pytest.fixture
+def toy(monkeypatch: pytest.MonkeyPatch) -> type:
+    """The toy (`tests/toy.py`) as the program `toy` of sweep files."""
+    from purejax_bilevel.studies import study
+    from tests import toy as module
+
+    monkeypatch.setitem(study.PROGRAMS, "toy", "tests.toy")
+    return module.Config

@@ -1,4 +1,4 @@
-"""Imports inside the package point downwards only: experiment, algorithms, then the rooms that know nothing of them.
+"""Imports inside the package point downwards only: studies, then programs and runtime, then what knows nothing of them.
 
 `bilevel` is usable alone: it imports nothing of ours, not even `errors`.
 """
@@ -17,11 +17,14 @@ RANKS = {
     "errors": 0,
     "configuration": 1,
     "environments": 2,
+    "members": 2,
     "networks": 2,
     "replay": 2,
-    "algorithms": 3,
-    "experiment": 4,
-    "__init__": 5,
+    "results": 3,
+    "programs": 4,
+    "runtime": 4,
+    "studies": 5,
+    "__init__": 6,
 }
 
 
@@ -76,9 +79,9 @@ def test_imports_point_downwards(path: Path) -> None:
         ("bilevel.__init__", "from ..errors import UserError", ["errors"]),
         ("networks", "import purejax_bilevel.replay as replay", ["replay"]),
         ("networks", "from .replay import Batch", ["replay"]),
-        ("algorithms.agents", "from purejax_bilevel import networks, experiment", ["experiment"]),
-        ("algorithms.agents", "def f():\n    from purejax_bilevel import run", ["__init__"]),
-        ("experiment.runner", "from purejax_bilevel import algorithms, bilevel, errors", []),
+        ("programs.control.agents", "from purejax_bilevel import networks, runtime, studies", ["runtime", "studies"]),
+        ("programs.control.agents", "def f():\n    from purejax_bilevel import run", ["__init__"]),
+        ("studies.run", "from purejax_bilevel import bilevel, errors, programs, runtime", []),
     ],
 )
 def test_upward_imports_are_found(module: str, line: str, forbidden: list[str]) -> None:

@@ -15,10 +15,12 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from purejax_bilevel.algorithms import agents, regression, regression_agents
-from purejax_bilevel.algorithms.model_based import Config
 from purejax_bilevel.bilevel import implicit
 from purejax_bilevel.networks import Heads, Layer, Network
+from purejax_bilevel.programs.control import agents
+from purejax_bilevel.programs.control.q_learning import Config
+from purejax_bilevel.programs.regression import agents as regression_agents
+from purejax_bilevel.programs.regression import program as regression
 from purejax_bilevel.replay import Batch
 
 FOLDER = Path(os.environ.get("PUREJAX_BILEVEL_REFERENCE_DATA", Path(__file__).parent / "data"))

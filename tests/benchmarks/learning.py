@@ -14,7 +14,7 @@ from typing import Any
 import tyro
 
 from purejax_bilevel import ContinuousConfig, RLConfig, run
-from purejax_bilevel.experiment import statistics
+from purejax_bilevel.results import statistics
 
 PENDULUM: dict[str, Any] = {"env_name": "Pendulum-v1", "hidden_dim": 64, "model_hidden_dim": 64}
 EXPECTED = {

@@ -16,10 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from purejax_bilevel.algorithms import regression_agents
-from purejax_bilevel.algorithms.regression import Config
-from purejax_bilevel.experiment import devices, experiment
-from purejax_bilevel.experiment.program import CompiledProgram
+from purejax_bilevel.programs.regression import agents as regression_agents
+from purejax_bilevel.programs.regression.program import Config
+from purejax_bilevel.runtime import devices
+from purejax_bilevel.runtime.compiled import CompiledProgram
+from purejax_bilevel.studies import run as runs
 
 PRODUCT = 1024
 
@@ -38,7 +39,7 @@ def main() -> None:
 
 
 def measure(config: Any, members: int, steps: int, repeats: int) -> None:
-    part = experiment.make_part(config, members, 0)
+    part = runs.make_part(config, members, 0)
     mesh = devices.make_mesh(members)
     program = CompiledProgram([part], mesh, devices.default_member_batch(mesh))
     program.compile()

@@ -30,8 +30,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from purejax_bilevel import ContinuousConfig, RLConfig, environments, replay  # first: this lets jax use all cores
-from purejax_bilevel.experiment import devices, experiment
-from purejax_bilevel.experiment.program import CompiledProgram
+from purejax_bilevel.runtime import devices
+from purejax_bilevel.runtime.compiled import CompiledProgram
+from purejax_bilevel.studies import run as runs
 
 ENDLESS = 10**9
 Settings = RLConfig | ContinuousConfig
@@ -60,7 +61,7 @@ def settings(arguments: Arguments, eval_frequency: int = 0) -> Settings:
 
 def compiled(arguments: Arguments, members: int, eval_frequency: int = 0, held_up: bool = False) -> CompiledProgram:
     """The program of a run without end; `held_up`: CartPole's pole never falls, episodes last to their time limit."""
-    part = experiment.make_part(settings(arguments, eval_frequency), members, 0)
+    part = runs.make_part(settings(arguments, eval_frequency), members, 0)
     if held_up and arguments.env_name == "CartPole-v1":
         task = part.program.task
         params = task.params.replace(theta_threshold_radians=1e9, x_threshold=1e9)

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from purejax_bilevel.algorithms.tabular import Config
-from purejax_bilevel.experiment import experiment, runner
+from purejax_bilevel.programs.tabular.program import Config
+from purejax_bilevel.runtime import loop
+from purejax_bilevel.studies import run as runs
 
 GOLDEN = Path(__file__).parents[1] / "data" / "tabular_curve.npz"
 
@@ -19,8 +20,8 @@ def test_curve():
     configs = [
         Config(agent_type=agent, norm_bound=tuple(bounds.tolist()), eval_frequency=0) for agent in ("omd", "mle")
     ]
-    parts = [experiment.make_part(config.resolved(), num_seeds=10, seed=1) for config in configs]
-    outcome = runner.train(parts, runner.RunOptions(quiet=True, devices=2))
+    parts = [runs.make_part(config.resolved(), num_seeds=10, seed=1) for config in configs]
+    outcome = loop.train(parts, loop.RunOptions(quiet=True, devices=2))
     omd, mle = (rows["evaluation_return"][:, -1].reshape(len(bounds), 10).mean(1) for rows in outcome.rows)
     expected = {"omd": golden["omd_return"].mean(1), "mle": golden["mle"].mean(1)}
     print(f"\ncompiled in {outcome.compile_seconds:.1f} s, ran {outcome.run_seconds:.1f} s")

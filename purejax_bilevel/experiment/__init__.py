@@ -1,1 +1,0 @@
-"""Everything around a training program: members, results, statistics, figures, logs."""

@@ -1,0 +1,1 @@
+"""What is trained: a folder for each family of training programs."""

@@ -1,0 +1,346 @@
+"""Bilevel model-based Q-learning with discrete actions, as one pure program.
+
+Outline of a run (every line inside one compiled loop):
+
+    for t in 0 .. num_train_steps - 1:
+        act softly (uniformly before init_steps, and with probability eps), step the environment, store the transition
+        if t >= init_steps:
+            agent (agents.py): inner steps on Q with the model's transitions, then one outer step on the model
+        every eval_frequency steps: evaluate the policy
+
+The agent is an argument; nothing else in this file depends on which one it is.
+"""
+
+import functools
+from typing import Any, ClassVar, Literal, Self
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from purejax_bilevel import environments, networks, replay
+from purejax_bilevel.configuration import (
+    FRACTION,
+    NONNEGATIVE,
+    POSITIVE,
+    at_least,
+    configuration,
+    replace,
+    static,
+    traced,
+    validate,
+)
+from purejax_bilevel.environments import non_stationary
+from purejax_bilevel.errors import UserError
+from purejax_bilevel.programs.control import agents, rollouts
+
+# Named streams of random numbers; a constant each, so that adding one moves no other.
+INIT, STEP, EVALUATE, VIDEO = range(4)  # of a member
+ACT, ENVIRONMENT, LEARN = range(3)  # of a step
+
+# Found with this project's own runs on CartPole-v1 (README, "Learning").
+TUNED: dict[str, dict[str, Any]] = {
+    "omd": {"lr": 1e-3, "inner_lr": 5e-4, "tau": 0.02},
+    "funcbo": {"lr": 1e-4, "inner_lr": 1e-3, "tau": 0.005},
+    "funcbo_reward_only": {"lr": 1e-4, "inner_lr": 1e-3, "tau": 0.005},
+    "mle": {"lr": 1e-3, "inner_lr": 1e-3, "tau": 0.01},
+    "vep": {"lr": 3e-3, "inner_lr": 1e-3, "tau": 0.01},
+    "sql": {"lr": 1e-3, "inner_lr": 1e-3, "tau": 0.005},
+}
+
+AgentType = Literal["omd", "funcbo", "funcbo_reward_only", "smoothfbo", "mle", "vep", "sql"]
+
+
+@configuration
+class Config:
+    """Settings of one training program; a traced field may hold several values, one per point of a grid."""
+
+    # what runs
+    agent_type: AgentType = static(
+        "omd", "who trains the model (smoothfbo = funcbo with --smoothing window)", group="agent"
+    )
+    env_name: str = static(
+        "CartPole-v1", "gymnax environment with vector observations, discrete actions", group="environment"
+    )
+    num_train_steps: int = static(50_000, "environment steps of each member", at_least(1), "schedule")
+    init_steps: int = static(1000, "steps with uniform actions before learning starts", at_least(1), "schedule")
+    eval_frequency: int = static(
+        1000, "environment steps between evaluations (0: only at the end)", at_least(0), "schedule"
+    )
+    eval_episodes: int = static(10, "episodes of an evaluation", at_least(1), "schedule")
+    final_eval_episodes: int = static(20, "episodes of the last evaluation", at_least(1), "schedule")
+    # non-stationary reward
+    non_stationary: Literal["plain", "stationary", "drift"] = static(
+        "plain",
+        "CartPole's reward everywhere, inside a fixed interval of pole angles, or a drifting one",
+        group="environment",
+    )
+    transition_steps: int = traced(
+        0, "drift: steps from one end to the other (0: num_train_steps)", at_least(0), "environment"
+    )
+    plateau_steps: int = traced(0, "drift: steps of rest at each end", at_least(0), "environment")
+    clear_buffer: bool = static(False, "drift: forget the buffer when a transition ends", group="environment")
+    # outer problem
+    lr: float | None = traced(None, "Adam rate of the model (default: tuned per agent)", POSITIVE, "outer problem")
+    model_hidden_dim: int = traced(
+        32, "units in each hidden layer of the model", at_least(1), "outer problem", "max_model_hidden_dim"
+    )
+    num_T_steps: int = static(1, "model steps per environment step (mle, vep)", at_least(1), "outer problem")
+    prob_model: bool = static(False, "Gaussian model of the next observation", group="outer problem")
+    no_learn_reward: bool = static(False, "use the true reward instead of a learned one", group="outer problem")
+    num_ensemble_vep: int = static(5, "random value functions (vep)", at_least(1), "outer problem")
+    # hypergradient
+    with_inv_jac: Literal["identity", "cg", "gmres", "neumann", "dense"] = static(
+        "identity", "inverse Hessian of omd: identity approximation or a linear solver", group="hypergradient"
+    )
+    damping: float = traced(1e-5, "added to the Hessian (cg, gmres, dense)", NONNEGATIVE, "hypergradient")
+    solver_steps: int = static(
+        100, "largest number of solver steps, terms of the Neumann series", at_least(1), "hypergradient"
+    )
+    neumann_step_size: float = traced(0.1, "step size of the Neumann series", POSITIVE, "hypergradient")
+    num_dual_Q_steps: int = static(
+        0, "funcbo: steps on a dual network per outer step (0: closed-form adjoint)", at_least(0), "hypergradient"
+    )
+    dual_lr: float = traced(3e-4, "Adam rate of the dual network", POSITIVE, "hypergradient")
+    smoothing: Literal["none", "window", "ema"] = static(
+        "none", "time smoothing of the hypergradient: exact window, exponential average", group="hypergradient"
+    )
+    smoothing_window: int = traced(
+        1000, "hypergradients averaged (ema: effective number)", at_least(1), "hypergradient", "max_smoothing_window"
+    )
+    beta: float = traced(0.3, "share of the newest hypergradient beside the average", FRACTION, "hypergradient")
+    # inner problem
+    inner_lr: float | None = traced(
+        None, "Adam rate of the Q-function (default: tuned per agent)", POSITIVE, "inner problem"
+    )
+    num_Q_steps: int = static(1, "Q steps per outer step", at_least(1), "inner problem")
+    hidden_dim: int = traced(
+        32, "units in each hidden layer of the Q-function", at_least(1), "inner problem", "max_hidden_dim"
+    )
+    tau: float | None = traced(None, "target network's step (default: tuned per agent)", FRACTION, "inner problem")
+    discount: float = traced(0.99, "discount factor", FRACTION, "inner problem")
+    alpha: float = traced(0.01, "temperature of the soft value and of the policy", POSITIVE, "inner problem")
+    hard: bool = static(False, "hard maximum and greedy policy instead of soft ones", group="inner problem")
+    no_double: bool = static(False, "one Q head instead of two", group="inner problem")
+    no_warm: bool = static(False, "start each inner problem from a fresh Q-function", group="inner problem")
+    warm_opt: bool = static(
+        False, "carry the Q-function's Adam state between inner problems (omd, funcbo)", group="inner problem"
+    )
+    # data
+    eps: float = traced(0.1, "probability of a uniform action", FRACTION, "data")
+    batch_size: int = static(256, "transitions per batch", at_least(1), "data")
+    capacity: int = static(20_000, "transitions stored", at_least(1), "data")
+    time_weighted_sampling: bool = static(False, "prefer recent transitions", group="data")
+    time_weight_decay: float = traced(0.05, "probability falls as exp(-decay * age in steps)", POSITIVE, "data")
+    # array sizes: the largest values among the members
+    max_hidden_dim: int = static(0, "array size of the Q-function", hidden=True)
+    max_model_hidden_dim: int = static(0, "array size of the model", hidden=True)
+    max_smoothing_window: int = static(0, "array size of the smoothing window", hidden=True)
+
+    def program(self) -> "ModelBased":
+        """The training program of this (resolved) configuration."""
+        return ModelBased(self)
+
+    @property
+    def title(self) -> str:
+        """Short name of the experiment."""
+        return f"{self.agent_type}-{self.env_name}{'' if self.smoothing == 'none' else '-smoothed'}"
+
+    def resolved(self) -> Self:
+        """Fills in the agent's tuned values and checks everything.
+
+        Raises:
+            UserError: for a value that is not allowed, or two that do not go together.
+        """
+        config = agents.without_alias(self)
+        tuned = TUNED.get(config.agent_type, {})
+        config = replace(config, **{name: value for name, value in tuned.items() if getattr(config, name) is None})
+        if config.transition_steps == 0:
+            config = replace(config, transition_steps=config.num_train_steps)
+        validate(config)
+        _check_together(config)
+        return config
+
+
+def _check_together(config: Config) -> None:
+    if config.batch_size > config.init_steps:
+        raise UserError(
+            f"--batch_size {config.batch_size} is larger than the {config.init_steps} transitions that --init_steps "
+            "collects; lower the one or raise the other."
+        )
+    if config.capacity < config.batch_size:
+        raise UserError(f"--capacity {config.capacity} is smaller than --batch_size {config.batch_size}.")
+    agents.check_hypergradient(config, agents.BILEVEL)
+    if config.non_stationary != "plain" and not config.env_name.startswith("CartPole"):
+        raise UserError(
+            f"--non_stationary {config.non_stationary} is about CartPole's pole angle: not {config.env_name}."
+        )
+    if config.clear_buffer and config.non_stationary != "drift":
+        raise UserError("--clear_buffer needs --non_stationary drift: there is no transition otherwise.")
+    if environments.is_continuous(config.env_name):
+        raise UserError(
+            f"--env_name {config.env_name} has continuous actions and --agent_type {config.agent_type} is for discrete "
+            "ones here; use --agent_type sac (from Python: ContinuousConfig)."
+        )
+    environments.make(config.env_name)
+
+
+class State(flax.struct.PyTreeNode):
+    """Everything a member carries from step to step."""
+
+    # constant
+    key: jax.Array
+    # acting
+    obs: jax.Array
+    environment: Any
+    episode_return: jax.Array
+    # data
+    storage: jax.Array
+    # learning
+    learner: agents.Learner
+
+
+Metrics = dict[str, tuple[jax.Array, jax.Array]]
+"""Name -> (sum, count) since the last evaluation; a metric without data has count 0."""
+
+
+class ModelBased:
+    """The program: three pure functions of a member's configuration, sharing the environment and the agent.
+
+    Args:
+        config: resolved configuration; only its static fields matter here.
+    """
+
+    headline = "evaluation_return"
+    step_unit = "environment steps"
+    long_names: ClassVar = {
+        "evaluation_return": "return of evaluation episodes",
+        "training_return": "return of the episodes finished in training",
+        "model_loss": "outer loss",
+        "q_loss": "inner loss",
+        "model_gradient_norm": "norm of the model's gradient",
+        "q_gradient_norm": "norm of the inner gradient",
+        "model_error": "mean squared error of the predicted next observation",
+        "final_return": "return of the last evaluation",
+    }
+    finals: ClassVar = {"final_return": "episode"}
+
+    def __init__(self, config: Config):
+        self.task = environments.make(config.env_name)
+        self.environment = self.task.environment
+        if config.non_stationary != "plain":
+            self.environment = non_stationary.RewardInterval(self.environment)
+        self.agent = agents.AGENTS[config.agent_type]
+        self.num_steps = config.num_train_steps
+        self.eval_frequency = config.eval_frequency
+
+    def init(self, key: jax.Array, config: Config) -> State:
+        """State of a member before its first step; the key becomes the member's own."""
+        init_key, reset_key = jax.random.split(jax.random.fold_in(key, INIT))
+        obs, environment = self.environment.reset(reset_key, self._environment_params(config, jnp.int32(0)))
+        task = self.task
+        return State(
+            key=key,
+            obs=obs.astype(jnp.result_type(float)),
+            environment=environment,
+            episode_return=jnp.zeros(()),
+            storage=replay.init(config.capacity, task.obs_dim, task.num_actions),
+            learner=agents.init_learner(config, init_key, task.obs_dim, task.num_actions),
+        )
+
+    def update(self, state: State, config: Config, t: jax.Array) -> tuple[State, Metrics]:
+        """One environment step and, from `init_steps` on, one outer step.
+
+        Args:
+            state: of one member.
+            config: of that member.
+            t: number of the step, shared by all members, so that `cond` and buffer writes stay cheap under vmap.
+        """
+        key = jax.random.fold_in(jax.random.fold_in(state.key, STEP), t)
+        state, metrics = self._interact(state, config, t, key)
+
+        def learn(learner: agents.Learner) -> tuple[agents.Learner, agents.Losses]:
+            draw = lambda key: self._draw(state.storage, config, t, key)  # noqa: E731
+            return self.agent(config, learner, draw, jax.random.fold_in(key, LEARN), t)
+
+        learner, losses = agents.learn_from(config.init_steps, t, learn, state.learner)
+        return state.replace(learner=learner), metrics | losses
+
+    def _interact(self, state: State, config: Config, t: jax.Array, key: jax.Array) -> tuple[State, Metrics]:
+        policy_key, explore_key, uniform_key = jax.random.split(jax.random.fold_in(key, ACT), 3)
+        explore = (jax.random.uniform(explore_key) < config.eps) | (t < config.init_steps)
+        uniform = jax.random.randint(uniform_key, (), 0, self.task.num_actions)
+        action = jnp.where(explore, uniform, act(config, state.learner.q, state.obs[:, None], policy_key)[0])
+        obs, environment, reward, terminated, truncated, info = self.environment.step(
+            jax.random.fold_in(key, ENVIRONMENT), state.environment, action, self._environment_params(config, t)
+        )
+        dtype = state.obs.dtype
+        one_hot = jax.nn.one_hot(action, self.task.num_actions, dtype=dtype)
+        next_obs = info["final_observation"].astype(dtype)
+        storage = replay.add(state.storage, t, state.obs, one_hot, reward, next_obs, terminated)
+        done = (terminated | truncated).astype(dtype)
+        episode_return = state.episode_return + reward
+        metrics = {"training_return": (done * episode_return, done)}
+        state = state.replace(
+            obs=obs.astype(dtype),
+            environment=environment,
+            storage=storage,
+            episode_return=(1.0 - done) * episode_return,
+        )
+        return state, metrics
+
+    def _draw(self, storage: jax.Array, config: Config, t: jax.Array, key: jax.Array) -> replay.Batch:
+        sample_key, noise_key = jax.random.split(key) if config.prob_model else (key, None)
+        since: jax.Array | int = 0
+        if config.clear_buffer:
+            since = non_stationary.last_transition_end(t, config.transition_steps, config.plateau_steps)
+        decay = config.time_weight_decay if config.time_weighted_sampling else None
+        batch = replay.sample(storage, t, sample_key, config.batch_size, self.task.obs_dim, since, decay)
+        if noise_key is not None:
+            batch = batch._replace(noise=jax.random.normal(noise_key, batch.obs.shape, batch.obs.dtype))
+        return batch
+
+    def _environment_params(self, config: Config, t: jax.Array) -> Any:
+        if config.non_stationary == "plain":
+            return self.task.params
+        position = jnp.zeros(())
+        if config.non_stationary == "drift":
+            position = non_stationary.drift_position(t, config.transition_steps, config.plateau_steps)
+        return non_stationary.interval_params(self.task.params, position)
+
+    def evaluate(self, state: State, config: Config, t: jax.Array, is_last: jax.Array) -> dict[str, jax.Array]:
+        """Plays episodes with the policy of step `t`, without exploration, in the environment as it is at that step.
+
+        Returns:
+            `evaluation_return` (mean), `final_return` `[episodes]` (NaN for those not played before the last
+            evaluation).
+        """
+        key = jax.random.fold_in(jax.random.fold_in(state.key, EVALUATE), t)
+        episodes = (config.eval_episodes, config.final_eval_episodes)
+        return rollouts.evaluate(*self._rollout(state, config, t), key, *episodes, is_last)
+
+    def episode(self, state: State, config: Config, t: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """One episode of the policy of step `t`, for a video.
+
+        Returns:
+            Observations `[max_steps, obs]` and whether the episode was still going on `[max_steps]`.
+        """
+        key = jax.random.fold_in(jax.random.fold_in(state.key, VIDEO), t)
+        return rollouts.episode(*self._rollout(state, config, t), key)
+
+    def _rollout(self, state: State, config: Config, t: jax.Array) -> tuple[Any, Any, int, rollouts.Policy]:
+        policy = functools.partial(act, config, state.learner.q)
+        return self.environment, self._environment_params(config, t), self.task.max_steps, policy
+
+    def is_finite(self, state: State) -> jax.Array:
+        """Whether all learned parameters of a member are finite numbers."""
+        leaves = jax.tree.leaves((state.learner.q, state.learner.model))
+        return jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()
+
+
+def act(config: Config, q: networks.Heads, obs: jax.Array, key: jax.Array) -> jax.Array:
+    """Actions `[n]` for observations `[obs, n]`: softmax of the mean Q at temperature alpha, greedy if `hard`."""
+    values = networks.apply_heads(q, obs).mean(0)
+    if config.hard:
+        return values.argmax(0)
+    return jax.random.categorical(key, values / config.alpha, axis=0)

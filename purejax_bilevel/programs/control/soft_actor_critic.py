@@ -1,0 +1,371 @@
+"""Bilevel model-based control with continuous actions, on the skeleton of soft actor-critic, as one pure program.
+
+Outline of a run (every line inside one compiled loop):
+
+    for t in 0 .. num_train_steps - 1:
+        in each of num_envs copies of the environment: sample an action from the policy (uniformly before init_steps),
+        step, store the transition
+        if t >= init_steps, updates_per_step times:
+            agent (actor_critic_agents.py): inner steps on the critic with the model's transitions, one outer step on
+            the model; then a step on policy and temperature, which never see the model
+        every eval_frequency steps: evaluate the policy's mean action
+
+The agent is an argument; nothing else in this file depends on which one it is.
+"""
+
+from typing import Any, ClassVar, Literal, Self
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from purejax_bilevel import environments, networks, replay
+from purejax_bilevel.configuration import (
+    FRACTION,
+    NONNEGATIVE,
+    POSITIVE,
+    at_least,
+    configuration,
+    replace,
+    static,
+    traced,
+    validate,
+)
+from purejax_bilevel.errors import UserError
+from purejax_bilevel.programs.control import agents, policies, rollouts, soft_actor_critic_agents
+
+# Named streams of random numbers; a constant each, so that adding one moves no other.
+INIT, STEP, EVALUATE, VIDEO = range(4)  # of a member
+ACT, ENVIRONMENT, LEARN = range(3)  # of a step
+
+# The paper's rate, and for the bilevel agents what learned in this project's own runs on Pendulum-v1 (README,
+# "Continuous control"). omd with one critic step did so for few seeds: model and critic chase each other.
+PAPER = {"lr": 3e-4, "inner_lr": 3e-4, "num_Q_steps": 1}
+TUNED: dict[str, dict[str, Any]] = {
+    "omd": {"lr": 1e-3, "inner_lr": 5e-4, "num_Q_steps": 3},
+    "funcbo": {"lr": 1e-4, "inner_lr": 1e-3, "num_Q_steps": 1},
+    "mle": PAPER,
+    "vep": PAPER,
+    "sac": PAPER,
+}
+
+LARGEST_CAPACITY = 1_000_000  # transitions stored unless told otherwise
+LARGEST_COUNT = 2**31 - 1  # steps are counted in 32 bits
+
+AgentType = Literal["omd", "funcbo", "smoothfbo", "mle", "vep", "sac"]
+
+
+@configuration
+class Config:
+    """Settings of one training program; a traced field may hold several values, one per point of a grid.
+
+    The defaults are those of OMD's MuJoCo study, but for the lengths of runs and what is tuned per agent.
+    """
+
+    # what runs
+    agent_type: AgentType = static(
+        "omd", "who trains the model (smoothfbo = funcbo with --smoothing window; sac has none)", group="agent"
+    )
+    env_name: str = static(
+        "Pendulum-v1", "environment with vector observations, continuous actions", group="environment"
+    )
+    dim_distract: int = static(0, "standard normal numbers appended to every observation", at_least(0), "environment")
+    num_envs: int = static(1, "copies of the environment of each member", at_least(1), "environment")
+    num_train_steps: int = static(
+        30_000, "steps of each copy of the environment (in all: times num_envs)", at_least(1), "schedule"
+    )
+    init_steps: int = static(
+        1000, "steps with uniform actions before learning starts (the paper: 10000)", at_least(1), "schedule"
+    )
+    updates_per_step: int = static(1, "updates after each step of all copies", at_least(1), "schedule")
+    eval_frequency: int = static(1000, "steps between evaluations (0: only at the end)", at_least(0), "schedule")
+    eval_episodes: int = static(10, "episodes of an evaluation", at_least(1), "schedule")
+    final_eval_episodes: int = static(20, "episodes of the last evaluation", at_least(1), "schedule")
+    # outer problem
+    lr: float | None = traced(None, "Adam rate of the model (default: tuned per agent)", POSITIVE, "outer problem")
+    model_hidden_dim: int = traced(
+        256, "units in each hidden layer of the model", at_least(1), "outer problem", "max_model_hidden_dim"
+    )
+    num_T_steps: int = static(1, "model steps per update (mle, vep)", at_least(1), "outer problem")
+    num_ensemble_vep: int = static(5, "random value functions (vep)", at_least(1), "outer problem")
+    # hypergradient
+    with_inv_jac: Literal["identity", "cg", "gmres", "neumann", "dense"] = static(
+        "identity", "inverse Hessian of omd: identity approximation or a linear solver", group="hypergradient"
+    )
+    damping: float = traced(1e-5, "added to the Hessian (cg, gmres, dense)", NONNEGATIVE, "hypergradient")
+    solver_steps: int = static(
+        100, "largest number of solver steps, terms of the Neumann series", at_least(1), "hypergradient"
+    )
+    neumann_step_size: float = traced(0.1, "step size of the Neumann series", POSITIVE, "hypergradient")
+    num_dual_Q_steps: int = static(
+        0, "funcbo: steps on a dual network per outer step (0: closed-form adjoint)", at_least(0), "hypergradient"
+    )
+    dual_lr: float = traced(3e-4, "Adam rate of the dual network", POSITIVE, "hypergradient")
+    smoothing: Literal["none", "window", "ema"] = static(
+        "none", "time smoothing of the hypergradient: exact window, exponential average", group="hypergradient"
+    )
+    smoothing_window: int = traced(
+        100, "hypergradients averaged (ema: effective number)", at_least(1), "hypergradient", "max_smoothing_window"
+    )
+    beta: float = traced(0.3, "share of the newest hypergradient beside the average", FRACTION, "hypergradient")
+    # inner problem
+    inner_lr: float | None = traced(
+        None, "Adam rate of the critic (default: tuned per agent)", POSITIVE, "inner problem"
+    )
+    num_Q_steps: int | None = static(
+        None, "critic steps per update (default: tuned per agent)", at_least(1), "inner problem"
+    )
+    hidden_dim: int = traced(
+        256, "units in each hidden layer of critic and policy", at_least(1), "inner problem", "max_hidden_dim"
+    )
+    tau: float = traced(0.005, "target network's step", FRACTION, "inner problem")
+    discount: float = traced(0.99, "discount factor", FRACTION, "inner problem")
+    no_warm: bool = static(False, "start each inner problem from a fresh critic", group="inner problem")
+    # A fresh Adam starts with a step of the rate's size along the gradient's sign: the critic follows the model's
+    # targets at full speed. With its state carried, as in OMD's code, omd learned later on Pendulum-v1.
+    warm_opt: bool = static(
+        False, "carry the critic's Adam state between inner problems (omd, funcbo)", group="inner problem"
+    )
+    # policy
+    policy_lr: float = traced(3e-4, "Adam rate of the policy", POSITIVE, "policy")
+    temperature_lr: float = traced(3e-4, "Adam rate of the temperature's logarithm", POSITIVE, "policy")
+    init_temperature: float = traced(1.0, "weight of the entropy at the start", POSITIVE, "policy")
+    target_entropy: float = traced(-0.5, "entropy aimed at, per dimension of the action", group="policy")
+    # data
+    batch_size: int = static(256, "transitions per batch", at_least(1), "data")
+    capacity: int = static(
+        0, f"transitions stored, in multiples of num_envs (0: all, at most {LARGEST_CAPACITY})", at_least(0), "data"
+    )
+    # array sizes: the largest values among the members
+    max_hidden_dim: int = static(0, "array size of critic and policy", hidden=True)
+    max_model_hidden_dim: int = static(0, "array size of the model", hidden=True)
+    max_smoothing_window: int = static(0, "array size of the smoothing window", hidden=True)
+
+    def program(self) -> "ActorCritic":
+        """The training program of this (resolved) configuration."""
+        return ActorCritic(self)
+
+    @property
+    def title(self) -> str:
+        """Short name of the experiment."""
+        return f"{self.agent_type}-{self.env_name}{'' if self.smoothing == 'none' else '-smoothed'}"
+
+    def resolved(self) -> Self:
+        """Fills in the agent's tuned values and the capacity, and checks everything.
+
+        Raises:
+            UserError: for a value that is not allowed, or two that do not go together.
+        """
+        config = agents.without_alias(self)
+        tuned = TUNED.get(config.agent_type, {})
+        config = replace(config, **{name: value for name, value in tuned.items() if getattr(config, name) is None})
+        validate(config)
+        capacity = config.capacity or min(config.num_train_steps * config.num_envs, LARGEST_CAPACITY)
+        config = replace(config, capacity=-(-capacity // config.num_envs) * config.num_envs)
+        _check_together(config)
+        return config
+
+
+def _check_together(config: Config) -> None:
+    collected = config.init_steps * config.num_envs
+    if config.batch_size > collected:
+        raise UserError(
+            f"--batch_size {config.batch_size} is larger than the {collected} transitions that --init_steps "
+            "collects; lower the one or raise the other."
+        )
+    # Without --capacity a run shorter than its random start is allowed: it stores less and does not learn.
+    if config.capacity < config.batch_size and config.num_train_steps > config.init_steps:
+        raise UserError(f"--capacity {config.capacity} is smaller than --batch_size {config.batch_size}.")
+    per_step = max(config.num_envs, config.updates_per_step)
+    if config.num_train_steps * per_step > LARGEST_COUNT:
+        raise UserError(
+            f"--num_train_steps {config.num_train_steps} with {config.num_envs} environments and "
+            f"{config.updates_per_step} updates per step is more than can be counted ({LARGEST_COUNT})."
+        )
+    agents.check_hypergradient(config, soft_actor_critic_agents.BILEVEL)
+    _make_task(config)
+
+
+def _make_task(config: Config) -> environments.Continuous:
+    name, agent = config.env_name, config.agent_type
+    if _is_discrete(name):
+        use = "--agent_type sql" if agent == "sac" else "RLConfig"
+        raise UserError(f"--agent_type {agent} needs continuous actions; {name} has discrete ones, use {use}.")
+    return environments.make_continuous(name, config.dim_distract)
+
+
+def _is_discrete(name: str) -> bool:
+    if environments.is_continuous(name):
+        return False
+    try:
+        environments.make(name)
+    except UserError:  # what is wrong with it, `make_continuous` will say
+        return False
+    return True
+
+
+class State(flax.struct.PyTreeNode):
+    """Everything a member carries from step to step."""
+
+    # constant
+    key: jax.Array
+    # acting, one of each for every copy of the environment
+    obs: jax.Array
+    environment: Any
+    episode_return: jax.Array
+    # data
+    storage: jax.Array
+    # learning
+    learner: soft_actor_critic_agents.Learner
+
+
+Metrics = dict[str, tuple[jax.Array, jax.Array]]
+"""Name -> (sum, count) since the last evaluation; a metric without data has count 0."""
+
+
+class ActorCritic:
+    """The program: three pure functions of a member's configuration, sharing the environment and the agent.
+
+    Args:
+        config: resolved configuration; only its static fields matter here.
+    """
+
+    headline = "evaluation_return"
+    step_unit = "environment steps"
+    long_names: ClassVar = {
+        "evaluation_return": "return of evaluation episodes",
+        "training_return": "return of the episodes finished in training",
+        "model_loss": "outer loss",
+        "q_loss": "inner loss",
+        "policy_loss": "loss of the policy",
+        "temperature": "temperature",
+        "entropy": "entropy of the policy",
+        "model_gradient_norm": "norm of the model's gradient",
+        "q_gradient_norm": "norm of the inner gradient",
+        "policy_gradient_norm": "norm of the policy's gradient",
+        "model_error": "mean squared error of the predicted next observation",
+        "final_return": "return of the last evaluation",
+    }
+    finals: ClassVar = {"final_return": "episode"}
+
+    def __init__(self, config: Config):
+        self.task = _make_task(config)
+        self.agent = soft_actor_critic_agents.AGENTS[config.agent_type]
+        self.num_steps = config.num_train_steps
+        self.eval_frequency = config.eval_frequency
+
+    def init(self, key: jax.Array, config: Config) -> State:
+        """State of a member before its first step; the key becomes the member's own."""
+        init_key, reset_key = jax.random.split(jax.random.fold_in(key, INIT))
+        task = self.task
+        obs, environment = jax.vmap(task.environment.reset, (0, None))(
+            jax.random.split(reset_key, config.num_envs), task.params
+        )
+        return State(
+            key=key,
+            obs=obs.astype(jnp.result_type(float)),
+            environment=environment,
+            episode_return=jnp.zeros(config.num_envs),
+            storage=replay.init(config.capacity, task.obs_dim, task.action_dim),
+            learner=soft_actor_critic_agents.init_learner(config, init_key, task.obs_dim, task.action_dim),
+        )
+
+    def update(self, state: State, config: Config, t: jax.Array) -> tuple[State, Metrics]:
+        """One step of every copy of the environment and, from `init_steps` on, `updates_per_step` updates.
+
+        Args:
+            state: of one member.
+            config: of that member.
+            t: number of the step, shared by all members, so that `cond` and buffer writes stay cheap under vmap.
+        """
+        key = jax.random.fold_in(jax.random.fold_in(state.key, STEP), t)
+        state, metrics = self._interact(state, config, t, key)
+
+        def learn(learner: soft_actor_critic_agents.Learner) -> tuple[soft_actor_critic_agents.Learner, agents.Losses]:
+            return self._learn(learner, state.storage, config, t, jax.random.fold_in(key, LEARN))
+
+        learner, losses = agents.learn_from(config.init_steps, t, learn, state.learner)
+        return state.replace(learner=learner), metrics | losses
+
+    def _interact(self, state: State, config: Config, t: jax.Array, key: jax.Array) -> tuple[State, Metrics]:
+        noise_key, uniform_key = jax.random.split(jax.random.fold_in(key, ACT))
+        dtype, shape = state.obs.dtype, (config.num_envs, self.task.action_dim)
+        uniform = jax.random.uniform(uniform_key, shape, dtype, -1.0, 1.0)
+        outputs = networks.apply_network(state.learner.policy, state.obs.T)
+        sampled, _ = policies.sample_and_log_prob(outputs, jax.random.normal(noise_key, shape, dtype).T)
+        action = jnp.where(t < config.init_steps, uniform, sampled.T)
+        step = jax.vmap(self.task.environment.step, (0, 0, 0, None))
+        keys = jax.random.split(jax.random.fold_in(key, ENVIRONMENT), config.num_envs)
+        obs, environment, reward, terminated, truncated, info = step(keys, state.environment, action, self.task.params)
+        next_obs = info["final_observation"].astype(dtype)
+        storage = replay.add_block(state.storage, t, state.obs, action, reward, next_obs, terminated)
+        done = (terminated | truncated).astype(dtype)
+        episode_return = state.episode_return + reward
+        metrics = {"training_return": (jnp.vdot(done, episode_return), done.sum())}
+        state = state.replace(
+            obs=obs.astype(dtype),
+            environment=environment,
+            storage=storage,
+            episode_return=(1.0 - done) * episode_return,
+        )
+        return state, metrics
+
+    def _learn(
+        self,
+        learner: soft_actor_critic_agents.Learner,
+        storage: jax.Array,
+        config: Config,
+        t: jax.Array,
+        key: jax.Array,
+    ) -> tuple[soft_actor_critic_agents.Learner, agents.Losses]:
+        draw = lambda key: self._draw(storage, config, t, key)  # noqa: E731
+
+        def update(learner: soft_actor_critic_agents.Learner, i: jax.Array) -> tuple[Any, agents.Losses]:
+            number = t * config.updates_per_step + i
+            return self.agent(config, learner, draw, jax.random.fold_in(key, i), number)
+
+        if config.updates_per_step == 1:
+            return update(learner, jnp.int32(0))
+        learner, losses = jax.lax.scan(update, learner, jnp.arange(config.updates_per_step))
+        return learner, jax.tree.map(lambda loss: loss.mean(0), losses)
+
+    def _draw(self, storage: jax.Array, config: Config, t: jax.Array, key: jax.Array) -> replay.Batch:
+        """Transitions of the steps up to `t`, with noise for the policy."""
+        sample_key, noise_key = jax.random.split(key)
+        latest = (t + 1) * config.num_envs - 1
+        batch = replay.sample(storage, latest, sample_key, config.batch_size, self.task.obs_dim)
+        return batch._replace(noise=jax.random.normal(noise_key, batch.action.shape, batch.action.dtype))
+
+    def evaluate(self, state: State, config: Config, t: jax.Array, is_last: jax.Array) -> dict[str, jax.Array]:
+        """Plays episodes with the policy's mean action.
+
+        Returns:
+            `evaluation_return` (mean), `final_return` `[episodes]` (NaN for those not played before the last
+            evaluation).
+        """
+        key = jax.random.fold_in(jax.random.fold_in(state.key, EVALUATE), t)
+        episodes = (config.eval_episodes, config.final_eval_episodes)
+        return rollouts.evaluate(*self._rollout(state), key, *episodes, is_last)
+
+    def episode(self, state: State, config: Config, t: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """One episode of the policy's mean action, for a video.
+
+        Returns:
+            Observations `[max_steps, obs]` and whether the episode was still going on `[max_steps]`.
+        """
+        del config
+        key = jax.random.fold_in(jax.random.fold_in(state.key, VIDEO), t)
+        return rollouts.episode(*self._rollout(state), key)
+
+    def _rollout(self, state: State) -> tuple[Any, Any, int, rollouts.Policy]:
+        def policy(obs: jax.Array, key: jax.Array) -> jax.Array:
+            del key
+            return policies.mean_action(networks.apply_network(state.learner.policy, obs)).T
+
+        return self.task.environment, self.task.params, self.task.max_steps, policy
+
+    def is_finite(self, state: State) -> jax.Array:
+        """Whether all learned parameters of a member are finite numbers."""
+        learner = state.learner
+        leaves = jax.tree.leaves((learner.q, learner.model, learner.policy, learner.log_temperature))
+        return jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()

@@ -1,0 +1,190 @@
+"""The agents of bilevel model-based control with continuous actions: those of `agents.py` with soft actor-critic's
+critic.
+
+theta = world model (outer variable), phi = twin critic (inner variable), psi = policy, B = batch of real transitions.
+
+    omd     implicit differentiation of grad_phi L_Q(phi; model batch of theta) = 0
+    funcbo  functional differentiation: adjoint in the space of the critic's values
+    mle     likelihood of the observed transitions
+    vep     value-equivalent prediction under random value functions
+    sac     no model: soft actor-critic on real transitions
+
+Only the critic learns from the model. Policy and temperature take a step on real observations after it, so the policy
+is the same in inner problem, outer loss and hypergradient of a step.
+
+The soft value of the model's next observation is V(s') = min_j target Q_j(s', a') - temperature * log psi(a'|s') with
+a' drawn from psi at s'. Its derivative in s' is that of the target critic alone: a' and its log-probability count as
+given, as in OMD's code. (With the derivative through psi a model earns entropy by predicting observations at which the
+policy saturates, and nothing is learned on Pendulum.)
+
+Each agent is a function `agent(config, learner, draw, key, t) -> (Learner, losses)` doing one update; `draw(key)` gives
+a batch of real transitions with the policy's noise. Arrays are features first.
+Sources: SAC, Haarnoja et al. 2018 (arXiv 1812.05905); OMD, Nikishin et al. 2021 (arXiv 2106.03273, section 6); the
+others as in `agents.py`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from purejax_bilevel import networks
+from purejax_bilevel.networks import Heads, Network
+from purejax_bilevel.programs.control import agents, policies
+from purejax_bilevel.programs.control.agents import NUM_LAYERS, Agent, Draw, Losses
+from purejax_bilevel.replay import Batch
+
+# Of the last layers, as in OMD's code.
+OUTPUT_GAIN = 2.0**0.5
+POLICY_OUTPUT_GAIN = 1.0
+
+
+class Learner(agents.Learner):
+    """Everything that is learned, with the optimisers' states.
+
+    The model is one `Network` from [obs, action] to [next obs, reward]; None for the agent that has no model.
+    """
+
+    # policy
+    policy: Network
+    policy_optimizer: optax.OptState
+    log_temperature: jax.Array
+    temperature_optimizer: optax.OptState
+
+    def predict(self, config: Any, model: Network, batch: Batch) -> Batch:
+        """The batch as `model` would have it: next observation and reward for the same observation and action."""
+        del config
+        outputs = networks.apply_network(model, jnp.concatenate([batch.obs, batch.action]))
+        return batch._replace(next_obs=outputs[:-1], reward=outputs[-1])
+
+    def init_q(self, config: Any, key: jax.Array, obs_dim: int, action_dim: int) -> Heads:
+        """A fresh twin critic; the key is consumed."""
+        return init_q(config, key, obs_dim, action_dim)
+
+    def q_values(self, q: Heads, batch: Batch) -> jax.Array:
+        """Values `[heads, 1, batch]` of `q` on the batch's observations and actions."""
+        return _critic(q, batch.obs, batch.action)
+
+    def taken(self, batch: Batch) -> jax.Array:
+        """All values are of actions taken, `[1, batch]`."""
+        return jnp.ones_like(batch.reward)[None]
+
+    def target(self, config: Any, batch: Batch) -> jax.Array:
+        """y = r + discount (1 - terminated) V(s') with the soft value V of a sampled next action, `[batch]`."""
+        assert batch.noise is not None
+        outputs = networks.apply_network(self.policy, jax.lax.stop_gradient(batch.next_obs))
+        action, log_prob = policies.sample_and_log_prob(outputs, batch.noise)
+        smallest = _critic(self.target_q, batch.next_obs, action)[:, 0].min(0)
+        value = smallest - jnp.exp(self.log_temperature) * log_prob
+        return batch.reward + config.discount * (1.0 - batch.terminated) * value
+
+
+def _critic(q: Heads, obs: jax.Array, action: jax.Array) -> jax.Array:
+    return networks.apply_heads(q, jnp.concatenate([obs, action]))
+
+
+# --- construction -----------------------------------------------------------------------------------------------------
+
+
+def init_learner(config: Any, key: jax.Array, obs_dim: int, action_dim: int) -> Learner:
+    """Initial networks and optimiser states; the key is consumed."""
+    q_key, model_key, value_key, dual_key, policy_key = jax.random.split(key, 5)
+    q = init_q(config, q_key, obs_dim, action_dim)
+    hidden = [config.max_hidden_dim] * NUM_LAYERS
+    policy = networks.init_network(
+        policy_key, (obs_dim, *hidden, 2 * action_dim), config.hidden_dim, POLICY_OUTPUT_GAIN
+    )
+    log_temperature = jnp.log(jnp.asarray(config.init_temperature, jnp.result_type(float)))
+    model = values = dual = None
+    if config.agent_type != "sac":
+        sizes = (obs_dim + action_dim, *[config.max_model_hidden_dim] * NUM_LAYERS, obs_dim + 1)
+        model = networks.init_network(model_key, sizes, config.model_hidden_dim, OUTPUT_GAIN)
+    if config.agent_type == "vep":
+        sizes = (obs_dim, *hidden, 1)
+        values = networks.init_heads(value_key, config.num_ensemble_vep, sizes, config.hidden_dim, OUTPUT_GAIN)
+    if agents.uses_dual(config):
+        dual = init_q(config, dual_key, obs_dim, action_dim)
+    return Learner(
+        q=q,
+        target_q=q,
+        q_optimizer=agents.q_optimizer(config).init(q),
+        model=model,
+        model_optimizer=None if model is None else agents.model_optimizer(config).init(model),
+        values=values,
+        dual=dual,
+        dual_optimizer=None if dual is None else optax.adam(config.dual_lr).init(dual),
+        policy=policy,
+        policy_optimizer=optax.adam(config.policy_lr).init(policy),
+        log_temperature=log_temperature,
+        temperature_optimizer=optax.adam(config.temperature_lr).init(log_temperature),
+    )
+
+
+def init_q(config: Any, key: jax.Array, obs_dim: int, action_dim: int) -> Heads:
+    """Twin critic of observation and action."""
+    sizes = (obs_dim + action_dim, *[config.max_hidden_dim] * NUM_LAYERS, 1)
+    return networks.init_heads(key, 2, sizes, config.hidden_dim, OUTPUT_GAIN)
+
+
+# --- policy -----------------------------------------------------------------------------------------------------------
+
+
+def policy_loss(learner: Learner, policy: Network, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """mean (temperature * log psi(a|s) - min_j Q_j(s, a)) over actions sampled with the batch's noise; entropy."""
+    assert batch.noise is not None
+    action, log_prob = policies.sample_and_log_prob(networks.apply_network(policy, batch.obs), batch.noise)
+    smallest = _critic(learner.q, batch.obs, action)[:, 0].min(0)
+    return (jnp.exp(learner.log_temperature) * log_prob - smallest).mean(), -log_prob.mean()
+
+
+def policy_step(config: Any, learner: Learner, batch: Batch) -> tuple[Learner, Losses]:
+    """One Adam step on the policy and one on the temperature, whose loss is temperature * (entropy - target)."""
+    differentiate = jax.value_and_grad(lambda policy: policy_loss(learner, policy, batch), has_aux=True)
+    (loss, entropy), gradient = differentiate(learner.policy)
+    updates, policy_state = optax.adam(config.policy_lr).update(gradient, learner.policy_optimizer)
+    policy = optax.apply_updates(learner.policy, updates)
+
+    temperature = jnp.exp(learner.log_temperature)
+    excess = entropy - config.target_entropy * batch.action.shape[0]
+    optimizer = optax.adam(config.temperature_lr)
+    update, temperature_state = optimizer.update(temperature * excess, learner.temperature_optimizer)
+    learner = learner.replace(
+        policy=policy,
+        policy_optimizer=policy_state,
+        log_temperature=learner.log_temperature + update,
+        temperature_optimizer=temperature_state,
+    )
+    losses = {
+        "policy_loss": loss,
+        "policy_gradient_norm": optax.tree.norm(gradient),
+        "entropy": entropy,
+        "temperature": temperature,
+    }
+    return learner, losses
+
+
+# --- agents -----------------------------------------------------------------------------------------------------------
+
+
+def with_policy(train_critic: Agent) -> Agent:
+    """An agent that lets `train_critic` take its step, then policy and temperature theirs on a real batch."""
+
+    def agent(config: Any, learner: Learner, draw: Draw, key: jax.Array, t: jax.Array) -> tuple[Learner, Losses]:
+        critic_key, policy_key = jax.random.split(key)
+        trained, critic_losses = train_critic(config, learner, draw, critic_key, t)
+        learner, policy_losses = policy_step(config, trained, draw(policy_key))  # type: ignore[arg-type]
+        return learner, critic_losses | policy_losses
+
+    return agent  # type: ignore[return-value]
+
+
+AGENTS: dict[str, Callable] = {
+    "omd": with_policy(agents.bilevel_agent(agents.hypergradient_omd)),
+    "funcbo": with_policy(agents.bilevel_agent(agents.hypergradient_funcbo)),
+    "mle": with_policy(agents.predictive_agent(agents.squared_error_loss)),
+    "vep": with_policy(agents.predictive_agent(agents.value_equivalence_loss)),
+    "sac": with_policy(agents.model_free_agent),
+}
+BILEVEL = ("omd", "funcbo")

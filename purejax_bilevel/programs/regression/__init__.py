@@ -1,0 +1,1 @@
+"""Non-stationary regression with learned weights of past targets."""

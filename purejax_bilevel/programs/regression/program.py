@@ -1,0 +1,352 @@
+"""Non-stationary regression as one pure program: which past data should a network be fitted to, when targets move?
+
+Outline of a run (every line inside one compiled loop):
+
+    for time in 1 .. T_max:
+        targets of the last window_size times on the inner inputs, today's targets on the outer inputs
+        agent (regression_agents.py): Adam steps on the network with the past targets, lag s weighted by lambda_s;
+            then the gradient of today's loss with respect to lambda
+        lambda: Adam step (funcbo: along the mean of the last grad_buffer_size gradients), projection to lambda >= 0
+        local regret; every regret_frequency times also the regret against the best constant lambda
+        every eval_frequency times: mean squared error on all inputs
+
+Nothing grows with T_max or with the window (regression_data.py).
+Source: the problem of "SmoothFBO"/OFBO, with the names of its settings.
+"""
+
+from typing import ClassVar, Literal, NamedTuple, Self
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from purejax_bilevel import networks
+from purejax_bilevel.bilevel import regret
+from purejax_bilevel.configuration import (
+    FINITE,
+    FRACTION,
+    NONNEGATIVE,
+    POSITIVE,
+    at_least,
+    configuration,
+    replace,
+    static,
+    traced,
+    validate,
+)
+from purejax_bilevel.errors import UserError
+from purejax_bilevel.programs.regression import agents, data
+
+# Named streams of random numbers; a constant each, so that adding one moves no other.
+PROBLEM, LEARNER, STEPS = range(3)
+
+AgentType = Literal["funcbo", "funcbo_nosmooth", "aid", "unroll1", "unroll", "exact"]
+
+
+@configuration
+class Config:
+    """Settings of one training program; a traced field may hold several values, one per point of a grid."""
+
+    agent_type: AgentType = static("funcbo", "where the gradient of lambda comes from", group="agent")
+    # schedule
+    T_max: int = static(5000, "time steps of each member", at_least(1), "schedule")
+    eval_frequency: int = static(100, "time steps between evaluations (0: only at the end)", at_least(0), "schedule")
+    regret_frequency: int = static(
+        10, "time steps between comparisons with constant lambda (0: never)", at_least(0), "schedule"
+    )
+    # data
+    input_dim: int = static(5, "inputs of the regression", at_least(1), "data")
+    output_dim: int = static(3, "outputs of the regression", at_least(1), "data")
+    n_samples: int = static(256, "fixed inputs; one half is for the inner problem", at_least(2), "data")
+    batch_size: int = static(128, "inputs per time step, of each half", at_least(1), "data")
+    truth_hidden_dim: int = static(64, "hidden units of the function to be learned", at_least(1), "data")
+    noise_level: float = traced(1.0, "standard deviation of the targets' noise", NONNEGATIVE, "data")
+    # shift
+    shift_type: Literal["sinusoidal", "linear", "abrupt", "none"] = static(
+        "sinusoidal", "how the targets move", group="shift"
+    )
+    beta: float = traced(10.0, "amplitude (sinusoidal, abrupt)", FINITE, "shift")
+    omega: float = traced(0.2, "radians per time step (sinusoidal)", FINITE, "shift")
+    alpha: float = traced(0.002, "distance per time step (linear)", FINITE, "shift")
+    abrupt_steps: int = traced(500, "time steps between jumps from beta to -beta or back", at_least(1), "shift")
+    # inner problem
+    hidden_dim: int = traced(
+        64, "units in each hidden layer of the network", at_least(1), "inner problem", "max_hidden_dim"
+    )
+    window_size: int = traced(60, "past times in the inner problem", at_least(1), "inner problem", "max_window_size")
+    num_inner_steps: int = static(16, "Adam steps per time step (unroll1: always 1)", at_least(1), "inner problem")
+    inner_lr: float = traced(1e-4, "Adam rate of the network", POSITIVE, "inner problem")
+    # outer problem
+    outer_lr: float = traced(1e-2, "Adam rate of lambda", POSITIVE, "outer problem")
+    lambda_reg: float = traced(0.0, "initial value of every lambda", NONNEGATIVE, "outer problem")
+    average_hypergradients: bool | None = static(
+        None,
+        "average hypergradients over time (default: funcbo and exact do, the others do not)",
+        group="outer problem",
+    )
+    grad_buffer_size: int = traced(100, "hypergradients averaged", at_least(1), "outer problem", "max_grad_buffer_size")
+    newest_share: float = traced(0.0, "share of the newest hypergradient beside the average", FRACTION, "outer problem")
+    # hypergradient
+    num_dual_steps: int = static(
+        1, "funcbo: Adam steps on the dual network per time step", at_least(1), "hypergradient"
+    )
+    dual_lr: float = traced(0.0, "funcbo: Adam rate of the dual network (0: inner_lr)", NONNEGATIVE, "hypergradient")
+    reference_dual: bool = static(
+        False,
+        "funcbo: the original's rule, a dual forgotten at every step and the opposite sign",
+        group="hypergradient",
+    )
+    adjoint_floor: float = traced(1.0, "exact: smallest sum of lambda that the adjoint sees", POSITIVE, "hypergradient")
+    aid_cg_iters: int = static(10, "aid: largest number of conjugate gradient steps", at_least(1), "hypergradient")
+    aid_cg_tol: float = traced(1e-6, "aid: tolerance of conjugate gradient", NONNEGATIVE, "hypergradient")
+    aid_cg_reg: float = traced(1e-4, "aid: added to the Hessian", NONNEGATIVE, "hypergradient")
+    eps_root: float = traced(
+        1e-24, "under the root of the network's Adam: bounds its derivative (unroll)", NONNEGATIVE, "hypergradient"
+    )
+    # regret
+    regret_window: int = traced(
+        100, "hypergradients averaged in the local regret", at_least(1), "regret", "max_regret_window"
+    )
+    regret_grid_size: int = static(7, "constant values of lambda compared with", at_least(2), "regret")
+    regret_lambda_max: float = traced(5.0, "largest of them; the smallest is 0", POSITIVE, "regret")
+    # array sizes: the largest values among the members
+    max_hidden_dim: int = static(0, "array size of the network", hidden=True)
+    max_window_size: int = static(0, "array size of lambda", hidden=True)
+    max_grad_buffer_size: int = static(0, "array size of the smoothing window", hidden=True)
+    max_regret_window: int = static(0, "array size of the local regret's window", hidden=True)
+
+    def program(self) -> "Regression":
+        """The training program of this (resolved) configuration."""
+        return Regression(self)
+
+    @property
+    def title(self) -> str:
+        """Short name of the experiment."""
+        return f"{self.agent_type}-{self.shift_type}"
+
+    def resolved(self) -> Self:
+        """Fills in what depends on the agent and checks everything.
+
+        Raises:
+            UserError: for a value that is not allowed, or two that do not go together.
+        """
+        config = self
+        if config.average_hypergradients is None:
+            config = replace(config, average_hypergradients=config.agent_type in agents.SMOOTHED)
+        validate(config)
+        _check_together(config)
+        return config
+
+
+def _check_together(config: Config) -> None:
+    half = config.n_samples // 2
+    if config.batch_size > half:
+        raise UserError(
+            f"--batch_size {config.batch_size} is larger than the {half} inputs of each half of --n_samples "
+            f"{config.n_samples}; lower the one or raise the other."
+        )
+    if config.reference_dual and config.agent_type not in ("funcbo", "funcbo_nosmooth"):
+        raise UserError(f"--reference_dual is for --agent_type funcbo, not {config.agent_type}.")
+    if config.average_hypergradients and config.agent_type == "funcbo_nosmooth":
+        raise UserError("--average_hypergradients True is what funcbo_nosmooth leaves out; use --agent_type funcbo.")
+
+
+class Regret(NamedTuple):
+    """Sums over time."""
+
+    local: regret.LocalRegretState
+    own: jax.Array  # [], outer loss at the times of comparison
+    constant: jax.Array  # [grid], outer loss with constant weights at these times
+
+
+class State(flax.struct.PyTreeNode):
+    """Everything a member carries from step to step."""
+
+    # constant
+    key: jax.Array
+    problem: data.Problem
+    # learning
+    learner: agents.Learner
+    # bookkeeping
+    regret: Regret
+
+
+Metrics = dict[str, tuple[jax.Array, jax.Array]]
+"""Name -> (sum, count) since the last evaluation."""
+
+
+class Regression:
+    """The program: three pure functions of a member's configuration.
+
+    Args:
+        config: resolved configuration; only its static fields matter here.
+    """
+
+    headline = "evaluation_mse"
+    step_unit = "time steps"
+    long_names: ClassVar = {
+        "evaluation_mse": "evaluation MSE (all inputs)",
+        "outer_loss": "mean outer loss",
+        "inner_loss": "inner loss",
+        "hypergradient_norm": "norm of the hypergradient",
+        "local_regret": "cumulative local regret",
+        "static_regret": "cumulative static regret",
+        "best_constant": "best constant lambda so far",
+        "lambda": "weight lambda of each lag",
+        "prediction": "first output of the network",
+        "truth": "first output without noise",
+    }
+    finals: ClassVar[dict[str, str]] = {}
+    tables: ClassVar = ("evaluation_mse", "outer_loss", "local_regret", "static_regret")
+    attributes: ClassVar = {
+        **{
+            name: {"better": "lower"}
+            for name in ("evaluation_mse", "outer_loss", "inner_loss", "local_regret", "static_regret")
+        },
+        "lambda": {"dimension": "lag"},
+        "prediction": {"dimension": "point"},
+        "truth": {"dimension": "point"},
+    }
+    not_logged: ClassVar = ("prediction", "truth")
+
+    def __init__(self, config: Config):
+        self.agent = agents.AGENTS[config.agent_type]
+        self.num_steps = config.T_max
+        self.eval_frequency = config.eval_frequency
+
+    def init(self, key: jax.Array, config: Config) -> State:
+        """State of a member before its first step; the key is consumed."""
+        learner = agents.init_learner(config, jax.random.fold_in(key, LEARNER))
+        return State(
+            key=jax.random.fold_in(key, STEPS),
+            problem=data.init_problem(config, jax.random.fold_in(key, PROBLEM)),
+            learner=learner,
+            regret=Regret(
+                local=_local_regret(config).init(learner.weights),
+                own=jnp.zeros(()),
+                constant=jnp.zeros(config.regret_grid_size),
+            ),
+        )
+
+    def update(self, state: State, config: Config, t: jax.Array) -> tuple[State, Metrics]:
+        """One time step.
+
+        Args:
+            state: of one member.
+            config: of that member.
+            t: number of the step from 0, shared by all members, so that `cond` and buffer writes stay cheap under
+                vmap; the problem's time is t + 1.
+        """
+        weights = state.learner.weights
+        batch, window = self._draw(state, config, t)
+        summary = data.summarise(window, weights)
+        step, learner = self.agent(config, state.learner, batch, summary)
+        hypergradient = data.pull_back(window, step.gradient)
+        cumulative, local = _local_regret(config).update(hypergradient, state.regret.local, step=t)
+        del cumulative
+        sums = self._compare(state, config, t, batch, window, step.outer_loss)
+        metrics = {
+            "outer_loss": step.outer_loss,
+            "inner_loss": step.inner_loss + data.mean_square(window, weights),
+            "hypergradient_norm": jnp.linalg.norm(hypergradient),
+        }
+        state = state.replace(learner=agents.outer_step(config, learner, hypergradient, t), regret=Regret(local, *sums))
+        return state, {name: (value, jnp.ones_like(value)) for name, value in metrics.items()}
+
+    def _draw(self, state: State, config: Config, t: jax.Array) -> tuple[agents.Data, data.Window]:
+        time, problem = t + 1, state.problem
+        noise_key, inner_key, outer_key = jax.random.split(jax.random.fold_in(state.key, t), 3)
+        x_inner, f_inner = _batch(config, inner_key, problem.x_inner, problem.f_inner)
+        x_outer, f_outer = _batch(config, outer_key, problem.x_outer, problem.f_outer)
+        # All noise of a step at once, that of the window last: a longer one changes no other number.
+        count, exact = f_outer.size, config.agent_type == "exact"
+        noise = jax.random.normal(noise_key, ((1 + exact) * count + data.noise_size(config),))
+
+        def observe(values: jax.Array, number: int) -> jax.Array:
+            own = noise[number * count : (number + 1) * count].reshape(values.shape)
+            return data.targets_without_noise(config, problem, values, time) + config.noise_level * own
+
+        y_outer, y_inner = observe(f_outer, 0), observe(f_inner, 1) if exact else None
+        rest = noise[(1 + exact) * count :]
+        window = data.make_window(config, problem, f_inner, state.learner.weights, time, rest)
+        return agents.Data(x_inner, x_outer, y_outer, y_inner), window
+
+    def _compare(
+        self, state: State, config: Config, t: jax.Array, batch: agents.Data, window: data.Window, own: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Sums of the outer loss, the agent's own and with constant weights: same data, same start, same number of
+        inner steps.
+        """
+        before = state.regret
+        if config.regret_frequency == 0:
+            return before.own, before.constant
+        uniform = data.summarise(window, window.present)
+        start, optimizer_state = state.learner.inner, state.learner.inner_optimizer
+
+        def loss_of(inner: networks.Network) -> jax.Array:
+            return agents.outer_loss(agents.predict(inner, batch.x_outer), batch.y_outer)
+
+        def loss_with(constant: jax.Array) -> jax.Array:
+            summary = jax.tree.map(lambda x: constant * x, uniform)
+            return loss_of(agents.solve_inner(config, start, optimizer_state, batch.x_inner, summary)[0])
+
+        def compare() -> tuple[jax.Array, jax.Array]:
+            first = loss_of(agents.solve_inner_without_data(config, start, optimizer_state))  # the grid begins at 0
+            others = jax.lax.map(loss_with, constant_weights(config)[1:])
+            return before.own + own, before.constant + jnp.append(first, others)
+
+        due = (t + 1) % config.regret_frequency == 0
+        return jax.lax.cond(due, compare, lambda: (before.own, before.constant))
+
+    def evaluate(self, state: State, config: Config, t: jax.Array, is_last: jax.Array) -> dict[str, jax.Array]:
+        """Measures the network against the targets of this time.
+
+        Returns:
+            `evaluation_mse` on all inputs, in expectation over the noise (so never below noise_level^2); the regrets
+            up to now; `lambda` `[lags]` (NaN beyond the window); `prediction` and `truth` `[points]`, first output.
+        """
+        del is_last
+        time, problem, inner, sums = t + 1, state.problem, state.learner.inner, state.regret
+        inputs = jnp.concatenate([problem.x_inner, problem.x_outer], axis=1)
+        values = jnp.concatenate([problem.f_inner, problem.f_outer], axis=1)
+        truth = data.targets_without_noise(config, problem, values, time)
+        error = agents.outer_loss(agents.predict(inner, inputs), truth) + config.noise_level**2
+        compared = config.regret_frequency > 0
+        best = constant_weights(config)[sums.constant.argmin()]
+        in_window = jnp.arange(config.max_window_size) < config.window_size
+        points = data.plot_inputs(config, problem)
+        shown = data.targets_without_noise(
+            config, problem, networks.apply_network(problem.truth, points, networks.gelu), time
+        )
+        return {
+            "evaluation_mse": error,
+            "local_regret": sums.local.cumulative,
+            "static_regret": jnp.where(compared, sums.own - sums.constant.min(), jnp.nan),
+            "best_constant": jnp.where(compared, best, jnp.nan),
+            "lambda": jnp.where(in_window, state.learner.weights, jnp.nan),
+            "prediction": agents.predict(inner, points)[0],
+            "truth": shown[0],
+        }
+
+    def is_finite(self, state: State) -> jax.Array:
+        """Whether network and weights of a member are finite numbers."""
+        leaves = jax.tree.leaves((state.learner.inner, state.learner.weights))
+        return jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()
+
+
+def constant_weights(config: Config) -> jax.Array:
+    """The constant values of lambda that the static regret compares with, `[grid]`."""
+    return config.regret_lambda_max * jnp.linspace(0.0, 1.0, config.regret_grid_size)
+
+
+def _local_regret(config: Config) -> regret.LocalRegret:
+    return regret.local_regret(config.regret_window, config.max_regret_window)
+
+
+def _batch(config: Config, key: jax.Array, inputs: jax.Array, values: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Distinct samples of a pool `[features, pool]`; all of them where the batch is as large as the pool."""
+    pool = inputs.shape[1]
+    if config.batch_size == pool:
+        return inputs, values
+    chosen = jax.random.permutation(key, pool)[: config.batch_size]
+    return inputs[:, chosen], values[:, chosen]

@@ -1,0 +1,1 @@
+"""Finite MDPs, where every gradient is exact."""

@@ -1,0 +1,1 @@
+"""What came out: labelled arrays, statistics, figures. Needs no jax."""

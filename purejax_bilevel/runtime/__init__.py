@@ -1,0 +1,1 @@
+"""How programs run: devices, processes, the compiled loop, checkpoints, progress, loggers."""

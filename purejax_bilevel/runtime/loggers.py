@@ -1,0 +1,463 @@
+"""Optional loggers, wandb and TensorBoard: the series of every member, not only averages.
+
+The results file is the record; loggers are copies for watching. Neither package is imported unless asked for. With few
+runs every chunk is written as it comes. With many, opening a run costs more than its rows: they are kept and written
+run by run at the end, a few runs at a time.
+
+A logger that fails does not stop an experiment: if the very first run cannot be opened, the user is told at once;
+later failures switch the logger off with one line.
+
+Rows carry their step. A resumed experiment hands in all its rows again, from the first: a kill loses what wandb and
+TensorBoard hold in memory (up to 15 s and 2 min), so that files are written anew and only a server is asked what it
+has. No row is doubled and none is missing.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+import secrets
+import shutil
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+import numpy as np
+
+from purejax_bilevel.errors import UserError
+from purejax_bilevel.members import Grid
+from purejax_bilevel.results.dataset import SEED, STEP, as_plain, write_text
+from purejax_bilevel.results.statistics import iqm
+
+WANDB_MODES = ("disabled", "offline", "online")
+WANDB_RUNS = ("member", "setting")
+STATE_FILE = "logged.json"
+LIVE_RUNS = 32  # with more runs than this, rows are written at the end
+OPEN_RUNS = 4  # runs open at once when written at the end
+
+
+class Loggers:
+    """Context manager that copies rows to wandb and TensorBoard.
+
+    Leaving it because of an error writes nothing more. A resumed experiment starts with `log_rows` of all earlier rows.
+
+    Args:
+        grid: all members of the experiment.
+        folder: the experiment's folder; logs go below it.
+        name: the experiment's name, wandb's group.
+        config: the experiment's configuration; each run's own hyper-parameters replace the swept ones.
+        wandb_mode: `disabled`, `offline` or `online`.
+        wandb_project: wandb's project.
+        runs: one run per `member`, or one per `setting` with a series per seed and their interquartile mean.
+        label: what these members have in common and others of the experiment do not, the start of every run's name.
+        tensorboard: also write TensorBoard files (needs the extra `tensorboard`).
+        resume: the experiment continues the one logged in this folder.
+        note: tells the user one line; to standard error by default.
+
+    Raises:
+        UserError: an unknown mode, no wandb key, wandb unreachable, or tensorboardX is missing.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        folder: str | Path,
+        name: str,
+        config: Any = None,
+        *,
+        wandb_mode: str = "disabled",
+        wandb_project: str = "purejax_bilevel",
+        runs: str = "member",
+        label: str = "",
+        tensorboard: bool = False,
+        resume: bool = False,
+        note: Callable[[str], None] | None = None,
+    ) -> None:
+        _check("wandb_mode", wandb_mode, WANDB_MODES)
+        _check("wandb_runs", runs, WANDB_RUNS)
+        self._grid, self._folder, self._name, self._label = grid, Path(folder), name, label
+        self._note = note or functools.partial(print, file=sys.stderr)
+        self._config = as_plain(config) if config is not None else {}
+        self._per_setting = runs == "setting"
+        self._resume = resume
+        self._rows: list[tuple[np.ndarray, dict[str, np.ndarray]]] = []
+        self._finals: list[tuple[np.ndarray, dict[str, np.ndarray]]] = []
+        self._sinks: list[Sink] = []
+        self._make: list[Callable[[str], Sink]] = []
+        if wandb_mode != "disabled":
+            self._make.append(lambda identifier: WandbSink(wandb_mode, wandb_project, name, self._folder, identifier))
+        if tensorboard:
+            self._make.append(lambda _: TensorBoardSink(self._folder / "tensorboard"))
+        self._identifier = ""
+        self._first_step: int | None = None
+        self._open: dict[tuple[str, int], Any] = {}
+        self._seen: dict[tuple[str, int], int] = {}  # last step per logger and run
+        self._worked = False
+
+    @property
+    def active(self) -> bool:
+        """Whether anything is logged at all."""
+        return bool(self._make)
+
+    @property
+    def _live(self) -> bool:
+        settings = len(self._grid) // len(self._grid.seeds)
+        return (settings if self._per_setting else len(self._grid)) <= LIVE_RUNS
+
+    def __enter__(self) -> "Loggers":
+        if self.active:
+            state = _read_state(self._folder / STATE_FILE) if self._resume else {}
+            self._identifier, self._first_step = state.get("identifier", ""), state.get("first_step")
+            if not self._identifier or _is_synced(self._folder, self._identifier):
+                self._identifier = secrets.token_hex(4)
+            self._save_state()
+            self._sinks = [make(self._identifier) for make in self._make]
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None and self._sinks:
+            # The training is done: whatever happens now, its results are worth more than their copies.
+            self._worked = True
+            self._write_all(last=True)
+        for sink in self._sinks:
+            with self._guarded(sink):
+                for handle in [handle for (name, _), handle in self._open.items() if name == sink.name]:
+                    sink.close(handle)
+        self._open.clear()
+        self._rows.clear()
+        self._sinks.clear()
+
+    def log_rows(self, members: Sequence[int] | np.ndarray, rows: Mapping[str, np.ndarray]) -> None:
+        """Takes the rows of one chunk; rows that were logged before are dropped.
+
+        Args:
+            members: `[m]`, which members the arrays' first axis holds.
+            rows: `step` `[n]`, steps done at each row, and per name `[m, n]` or `[m, n, k]`.
+
+        Raises:
+            ValueError: wrong shapes, or a resumed experiment does not begin with its first row.
+            UserError: the first run cannot be opened.
+        """
+        if not self._sinks or not len(rows[STEP]):
+            return
+        series = {name: np.asarray(array) for name, array in rows.items()}
+        for name, array in series.items():
+            if name != STEP and array.shape[:2] != (len(members), len(series[STEP])):
+                raise ValueError(f"{name} has shape {array.shape}; expected {(len(members), len(series[STEP]))} first")
+        self._check_beginning(series[STEP])
+        self._rows.append((np.asarray(members), series))
+        if self._live:
+            self._write_all(last=False)
+            self._rows.clear()
+
+    def log_finals(self, members: Sequence[int] | np.ndarray, finals: Mapping[str, np.ndarray]) -> None:
+        """Takes what was measured once at the end; written when the context ends.
+
+        Args:
+            members: `[m]`.
+            finals: per name `[m]` or `[m, episodes]`, of which the mean is logged.
+        """
+        if self._sinks:
+            self._finals.append((np.asarray(members), {name: np.asarray(array) for name, array in finals.items()}))
+
+    def _check_beginning(self, steps: np.ndarray) -> None:
+        """Files are written anew by a resumed experiment, so it must not begin in the middle."""
+        if self._first_step is None:
+            self._first_step = int(steps[0])
+            self._save_state()
+        if not self._rows and not self._seen and steps[0] > self._first_step:
+            raise ValueError(f"a resumed experiment has to log again from step {self._first_step}, not from {steps[0]}")
+
+    def _save_state(self) -> None:
+        state = {"identifier": self._identifier, "first_step": self._first_step}
+        write_text(self._folder / STATE_FILE, json.dumps(state) + "\n")
+
+    # ------------------------------------------------------------ writing
+
+    def _write_all(self, last: bool) -> None:
+        keys = sorted({self._key(int(member)) for members, _ in [*self._rows, *self._finals] for member in members})
+        if self._live:
+            for key in keys:
+                self._write(key, last)
+        else:
+            with ThreadPoolExecutor(OPEN_RUNS) as pool:
+                list(pool.map(lambda key: self._write(key, last), keys))
+
+    def _write(self, key: int, last: bool) -> None:
+        """Writes one run's rows that its sinks have not seen; the last time also its final values."""
+        steps, columns = self._columns(key)
+        finals = self._final_columns(key) if last else {}
+        for sink in tuple(self._sinks):
+            with self._guarded(sink):
+                self._write_to(sink, key, steps, columns, finals)
+
+    def _write_to(
+        self, sink: "Sink", key: int, steps: np.ndarray, columns: dict[str, np.ndarray], finals: dict[str, float]
+    ) -> None:
+        place = (sink.name, key)
+        if place in self._seen and not ((steps > self._seen[place]).any() or finals):
+            return
+        handle = self._open.get(place) or sink.open(self._run(key))
+        self._worked = True
+        if self._live:
+            self._open[place] = handle
+        fresh = steps > self._seen.setdefault(place, sink.last_step(handle))
+        try:
+            if fresh.any():
+                sink.write(handle, steps[fresh], {name: column[fresh] for name, column in columns.items()})
+                self._seen[place] = int(steps[-1])
+            if finals:
+                sink.finals(handle, self._seen[place], finals)
+        finally:
+            if not self._live:
+                sink.close(handle)
+
+    @contextlib.contextmanager
+    def _guarded(self, sink: "Sink") -> Iterator[None]:
+        """Lets an experiment go on without a logger that fails, unless it has not worked even once."""
+        try:
+            yield
+        except Exception as error:
+            if not self._worked:
+                raise
+            if sink in self._sinks:
+                self._sinks.remove(sink)
+                self._note(
+                    f"{sink.name} failed and is switched off ({_first_line(error)}); the results file is complete"
+                )
+
+    def _key(self, member: int) -> int:
+        return member // len(self._grid.seeds) if self._per_setting else member
+
+    def _run(self, key: int) -> "Run":
+        member = key * len(self._grid.seeds) if self._per_setting else key
+        settings = self._grid.settings(member)
+        if self._per_setting:
+            del settings[SEED]
+        words = self._grid.describe(member)
+        label = words.rpartition(f"{SEED}=")[0].rstrip(", ") if self._per_setting else words
+        name = ", ".join(part for part in (self._label, label) if part) or self._name
+        return Run(key, name, f"{self._identifier}-{key}", {**self._config, **as_plain(settings)})
+
+    def _columns(self, key: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """All rows kept for one run: `[n]` increasing steps, and `[n]` per column."""
+        blocks = [(rows[STEP], self._block(key, members, rows)) for members, rows in self._rows]
+        blocks = [(steps, block) for steps, block in blocks if block]
+        if not blocks:
+            return np.zeros(0, int), {}
+        steps, first = np.unique(np.concatenate([steps for steps, _ in blocks]), return_index=True)
+        names = dict.fromkeys(name for _, block in blocks for name in block)
+        missing = [np.full(len(step), np.nan) for step, _ in blocks]
+        columns = {
+            name: np.concatenate([block.get(name, gap) for (_, block), gap in zip(blocks, missing, strict=True)])[first]
+            for name in names
+        }
+        return steps, columns
+
+    def _block(self, key: int, members: np.ndarray, rows: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """One call's columns for one run; empty if the run is not in it."""
+        seeds = len(self._grid.seeds)
+        positions = np.flatnonzero(members // seeds == key if self._per_setting else members == key)
+        columns: dict[str, np.ndarray] = {}
+        for name, array in rows.items() if len(positions) else ():
+            if name == STEP:
+                continue
+            parts = {name: array} if array.ndim == 2 else {f"{name}/{i}": array[..., i] for i in range(array.shape[2])}
+            for part, values in parts.items():
+                if not self._per_setting:
+                    columns[part] = values[positions[0]]
+                    continue
+                for position in positions:
+                    columns[f"{part}/seed={self._grid.seeds[members[position] % seeds]}"] = values[position]
+                columns[f"{part}/iqm"] = iqm(values[positions].T[..., None])
+        return columns
+
+    def _final_columns(self, key: int) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for members, finals in self._finals:
+            means = {name: np.mean(array.reshape(len(members), 1, -1), axis=-1) for name, array in finals.items()}
+            block = self._block(key, members, means)
+            found.update({name: float(column[0]) for name, column in block.items()})
+        return found
+
+
+def _check(field: str, value: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise UserError(f"{field} is {value!r}; allowed: {', '.join(allowed)}")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a logger shows as one run: a member or a setting."""
+
+    key: int
+    name: str
+    identifier: str
+    config: dict[str, Any]
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    """What an earlier process wrote about its logs; empty if there is nothing."""
+    with contextlib.suppress(OSError, json.JSONDecodeError):
+        return json.loads(path.read_text())
+    return {}
+
+
+def _offline_runs(folder: Path, identifier: str) -> list[Path]:
+    """wandb's folders of an earlier process of this experiment."""
+    return list(folder.glob(f"wandb/offline-run-*-{identifier}-*"))
+
+
+def _is_synced(folder: Path, identifier: str) -> bool:
+    """Whether some of these runs are on a server already, where files written anew would double their rows."""
+    return any(list(run.glob("*.wandb.synced")) for run in _offline_runs(folder, identifier))
+
+
+# ---------------------------------------------------------------- sinks
+
+
+class Sink(Protocol):
+    """A place that rows are copied to."""
+
+    name: str
+
+    def open(self, run: Run) -> Any:
+        """Starts or continues a run."""
+
+    def last_step(self, handle: Any) -> int:
+        """Last step that the run holds already, -1 for none."""
+
+    def write(self, handle: Any, steps: np.ndarray, columns: Mapping[str, np.ndarray]) -> None:
+        """Appends rows: `[n]` steps and `[n]` per column."""
+
+    def finals(self, handle: Any, step: int, values: Mapping[str, float]) -> None:
+        """Adds values measured once."""
+
+    def close(self, handle: Any) -> None:
+        """Ends the run's file or upload."""
+
+
+class WandbSink:
+    """One wandb run per run, grouped by experiment.
+
+    Each member being a run, everything that wandb collects about the process beside the rows is switched off: listing
+    the installed packages alone took 0.08 s per run.
+    """
+
+    name = "wandb"
+
+    def __init__(self, mode: str, project: str, group: str, folder: Path, identifier: str) -> None:
+        os.environ.setdefault("WANDB_SILENT", "true")
+        import wandb
+
+        self._wandb: Any = wandb
+        self._mode, self._project, self._group = mode, project, group
+        self._one_at_a_time = threading.Lock()  # inits side by side have mixed up run identifiers
+        self._folder = folder
+        for earlier in _offline_runs(folder, identifier) if mode == "offline" else ():
+            shutil.rmtree(earlier)
+        if mode == "online":
+            self._check_key()
+        self._settings = wandb.Settings(
+            console="off",
+            disable_code=True,
+            disable_git=True,
+            disable_job_creation=True,
+            save_code=False,
+            silent=True,
+            x_disable_machine_info=True,
+            x_disable_meta=True,
+            x_disable_stats=True,
+            x_save_requirements=False,
+        )
+
+    def _check_key(self) -> None:
+        """Tells at the start, not after hours, that nothing can be uploaded."""
+        try:
+            known = self._wandb.login(prompt=False)
+        except (self._wandb.Error, ValueError) as error:
+            raise UserError(f"wandb_mode is 'online' but wandb refuses ({_first_line(error)}); use offline") from error
+        if not known:
+            raise UserError(
+                "wandb_mode is 'online' but there is no wandb key: set WANDB_API_KEY, run `wandb login`, or use offline"
+            )
+
+    def open(self, run: Run) -> Any:
+        try:
+            with self._one_at_a_time:
+                return self._wandb.init(
+                    mode=self._mode,
+                    project=self._project,
+                    group=self._group,
+                    name=run.name,
+                    id=run.identifier,
+                    config=run.config,
+                    dir=str(self._folder),
+                    resume="allow" if self._mode == "online" else None,
+                    reinit="create_new",
+                    settings=self._settings,
+                )
+        except self._wandb.Error as error:
+            raise UserError(f"wandb cannot start a run ({_first_line(error)}); use offline") from error
+
+    def last_step(self, handle: Any) -> int:
+        return handle.step - 1  # a run continued online knows what the server has
+
+    def write(self, handle: Any, steps: np.ndarray, columns: Mapping[str, np.ndarray]) -> None:
+        lists = {name: column.tolist() for name, column in columns.items()}
+        for row, step in enumerate(steps.tolist()):
+            handle.log({name: values[row] for name, values in lists.items()}, step=step)
+
+    def finals(self, handle: Any, step: int, values: Mapping[str, float]) -> None:
+        handle.summary.update(dict(values))
+
+    def close(self, handle: Any) -> None:
+        handle.finish()
+
+
+class TensorBoardSink:
+    """One folder of TensorBoard events per run, written anew by every process."""
+
+    name = "tensorboard"
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            from tensorboardX.proto.summary_pb2 import Summary
+            from tensorboardX.writer import FileWriter
+        except ImportError as error:
+            raise UserError(
+                "tensorboard needs the package tensorboardX: install the extra with `pip install -e .[tensorboard]`"
+            ) from error
+        self._folder, self._writer, self._summary = folder, FileWriter, Summary
+        shutil.rmtree(folder, ignore_errors=True)
+
+    def open(self, run: Run) -> Any:
+        name = f"{run.key:04d}_{run.name}".replace(", ", ",").replace("/", "-")
+        return self._writer(str(self._folder / name[:200]))
+
+    def last_step(self, handle: Any) -> int:
+        return -1
+
+    def write(self, handle: Any, steps: np.ndarray, columns: Mapping[str, np.ndarray]) -> None:
+        lists = {name: column.tolist() for name, column in columns.items()}
+        for row, step in enumerate(steps.tolist()):
+            values = [self._summary.Value(tag=name, simple_value=values[row]) for name, values in lists.items()]
+            handle.add_summary(self._summary(value=values), global_step=step)
+
+    def finals(self, handle: Any, step: int, values: Mapping[str, float]) -> None:
+        entries = [self._summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        handle.add_summary(self._summary(value=entries), global_step=step)
+
+    def close(self, handle: Any) -> None:
+        handle.close()

@@ -1,0 +1,485 @@
+"""The loop on the host: from a configuration to labelled results, with progress, checkpoints and resume.
+
+    results = run(Config(agent_type="omd", lr=(1e-3, 3e-4)), num_seeds=8)
+
+It calls the compiled program in chunks; between two calls the host shows progress, logs, saves a checkpoint and looks
+for members that diverged. Chunk boundaries change nothing in the numbers, bit for bit.
+
+Several processes (`processes.py`) run this loop together: process 0's clock sets the chunks and the checkpoints, a Ctrl-C
+in any of them stops all, each saves its own members, and process 0 alone logs and prints.
+"""
+
+import contextlib
+import dataclasses
+import re
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+import numpy as np
+import xarray
+from rich.console import Console
+
+from purejax_bilevel.configuration import RUN_LENGTH, to_dict
+from purejax_bilevel.errors import UserError
+from purejax_bilevel.results import dataset as datasets
+from purejax_bilevel.results import statistics
+from purejax_bilevel.runtime import checkpoint as checkpoints
+from purejax_bilevel.runtime import devices, processes
+from purejax_bilevel.runtime.compiled import ROWS, CompiledProgram, Part, num_rows, precision, row_steps
+from purejax_bilevel.runtime.loggers import Loggers
+from purejax_bilevel.runtime.progress import Progress
+
+CHUNK_SECONDS = 3.0  # between two looks of the host, unless --chunks says how many
+CHECKPOINT_SECONDS = 60.0
+
+
+class Interrupted(Exception):
+    """The user asked to stop; everything up to the last chunk is kept."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RunOptions:
+    """How to run, as opposed to what.
+
+    Args:
+        folder: where to write results and checkpoints, seen by all processes; None: nowhere.
+        devices: number of devices over all processes; None: all.
+        member_batch: members trained at once on a device; None: one on a CPU (tiny ones: all), all elsewhere; 0: all.
+        chunks: number of calls of the compiled program; None: one every few seconds.
+        resume: go on from the folder's checkpoint if there is one.
+        wandb_mode: disabled, offline or online.
+        wandb_runs: one wandb run per member or per setting.
+        tensorboard: write TensorBoard files too.
+        quiet: print nothing.
+    """
+
+    folder: Path | None = None
+    devices: int | None = None
+    member_batch: int | None = None
+    chunks: int | None = None
+    resume: bool = False
+    wandb_mode: str = "disabled"
+    wandb_runs: str = "member"
+    tensorboard: bool = False
+    quiet: bool = False
+
+    def __post_init__(self) -> None:
+        if self.member_batch is not None and self.member_batch < 0:
+            raise UserError(f"--member_batch must be 0 (all) or a positive number, got {self.member_batch}.")
+        if self.chunks is not None and self.chunks < 1:
+            raise UserError(f"--chunks must be at least 1, got {self.chunks}.")
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What came out of a run, per part: host arrays of all members, in every process.
+
+    `state` is the exception: of several processes only process 0 has it, and only if there is a folder; else it is [].
+    """
+
+    steps: int
+    rows: list[dict[str, np.ndarray]]
+    failed: list[np.ndarray]
+    state: list[Any]
+    compile_seconds: float
+    run_seconds: float
+    num_traces: int
+    bytes_per_member: list[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stretch:
+    """Some steps of a run: `start` .. `stop` - 1 (None: to the end), from the host state after `start` steps."""
+
+    start: int = 0
+    stop: int | None = None
+    state: list[Any] | None = None
+
+
+class Watcher(Protocol):
+    """Is told about a program before it runs, and may refuse it with a UserError."""
+
+    def planned(self, program: CompiledProgram) -> None:
+        """Nothing is compiled or allocated yet."""
+
+    def compiled(self, program: CompiledProgram, state: Any, steps: int, total: int) -> Any:
+        """The program is compiled; `steps` of `total` are done. Returns the state, used up where none are done."""
+
+
+def train(
+    parts: Sequence[Part], options: RunOptions, console: Console | None = None, watcher: Watcher | None = None
+) -> Outcome:
+    """Runs all members of all parts to the end in one compiled program.
+
+    Raises:
+        UserError: the options cannot be met.
+        Interrupted: on Ctrl-C, after the checkpoint was written.
+    """
+    console = console or processes.console()
+    return Run(parts, options, console, watcher=watcher).to_the_end()
+
+
+class Run:
+    """One run in progress: the compiled program, what it has produced and where that is kept.
+
+    Args:
+        parts: sub-programs and members.
+        options: how to run.
+        console: where messages go.
+        program: compiled for other members of the same sub-programs, to be used again.
+        stretch: some of the steps only.
+        watcher: told before it runs.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        options: RunOptions,
+        console: Console,
+        *,
+        program: CompiledProgram | None = None,
+        stretch: Stretch | None = None,
+        watcher: Watcher | None = None,
+    ):
+        devices.prepare()
+        self.parts, self.options, self.console = tuple(parts), options, console
+        if not processes.is_first():
+            self.options = dataclasses.replace(options, quiet=True, wandb_mode="disabled", tensorboard=False)
+        self.total = parts[0].program.num_steps
+        self.num_members = sum(len(part.grid) for part in parts)
+        mesh = devices.make_mesh(max(len(part.grid) for part in parts), options.devices)
+        member_batch = (
+            _default_member_batch(parts, mesh) if options.member_batch is None else options.member_batch or None
+        )
+        if program is None:
+            program = CompiledProgram(parts, mesh, member_batch)
+        else:
+            program.swap(parts)
+        self.program, self.watcher = program, watcher
+        self.stretch = stretch or Stretch()
+        self.stop = self.total if self.stretch.stop is None else self.stretch.stop
+        self.rows: list[dict[str, np.ndarray]] = [{} for _ in parts]
+        self.failed = [np.zeros(len(part.grid), bool) for part in parts]
+        self.steps, self.earlier_seconds = 0, (0.0, 0.0)
+        self.run_seconds = 0.0
+        self._state: Any = None
+        self._saved_at = -float("inf")
+
+    # --- the loop ---
+
+    def to_the_end(self) -> Outcome:
+        if self.watcher is not None:
+            self.watcher.planned(self.program)
+        self._restore()
+        unit = self.parts[0].program.step_unit
+        progress = Progress(
+            self.stop, self.num_members, unit, completed=self.steps, quiet=self.options.quiet, console=self.console
+        )
+        with contextlib.ExitStack() as stack:
+            loggers = [stack.enter_context(self._logger(number, progress)) for number in range(len(self.parts))]
+            for number, rows in enumerate(self.rows):  # a resumed run: logs are written anew from the first row
+                self._log(number, rows, self.stretch.start, loggers[number])
+            stack.enter_context(progress)
+            stopped = stack.enter_context(_stop_on_interrupt(progress))
+            if self.steps < self.stop and not self.program.is_compiled:
+                with progress.compiling():
+                    self.program.compile()
+                    if self.watcher is not None:
+                        self._state = self.watcher.compiled(self.program, self._state, self.steps, self.total)
+            self._saved_at = time.monotonic()
+            chunk = self._first_chunk()
+            while self.steps < self.stop:
+                seconds = self._advance(min(chunk, self.stop - self.steps), loggers, progress)
+                stopping = processes.any_of(stopped())
+                self._save_if_due(force=stopping or self.steps == self.stop)
+                if stopping and self.steps < self.stop:
+                    raise Interrupted(self._how_to_resume())
+                chunk = self._next_chunk(chunk, seconds)
+            for number, part in enumerate(self.parts):
+                finals = {name: self.rows[number][name][:, -1] for name in part.program.finals}
+                loggers[number].log_finals(np.arange(len(part.grid)), finals)
+        return Outcome(
+            self.steps,
+            self.rows,
+            self.failed,
+            self._final_state(),
+            self.program.compile_seconds + self.earlier_seconds[0],
+            self.run_seconds + self.earlier_seconds[1],
+            self.program.num_traces,
+            self.program.bytes_per_member,
+        )
+
+    def _advance(self, count: int, loggers: list[Loggers], progress: Progress) -> float:
+        begin = time.perf_counter()
+        start, self.steps = self.steps, self.steps + count
+        self._state, rows, finite = self.program(self._state, start, self.steps, self.total)
+        seconds = time.perf_counter() - begin
+        self.run_seconds += seconds
+        for number, part in enumerate(self.parts):
+            self._note_failures(number, part, ~finite[number], progress)
+            self._append(number, rows[number])
+            self._log(number, rows[number], start, loggers[number])
+        progress.update(self.steps, self._headline())
+        return seconds
+
+    def _append(self, number: int, rows: dict[str, np.ndarray]) -> None:
+        known = self.rows[number]
+        self.rows[number] = {
+            name: np.concatenate([known[name], array], axis=1) if name in known else array
+            for name, array in rows.items()
+        }
+
+    def _log(self, number: int, rows: dict[str, np.ndarray], start: int, logger: Loggers) -> None:
+        program = self.parts[number].program
+        count = next(iter(rows.values())).shape[1] if rows else 0
+        if not count:
+            return
+        first = num_rows(start, self.total, program.eval_frequency)
+        steps = row_steps(self.total, program.eval_frequency)[first : first + count]
+        left_out = {*program.finals, *getattr(program, "not_logged", ())}
+        series = {name: array for name, array in rows.items() if name not in left_out}
+        logger.log_rows(np.arange(len(self.parts[number].grid)), {"step": steps, **series})
+
+    def _note_failures(self, number: int, part: Part, failed: np.ndarray, progress: Progress) -> None:
+        new = np.flatnonzero(failed & ~self.failed[number])
+        self.failed[number] = self.failed[number] | failed
+        for member in new[:10]:
+            name = f"{part.label}: " if part.label else ""
+            progress.note(f"diverged (not a number) by step {self.steps}: {name}{part.grid.describe(int(member))}")
+        if len(new) > 10:
+            progress.note(f"... and {len(new) - 10} more members.")
+
+    def _headline(self) -> str:
+        name = self.parts[0].program.headline
+        if not all(name in rows and rows[name].shape[1] for rows in self.rows):
+            return ""
+        latest = np.concatenate([rows[name][:, -1] for rows in self.rows])
+        return f"IQM {name.replace('_', ' ')} {float(statistics.iqm(latest)):.4g}"
+
+    def _logger(self, number: int, progress: Progress) -> Loggers:
+        folder, options = self.options.folder, self.options
+        if folder is None:
+            if options.wandb_mode != "disabled" or options.tensorboard:
+                raise UserError("wandb_mode and tensorboard need an output folder.")
+            folder = Path()
+        several = len(self.parts) > 1
+        return Loggers(
+            self.parts[number].grid,
+            folder / (file_name(self.parts[number].label) or f"part-{number}") if several else folder,
+            folder.name or "run",
+            fingerprint(self.parts[number : number + 1]),
+            wandb_mode=options.wandb_mode,
+            runs=options.wandb_runs,
+            label=self.parts[number].label if several else "",
+            tensorboard=options.tensorboard,
+            resume=options.resume,
+            note=progress.note,
+        )
+
+    # --- chunks ---
+
+    def _most_steps(self) -> int:
+        frequency = self.parts[0].program.eval_frequency
+        return (ROWS - 1) * frequency if frequency else self.total
+
+    def _first_chunk(self) -> int:
+        if self.options.chunks is not None:
+            return min(-(-self.total // self.options.chunks), self._most_steps())
+        return min(self.parts[0].program.eval_frequency or 1000, self._most_steps())
+
+    def _next_chunk(self, chunk: int, seconds: float) -> int:
+        if self.options.chunks is not None:
+            return chunk
+        wanted = chunk * CHUNK_SECONDS / max(processes.from_first(lambda: seconds), 1e-3)
+        return int(np.clip(min(wanted, 4 * chunk), 100, self._most_steps()))
+
+    # --- checkpoints ---
+
+    @property
+    def _path(self) -> Path | None:
+        return None if self.options.folder is None else self.options.folder / checkpoints.FILE_NAME
+
+    def _restore(self) -> None:
+        if self._path is not None:
+            checkpoints.begin(self._path)
+        if not (self.options.resume and self._path is not None and processes.from_first(self._path.exists)):
+            self.steps, state = self.stretch.start, self.stretch.state
+            self._state = self.program.initial() if state is None else self.program.scatter(state)
+            return
+        saved = checkpoints.load(self._path, self.program.structure, fingerprint(self.parts))
+        if saved.steps > self.total:
+            raise UserError(f"{self._path} has done {saved.steps} steps, more than the {self.total} asked for.")
+        self.steps, self.failed, self.earlier_seconds = saved.steps, saved.failed, saved.seconds
+        # A shorter run may have ended between two regular evaluations: a longer one does without that last row.
+        start = self.stretch.start
+        counts = [
+            num_rows(saved.steps, self.total, part.program.eval_frequency)
+            - num_rows(start, self.total, part.program.eval_frequency)
+            for part in self.parts
+        ]
+        self.rows = [
+            {name: array[:, :count] for name, array in rows.items()}
+            for rows, count in zip(saved.rows, counts, strict=True)
+        ]
+        self._state = self.program.scatter(saved.state)
+
+    def _save_if_due(self, force: bool) -> None:
+        if self._path is None:
+            return
+        if not force and not processes.from_first(lambda: time.monotonic() - self._saved_at >= CHECKPOINT_SECONDS):
+            return
+        seconds = (
+            self.earlier_seconds[0] + self.program.compile_seconds,
+            self.earlier_seconds[1] + self.run_seconds,
+        )
+        here = [self.program.members_here(number) for number in range(len(self.parts))]
+        rows = [{name: array[own] for name, array in rows.items()} for rows, own in zip(self.rows, here, strict=True)]
+        failed = [failed[own] for failed, own in zip(self.failed, here, strict=True)]
+        saved = checkpoints.Checkpoint(self.steps, self.program.gather(self._state), rows, failed, seconds)
+        checkpoints.save(self._path, saved, fingerprint(self.parts))
+        self._saved_at = time.monotonic()
+
+    def _final_state(self) -> list[Any]:
+        if processes.count() == 1:
+            return self.program.gather(self._state)
+        if self._path is None or not processes.is_first():
+            return []
+        return checkpoints.load(self._path, self.program.structure, fingerprint(self.parts)).state
+
+    def _how_to_resume(self) -> str:
+        done = f"stopped after {self.steps} of {self.total} steps"
+        if self.options.folder is None:
+            return f"{done}; nothing was written because no output folder was given."
+        return f"{done}; go on with --resume {self.options.folder}"
+
+
+def file_name(label: str) -> str:
+    """A label as the name of a folder or file."""
+    return re.sub(r"[^\w.=+-]+", "_", label).strip("._")
+
+
+def fingerprint(parts: Sequence[Part]) -> dict[str, Any]:
+    """What two runs must share for one to go on where the other stopped: everything but the number of steps."""
+    described: dict[str, Any] = {}
+    for number, part in enumerate(parts):
+        prefix = f"part {number} " if len(parts) > 1 else ""
+        described[f"{prefix}seeds"] = list(part.grid.seeds)
+        for name, value in to_dict(part.config).items():
+            if name not in RUN_LENGTH:
+                described[f"{prefix}{name}"] = _distinct(value)
+        described[f"{prefix}precision"] = str(np.asarray(1.0, _float_type(parts)).dtype)
+    return described
+
+
+def _distinct(value: Any) -> Any:
+    """A single value where all members agree; rates in the digits that single precision holds."""
+    if not isinstance(value, list):
+        return value
+    rounded = [float(f"{element:.7g}") if isinstance(element, float) else element for element in value]
+    return rounded if len(set(rounded)) > 1 else rounded[0]
+
+
+def _float_type(parts: Sequence[Part]) -> Any:
+    import jax.numpy as jnp
+
+    with precision(parts):
+        return jnp.result_type(float)
+
+
+def _default_member_batch(parts: Sequence[Part], mesh: Any) -> int | None:
+    """All at once if the configurations say `vectorized`: arrays of a few numbers cost less than the call."""
+    if all(getattr(part.config, "vectorized", False) for part in parts):
+        return None
+    return devices.default_member_batch(mesh)
+
+
+@contextlib.contextmanager
+def _stop_on_interrupt(progress: Progress) -> Iterator[Callable[[], bool]]:
+    """Ctrl-C asks to stop after the chunk in progress; a second one stops at once."""
+    asked = False
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+        progress.note("stopping after this chunk; press Ctrl-C again to stop at once and lose it")
+
+    try:
+        earlier = signal.signal(signal.SIGINT, handler)
+    except ValueError:  # not the main thread
+        yield lambda: False
+        return
+    try:
+        yield lambda: asked
+    finally:
+        signal.signal(signal.SIGINT, earlier)
+
+
+def to_dataset(part: Part, outcome: Outcome, number: int, config: Any, attrs: dict[str, Any]) -> xarray.Dataset:
+    """The labelled results of one part.
+
+    Args:
+        part: the sub-program and its members.
+        outcome: from `train`.
+        number: of the part.
+        config: the configuration as the user wrote it.
+        attrs: further attributes.
+    """
+    rows = outcome.rows[number]
+    final_names = part.program.finals
+    series = {name: array for name, array in rows.items() if name not in final_names}
+    finals = {name: rows[name][:, -1] for name in final_names} | {"failed": outcome.failed[number]}
+    attributes = getattr(part.program, "attributes", {})
+    variables: dict[str, dict[str, str]] = {
+        name: {"long_name": text, **attributes.get(name, {})} for name, text in part.program.long_names.items()
+    }
+    about = {
+        "program": type(part.program).__name__,
+        "title": config.title,
+        "environment": getattr(config, "env_name", ""),
+        "config": to_dict(config),
+        "versions": datasets.collect_versions(),
+        "headline": part.program.headline,
+        "tables": list(getattr(part.program, "tables", [])),
+        "compile_seconds": outcome.compile_seconds,
+        "run_seconds": outcome.run_seconds,
+        "step_name": part.program.step_unit,
+        "bytes_per_member": outcome.bytes_per_member[number],
+        **attrs,
+    }
+    steps = row_steps(outcome.steps, part.program.eval_frequency)
+    return datasets.build_dataset(part.grid, steps, series, finals, about, variables)
+
+
+def make_seeds(seed: int, num_seeds: int) -> tuple[int, ...]:
+    """Consecutive seeds.
+
+    Raises:
+        UserError: fewer than one, or a seed that does not fit 32 bits.
+    """
+    if num_seeds < 1:
+        raise UserError(f"--num_seeds must be at least 1, got {num_seeds}.")
+    if not 0 <= seed <= 2**32 - num_seeds:
+        raise UserError(f"--seed must be from 0 to 2^32 - num_seeds, got {seed}.")
+    return tuple(range(seed, seed + num_seeds))
+
+
+def steps_done(folder: Path) -> int:
+    """Steps that a folder's checkpoint has done; 0 without one."""
+    path = folder / checkpoints.FILE_NAME
+    return checkpoints.load_steps(path) if path.exists() else 0
+
+
+def check_writable(folder: Path) -> None:
+    """Makes the folder and tries to write in it.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    datasets.write_text(folder / ".writable", "")
+    (folder / ".writable").unlink()

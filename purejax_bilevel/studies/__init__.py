@@ -1,0 +1,1 @@
+"""What runs together: runs, sweeps, searches, reports and their command lines."""

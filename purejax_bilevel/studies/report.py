@@ -1,0 +1,661 @@
+"""Report of a sweep: report.html, complete in one file, and report.md beside its figures.
+
+The best setting of every agent is chosen on seeds that are not reported. Everything is computed from the result files
+in the sweep's folder, with rliable's statistics (`statistics.py`). Members that failed are counted against a setting
+when it is chosen, left out of its numbers, and listed.
+"""
+
+import base64
+import dataclasses
+import html
+import itertools
+import json
+import math
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray
+
+from purejax_bilevel.errors import UserError
+from purejax_bilevel.members import format_value
+from purejax_bilevel.programs.tabular import figures as tabular_figures
+from purejax_bilevel.results import comparison, plots, statistics
+from purejax_bilevel.results import dataset as datasets
+from purejax_bilevel.results.comparison import Line, Score, score_of
+from purejax_bilevel.results.dataset import SEED, STEP, setting_dimensions, setting_labels
+from purejax_bilevel.runtime.loop import file_name
+from purejax_bilevel.studies.search import HISTORY, member_scores, ranking, setting_scores
+from purejax_bilevel.studies.study import Reporting, Study
+
+HTML, MARKDOWN, FIGURES = "report.html", "report.md", "figures"
+SELECTION = "selection_score"
+SOLVED = {"CartPole-v1": 500.0}  # by environment
+MOST_SETTINGS, MOST_FAILED = 40, 100  # rows shown
+
+
+# ---------------------------------------------------------------- what the numbers are
+
+
+@dataclasses.dataclass(frozen=True)
+class AgentResult:
+    """Scores of one agent's settings.
+
+    Args:
+        label: the agent.
+        dataset: its results.
+        settings: hyper-parameters of each setting.
+        scores: `[settings, seeds]` of the reported variable; NaN for failed members.
+        quality: `[settings]`, by which settings are chosen, higher is better; NaN where a choosing seed failed.
+        order: settings from best to worst.
+        chosen_on: positions of the seeds that chose; none if they are not in these results.
+        reported: positions of the seeds that are reported.
+    """
+
+    label: str
+    dataset: xarray.Dataset
+    settings: list[dict[str, Any]]
+    scores: np.ndarray
+    quality: np.ndarray
+    order: np.ndarray
+    chosen_on: np.ndarray
+    reported: np.ndarray
+
+    @property
+    def best(self) -> int:
+        return int(self.order[0])
+
+    def runs(self, setting: int) -> np.ndarray:
+        """Scores of a setting on the seeds that are reported."""
+        return self.scores[setting, self.reported]
+
+    @property
+    def best_runs(self) -> np.ndarray:
+        return self.runs(self.best)
+
+
+def analyse(label: str, dataset: xarray.Dataset, select: Sequence[int], report: Reporting) -> AgentResult:
+    """Scores and the choice of the best setting.
+
+    Args:
+        label: the agent.
+        dataset: its results; its attributes `selected_by` and `selected_over` say what chooses. A variable
+            `selection_score` says that a search has chosen already, on other seeds.
+        select: seeds that choose.
+        report: what is measured.
+    """
+    variable = reported_variable(dataset, report)
+    scores = scores_of(dataset, variable, report.over)
+    seeds = dataset[SEED].values
+    every = np.arange(len(seeds))
+    settings = setting_labels(dataset)
+    if SELECTION in dataset:
+        lower = statistics.lower_is_better(dataset, SELECTION)
+        given = dataset[SELECTION].transpose(*setting_dimensions(dataset), SEED).values.reshape(len(settings), -1)[:, 0]
+        quality = -given if lower else given
+        return AgentResult(label, dataset, settings, scores, quality, ranking(quality), every[:0], every)
+    by, over = str(dataset.attrs["selected_by"]), float(dataset.attrs["selected_over"])
+    lower = statistics.lower_is_better(dataset, by)
+    chosen_on = np.flatnonzero(np.isin(seeds, select))
+    if len(settings) == 1 or not len(chosen_on):
+        quality = setting_scores(scores_of(dataset, by, over), lower)
+        return AgentResult(label, dataset, settings, scores, quality, ranking(quality), every[:0], every)
+    choosing = scores_of(dataset, by, over)[:, chosen_on]
+    quality = setting_scores(choosing, lower)
+    reported = np.setdiff1d(every, chosen_on)
+    order = _order(choosing, quality, lower)
+    return AgentResult(
+        label, dataset, settings, scores, quality, order, chosen_on, reported if len(reported) else every
+    )
+
+
+def _order(choosing: np.ndarray, quality: np.ndarray, lower: bool) -> np.ndarray:
+    """From best to worst; a setting with fewer failed seeds comes before one with more."""
+    failed = np.isnan(choosing).sum(axis=1)
+    partial = statistics.iqm(choosing[..., None]) * (-1 if lower else 1)
+    value = np.where(np.isnan(quality), partial, quality)
+    return np.lexsort((np.where(np.isnan(value), np.inf, -value), failed))
+
+
+def scores_of(dataset: xarray.Dataset, variable: str, over: float) -> np.ndarray:
+    """One number per member, `[settings, seeds]`: see `search.member_scores`.
+
+    Raises:
+        UserError: there is no such variable.
+    """
+    array = statistics.require_variable(dataset, variable)
+    members = (*setting_dimensions(dataset), SEED)
+    rest = [name for name in array.dims if name not in members]
+    rest.sort(key=lambda name: name != STEP)
+    values = array.transpose(*members, *rest).values
+    values = values.reshape(-1, *values.shape[len(members) :])
+    values = values if STEP in array.dims else values[:, None]
+    failed = statistics.failed_members(dataset).reshape(-1)
+    return member_scores({variable: values}, failed, variable, over).reshape(-1, dataset.sizes[SEED])
+
+
+def reported_variable(dataset: xarray.Dataset, report: Reporting) -> str:
+    """What a sweep reports: as it says, else the program's final or headline variable."""
+    if report.variable:
+        return report.variable
+    final = [str(name) for name in dataset.data_vars if "episode" in dataset[name].dims]
+    return final[0] if final else str(dataset.attrs["headline"])
+
+
+def along(agent: AgentResult, axis: str) -> Line:
+    """The agent's score at each value of an axis, with the best of its other hyper-parameters at each.
+
+    Where there is a choice among the others, the reported seeds are not those that chose; else all seeds are reported.
+    """
+    values = [setting.get(axis) for setting in agent.settings]
+    different = list(dict.fromkeys(value for value in values if value is not None))
+    everywhere = np.arange(agent.scores.shape[1])
+    if not different:
+        return Line(agent.label, (), (score_of(agent.best_runs),))
+    alternatives = max(values.count(value) for value in different)
+    together = _varies_together(agent.dataset, axis)
+    if together:  # points of a random search: every setting is shown
+        return Line(
+            agent.label, tuple(values), tuple(score_of(agent.scores[i]) for i in range(len(values))), joined=False
+        )
+    scores = []
+    for value in different:
+        best = next(int(number) for number in agent.order if values[number] == value)
+        scores.append(score_of(agent.scores[best, agent.reported if alternatives > 1 else everywhere]))
+    return Line(agent.label, tuple(different), tuple(scores))
+
+
+def _varies_together(dataset: xarray.Dataset, axis: str) -> bool:
+    return any(axis in names and len(names) > 1 for names in dataset.attrs["axes"].values())
+
+
+# ---------------------------------------------------------------- blocks of a document
+
+
+@dataclasses.dataclass(frozen=True)
+class Heading:
+    text: str
+    level: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Paragraph:
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Code:
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    columns: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]]
+    bold: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    path: Path
+    caption: str
+
+
+Block = Heading | Paragraph | Code | Table | Picture
+
+
+def write(folder: Path, study: Study, agents: Sequence[str]) -> list[AgentResult]:
+    """Writes the report of a finished sweep and returns what it reports.
+
+    Args:
+        folder: of the sweep, with `<agent>/results.nc`.
+        study: what was swept.
+        agents: labels, in the order to be shown.
+    """
+    select = datasets.load(folder / file_name(agents[0])).attrs["selection_seeds"]
+    found = [analyse(label, datasets.load(folder / file_name(label)), select, study.report) for label in agents]
+    shutil.rmtree(folder / FIGURES, ignore_errors=True)
+    (folder / FIGURES).mkdir()
+    blocks = _Report(folder, study, found).blocks()
+    datasets.write_text(folder / MARKDOWN, as_markdown(blocks, folder))
+    datasets.write_text(folder / HTML, as_html(blocks, study.name))
+    return found
+
+
+class _Report:
+    def __init__(self, folder: Path, study: Study, agents: list[AgentResult]):
+        self.folder, self.study, self.agents = folder, study, agents
+        first = agents[0].dataset
+        self.about = first.attrs
+        self.variable = reported_variable(first, study.report)
+        self.lower = statistics.lower_is_better(first, self.variable)
+        self.score_name = self.variable.replace("_", " ")
+        self.solved = study.report.solved
+        if self.solved is None and not self.lower:
+            self.solved = SOLVED.get(str(self.about.get("environment")))
+        self.succeeded = [agent for agent in agents if np.isfinite(agent.best_runs).any()]
+
+    def blocks(self) -> list[Block]:
+        return [
+            Heading(self.study.name.replace("_", " "), 1),
+            Paragraph(self._what()),
+            *self._own_figures(),
+            *self._best(),
+            *self._improvement(),
+            *self._profiles(),
+            *self._sensitivities(),
+            *self._search(),
+            *self._settings(),
+            *self._failed(),
+            *self._provenance(),
+        ]
+
+    # --- sections ---
+
+    def _what(self) -> str:
+        members = sum(agent.scores.size for agent in self.agents)
+        environment = self.about.get("environment")
+        steps = int(self.agents[0].dataset[STEP].values[-1])
+        seeds = len(self.agents[0].dataset[SEED])
+        settings = sum(len(agent.settings) for agent in self.agents)
+        text = (
+            f"{members} members ({count(len(self.agents), 'agent')}, {count(settings, 'setting')}, "
+            f"{count(seeds, 'seed')}) of the program "
+            f"{self.about['program']}" + (f" on {environment}" if environment else "") + f", {steps:,} "
+            f"{self.about.get('step_name', 'steps')} each."
+        )
+        long_name = self.agents[0].dataset[self.variable].attrs.get("long_name", "")
+        meaning = f" ({long_name})" if long_name not in ("", self.score_name) else ""
+        measured = f"{self.score_name}{meaning}{self._span(self.study.report.over)}"
+        return f"{text} Measured: {measured}, {'lower' if self.lower else 'higher'} is better."
+
+    def _span(self, over: float) -> str:
+        return "" if over == 0 else f" (mean over the last {100 * over:.0f} % of the run)"
+
+    def _own_figures(self) -> list[Block]:
+        blocks: list[Block] = []
+        for number, figure in enumerate(self.study.report.figures):
+            title = str(figure.get("title", ""))
+            if figure["kind"] == "sensitivity":
+                blocks += self._sensitivity(figure["axis"], f"study-{number}.png", title)
+            elif figure["kind"] == "tabular":
+                blocks += self._tabular(figure["figure"], f"study-{number}.png", title)
+            else:
+                blocks += self._curves(figure["variable"], f"study-{number}.png", title)
+        return blocks
+
+    def _best(self) -> list[Block]:
+        rows = []
+        for agent in self.agents:
+            score = score_of(agent.best_runs)
+            failed = int(np.isnan(agent.scores).sum())
+            used = int(np.isfinite(agent.best_runs).sum())
+            row = [agent.label, words(agent.settings[agent.best]) or "its only one", _score(score)]
+            rows.append((*row, self._gap(agent.best_runs), str(used), f"{failed} of {agent.scores.size}"))
+        gap = "optimality gap" + ("" if self.solved is None else f" to {self.solved:g}")
+        columns = ("agent", "best setting", "IQM (95 % interval)", gap, "runs", "failed members")
+        values = [score_of(agent.best_runs).iqm * (-1 if self.lower else 1) for agent in self.agents]
+        bold = int(np.nanargmax(values)) if np.isfinite(values).any() else None
+        blocks: list[Block] = [
+            Heading("Best setting of each agent"),
+            Paragraph(self._choice()),
+            Table(columns, rows, bold),
+        ]
+        headline = str(self.about["headline"])
+        if headline in [figure.get("variable") for figure in self.study.report.figures]:
+            return blocks
+        return blocks + self._curves(headline, "curves.png", "Best setting of each agent")
+
+    def _choice(self) -> str:
+        by, over = str(self.about["selected_by"]), float(self.about["selected_over"])
+        measure = f"the interquartile mean of {by.replace('_', ' ')}{self._span(over)}"
+        if SELECTION in self.agents[0].dataset:
+            return (
+                f"Chosen by a search, by {measure} on the seeds {_range(self.about['selection_seeds'])}; trained again "
+                f"and reported on the seeds {_range(self.agents[0].dataset[SEED].values)}."
+            )
+        choosing = [agent for agent in self.agents if len(agent.chosen_on)]
+        if not choosing:
+            return "Every agent has one setting: nothing was chosen and all seeds are reported."
+        agent = choosing[0]
+        seeds = agent.dataset[SEED].values
+        if len(seeds) == 1:
+            return (
+                f"Chosen by {measure}. There is one seed, which chooses and is reported: the best scores are too good."
+            )
+        only = "" if len(choosing) == len(self.agents) else " An agent with one setting is reported on all seeds."
+        return (
+            f"Chosen by {measure} on the seeds {_range(seeds[agent.chosen_on])}, reported on the others, "
+            f"{_range(seeds[agent.reported])}.{only}"
+        )
+
+    def _gap(self, runs: np.ndarray) -> str:
+        if self.solved is None or not np.isfinite(runs).any():
+            return "-"
+        sign = -1.0 if self.lower else 1.0
+        return f"{float(statistics.optimality_gap(sign * runs, sign * self.solved)):.4g}"
+
+    def _improvement(self) -> list[Block]:
+        if len(self.succeeded) < 2:
+            return []
+        sign = -1.0 if self.lower else 1.0
+        labels = [agent.label for agent in self.succeeded]
+        matrix = np.full((len(labels), len(labels)), np.nan)
+        rows = []
+        for (i, x), (j, y) in itertools.permutations(enumerate(self.succeeded), 2):
+            found = statistics.probability_of_improvement(sign * x.best_runs, sign * y.best_runs)
+            matrix[i, j] = found.estimate
+            if i < j:
+                rows.append((x.label, y.label, f"{found.estimate:.2f} ({found.low:.2f} to {found.high:.2f})"))
+        path = comparison.improvement(labels, matrix, self._path("improvement.png"))
+        return [
+            Heading("Probability of improvement"),
+            Picture(path, "Probability that a run of X is better than one of Y, best settings."),
+            Table(("X", "Y", "P(X better than Y) (95 % interval)"), rows),
+        ]
+
+    def _profiles(self) -> list[Block]:
+        if not self.succeeded:
+            return []
+        scores = [(agent.label, agent.best_runs) for agent in self.succeeded]
+        path = comparison.profiles(scores, self.score_name, self._path("profiles.png"), self.lower)
+        return [Heading("Performance profiles"), Picture(path, "Fraction of runs that are better than a score.")]
+
+    def _sensitivities(self) -> list[Block]:
+        history = self._history()
+        tried = [member for entry in history for part in entry["parts"] for member in part["members"]]
+        settings = tried or [setting for agent in self.agents for setting in agent.settings]
+        names = dict.fromkeys(name for setting in settings for name in setting if name != SEED)
+        own = [figure.get("axis") for figure in self.study.report.figures]
+        blocks: list[Block] = []
+        for name in names:
+            values = {repr(setting[name]) for setting in settings if name in setting}
+            if name not in own and len(values) > 1:
+                blocks += self._sensitivity(name, f"sensitivity-{file_name(name)}.png", "")
+        return [Heading("Sensitivity"), *blocks] if blocks else []
+
+    def _search(self) -> list[Block]:
+        history = self._history()
+        if not history:
+            return []
+        choosing = str(self.about["selected_by"])
+        lower = statistics.lower_is_better(self.agents[0].dataset, SELECTION)
+        seeds = len(self.about["selection_seeds"])
+        for entry in history:
+            entry["quality"] = [
+                setting_scores(_scores(part["scores"]).reshape(-1, seeds), lower) for part in entry["parts"]
+            ]
+        labels = [part["label"] for part in history[0]["parts"]]
+        figure = comparison.rounds(history, labels, choosing.replace("_", " "), self._path("search.png"), lower)
+        tried = sum(len(quality) for entry in history for quality in entry["quality"])
+        return [
+            Heading("Search"),
+            Paragraph(f"{tried} trials of settings in {len(history)} rounds; all of them are in {HISTORY}."),
+            Picture(figure, "Every setting tried; a line joins the best."),
+        ]
+
+    def _history(self) -> list[dict[str, Any]]:
+        path = self.folder / HISTORY
+        return json.loads(path.read_text()) if SELECTION in self.agents[0].dataset and path.is_file() else []
+
+    def _settings(self) -> list[Block]:
+        if all(len(agent.settings) == 1 for agent in self.agents):
+            return []
+        rows = []
+        for agent in self.agents:
+            for setting in agent.order:
+                failed = int(np.isnan(agent.scores[setting]).sum())
+                quality = agent.quality[setting] * (-1 if self._choosing_lower() else 1)
+                chosen = format_value(float(f"{quality:.4g}")) if np.isfinite(quality) else "failed"
+                name = words(agent.settings[setting]) or "its only one"
+                rows.append((agent.label, name, chosen, _score(score_of(agent.runs(setting))), str(failed)))
+        shown = rows
+        if len(rows) > MOST_SETTINGS:
+            each = max(1, MOST_SETTINGS // len(self.agents))
+            shown = [row for agent in self.agents for row in [row for row in rows if row[0] == agent.label][:each]]
+        note = "" if len(shown) == len(rows) else f" The best {len(shown)} of {len(rows)}; the result files hold all."
+        return [
+            Heading("Settings"),
+            Paragraph(f"From best to worst on the choosing seeds.{note}"),
+            Table(("agent", "setting", "score that chose", "IQM (95 % interval)", "failed"), shown),
+        ]
+
+    def _choosing_lower(self) -> bool:
+        name = SELECTION if SELECTION in self.agents[0].dataset else str(self.about["selected_by"])
+        return statistics.lower_is_better(self.agents[0].dataset, name)
+
+    def _failed(self) -> list[Block]:
+        names = []
+        for agent in self.agents:
+            seeds = agent.dataset[SEED].values
+            for setting, seed in zip(*np.nonzero(np.isnan(agent.scores)), strict=True):
+                member = {**agent.settings[setting], "seed": seeds[seed].item()}
+                names.append(f"{agent.label}: {words(member)}")
+        total = sum(agent.scores.size for agent in self.agents)
+        for entry in self._history():
+            for part in entry["parts"]:
+                total += len(part["scores"])
+                names += [
+                    f"{part['label']}, {entry['name'].replace('-', ' ')}: {words(member)}"
+                    for member, score in zip(part["members"], part["scores"], strict=True)
+                    if score is None
+                ]
+        if not names:
+            return [Heading("Failed members"), Paragraph("None: every member ended with finite numbers.")]
+        text = (
+            f"{len(names)} of {total} members diverged or have no finite score. They are left out of all numbers above."
+        )
+        listed = names[:MOST_FAILED] + ([f"and {len(names) - MOST_FAILED} more"] if len(names) > MOST_FAILED else [])
+        return [Heading("Failed members"), Paragraph(text), Code("\n".join(listed))]
+
+    def _provenance(self) -> list[Block]:
+        versions = dict(self.about.get("versions", {}))
+        parts = count(self.about["sub_programs"], "sub-program")
+        facts = [
+            ("device", f"{versions.pop('device', 'unknown')}, {self.about.get('devices', '?')} used"),
+            ("compiled", f"{parts} in one call, {self.about['compile_seconds']:.1f} s"),
+            ("ran", f"{self.about['run_seconds']:.1f} s"),
+            (
+                "state of a member",
+                bytes_in_words(max(agent.dataset.attrs["bytes_per_member"] for agent in self.agents)),
+            ),
+            *versions.items(),
+        ]
+        command = (self.folder / "command.txt").read_text().strip() if (self.folder / "command.txt").is_file() else ""
+        return [
+            Heading("How it was run"),
+            *([Code(command)] if command else []),
+            Table(("", ""), [(str(name), str(value)) for name, value in facts]),
+            Paragraph(
+                "The sweep file is config.yaml; arrays of all members are in "
+                + ", ".join(f"{file_name(agent.label)}/{datasets.FILE_NAME}" for agent in self.agents)
+                + "."
+            ),
+        ]
+
+    # --- figures ---
+
+    def _path(self, name: str) -> Path:
+        return self.folder / FIGURES / name
+
+    def _sensitivity(self, axis: str, name: str, title: str) -> list[Block]:
+        if self._history():
+            return self._tried(axis, name, title)
+        lines = [along(agent, axis) for agent in self.succeeded]
+        if not any(line.values for line in lines):
+            return []
+        path = comparison.sensitivity(lines, axis, self.score_name, self._path(name), title)
+        others = any(
+            len(agent.settings) > len(line.values) > 0 for agent, line in zip(self.succeeded, lines, strict=True)
+        )
+        words = f"{self.score_name} against {axis.replace('_', ' ')}"
+        return [
+            Picture(path, words + (", with the best of the other hyper-parameters at each value." if others else "."))
+        ]
+
+    def _tried(self, axis: str, name: str, title: str) -> list[Block]:
+        """Every setting that a search tried, where all had done the same steps."""
+        history = self._history()
+        first = [entry for entry in history if entry["steps"] == min(other["steps"] for other in history)]
+        lower, seeds = self._choosing_lower(), len(self.about["selection_seeds"])
+        lines = []
+        for number, part in enumerate(first[0]["parts"]):
+            values, scores = [], []
+            for entry in first:
+                same = entry["parts"][number]
+                quality = setting_scores(_scores(same["scores"]).reshape(-1, seeds), lower) * (-1 if lower else 1)
+                values += [member.get(axis) for member in same["members"][::seeds]]
+                scores += [Score(float(score), math.nan, math.nan) for score in quality]
+            if None not in values:
+                lines.append(Line(part["label"], tuple(values), tuple(scores), joined=False))
+        if not lines:
+            return []
+        chosen_by = str(self.about["selected_by"]).replace("_", " ")
+        path = comparison.sensitivity(lines, axis, f"{chosen_by} on the choosing seeds", self._path(name), title)
+        return [
+            Picture(
+                path, f"Settings tried: {chosen_by} against {axis.replace('_', ' ')} after {first[0]['steps']} steps."
+            )
+        ]
+
+    def _tabular(self, figure: str, name: str, title: str) -> list[Block]:
+        axis = tabular_figures.AXES[figure]
+        fitting = [agent for agent in self.succeeded if setting_dimensions(agent.dataset) == (axis,)]
+        datasets = {agent.label: agent.dataset for agent in fitting}
+        if not datasets:  # an override or a search swept something else
+            return []
+        path = tabular_figures.FIGURES[figure](datasets, self._path(name))
+        return [Picture(path, f"{title or figure.replace('_', ' ')}: means over all seeds.")]
+
+    def _curves(self, variable: str, name: str, title: str) -> list[Block]:
+        usable = [
+            agent for agent in self.succeeded if variable in agent.dataset and STEP in agent.dataset[variable].dims
+        ]
+        if not usable:
+            return []
+        steps, step_name = usable[0].dataset[STEP].values, str(self.about.get("step_name", "steps"))
+        series = [(agent.label, _curve(agent, variable)) for agent in usable]
+        measured = variable.replace("_", " ")
+        path = comparison.curves(steps, series, step_name, measured, self._path(name), title)
+        return [Picture(path, f"{variable.replace('_', ' ')} of the best setting of each agent.")]
+
+
+def _curve(agent: AgentResult, variable: str) -> np.ndarray:
+    """A series of the best setting on the seeds that are reported, `[seeds, steps]`; NaN for failed members."""
+    dims = setting_dimensions(agent.dataset)
+    point = np.unravel_index(agent.best, [agent.dataset.sizes[name] for name in dims]) if dims else ()
+    array = agent.dataset[variable].isel(dict(zip(dims, point, strict=True)))
+    rest = [name for name in array.dims if name not in (SEED, STEP)]
+    values = array.mean(rest).transpose(SEED, STEP).values[agent.reported]
+    failed = statistics.failed_members(agent.dataset)[agent.best, agent.reported]
+    return np.where(failed[:, None], np.nan, values)
+
+
+# ---------------------------------------------------------------- words
+
+
+def words(setting: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={plots._text(value)}" for name, value in setting.items())
+
+
+def count(number: int, noun: str) -> str:
+    """`1 agent`, `2 agents`."""
+    return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
+def bytes_in_words(number: float) -> str:
+    """For example `3.2 MiB`."""
+    for size, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:.0f} B"
+
+
+def _score(score: Score) -> str:
+    if not math.isfinite(score.iqm):
+        return "all failed"
+    interval = f" ({score.low:.4g} to {score.high:.4g})" if math.isfinite(score.low) else ""
+    return f"{score.iqm:.4g}{interval}"
+
+
+def _scores(values: Sequence[float | None]) -> np.ndarray:
+    return np.array([np.nan if value is None else value for value in values])
+
+
+def _range(seeds: Any) -> str:
+    values = [int(seed) for seed in seeds]
+    consecutive = values == list(range(values[0], values[0] + len(values)))
+    return f"{values[0]} to {values[-1]}" if consecutive and len(values) > 2 else " and ".join(map(str, values))
+
+
+# ---------------------------------------------------------------- markdown and html
+
+
+def as_markdown(blocks: Sequence[Block], folder: Path) -> str:
+    """The document as Markdown; figures are linked."""
+    parts = []
+    for block in blocks:
+        match block:
+            case Heading(text, level):
+                parts.append(f"{'#' * level} {text}")
+            case Paragraph(text):
+                parts.append(text)
+            case Code(text):
+                parts.append(f"```\n{text}\n```")
+            case Table(columns, rows, bold):
+                lines = [columns, tuple("---" for _ in columns)]
+                lines += [
+                    tuple(f"**{cell}**" if number == bold and cell else cell for cell in row)
+                    for number, row in enumerate(rows)
+                ]
+                parts.append(
+                    "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+                )
+            case Picture(path, caption):
+                parts.append(f"![{caption}]({path.relative_to(folder).as_posix()})")
+    return "\n\n".join(parts) + "\n"
+
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #1c1c1c; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.7rem; } h2 { font-size: 1.2rem; margin-top: 2rem; border-bottom: 1px solid #ddd; }
+table { border-collapse: collapse; font-size: 0.9rem; } td, th { text-align: left; padding: 0.25rem 0.8rem 0.25rem 0; }
+th { border-bottom: 1px solid #888; } tr.best td { font-weight: 600; } td { border-bottom: 1px solid #eee; }
+figure { margin: 1rem 0; } img { max-width: 100%; } figcaption { color: #555; font-size: 0.85rem; }
+pre { background: #f5f5f5; padding: 0.6rem; overflow-x: auto; font-size: 0.85rem; }
+"""
+
+
+def as_html(blocks: Sequence[Block], title: str) -> str:
+    """The document as one HTML file, figures inside."""
+    parts = []
+    for block in blocks:
+        match block:
+            case Heading(text, level):
+                parts.append(f"<h{level}>{html.escape(text)}</h{level}>")
+            case Paragraph(text):
+                parts.append(f"<p>{html.escape(text)}</p>")
+            case Code(text):
+                parts.append(f"<pre>{html.escape(text)}</pre>")
+            case Table(columns, rows, bold):
+                parts.append(_html_table(columns, rows, bold))
+            case Picture(path, caption):
+                if path.suffix != ".png":
+                    raise UserError(f"a report holds png figures, not {path.name}")
+                data = base64.b64encode(path.read_bytes()).decode()
+                text = html.escape(caption)
+                image = f'<img alt="{text}" src="data:image/png;base64,{data}">'
+                parts.append(f"<figure>{image}<figcaption>{text}</figcaption></figure>")
+    head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>'
+    return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n' + "\n".join(parts) + "\n</body></html>\n"
+
+
+def _html_table(columns: Sequence[str], rows: Sequence[Sequence[str]], bold: int | None) -> str:
+    cells = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
+    lines = [f"<tr>{cells}</tr>"] if any(columns) else []
+    for number, row in enumerate(rows):
+        cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in row)
+        lines.append(f'<tr class="best">{cells}</tr>' if number == bold else f"<tr>{cells}</tr>")
+    return f"<table>{''.join(lines)}</table>"

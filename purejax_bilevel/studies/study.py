@@ -1,0 +1,712 @@
+"""Sweep files: which program, agents, settings and seeds, how to search, and how the best setting is chosen.
+
+    name: capacity
+    program: rl                          # rl (discrete actions), continuous, regression or tabular
+    settings: {num_train_steps: 25000}   # fields of the program's configuration, for all agents
+    agents:                              # label: own settings; agent_type is the label unless it is given
+      omd: {}
+      omd with CG: {agent_type: omd, with_inv_jac: cg}
+    axes:
+      - grid: {model_hidden_dim: [2, 8, 32]}                       # every combination
+      - zip: {lr: [1e-3, 3e-4], inner_lr: [3e-4, 1e-4]}            # first with first, second with second
+      - random: {count: 16, seed: 0, tau: [1e-3, 1e-1]}            # log-uniform; {low, high, scale: linear} otherwise
+    seeds: {first: 0, count: 8, select: 4}                         # best settings are chosen on the first 4
+    search: {method: grid}               # see Search
+    report: {variable: final_return}     # see Reporting
+
+A list in `settings` or in an agent's own settings is a grid axis too, there of that agent alone. Values that are leaves
+of the configuration become members of one sub-program; values that change the program become sub-programs of their own.
+"""
+
+import dataclasses
+import importlib
+import math
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from purejax_bilevel.configuration import fields, replace, validate
+from purejax_bilevel.errors import UserError
+from purejax_bilevel.members import Axis, Grid, batch_config, format_value
+from purejax_bilevel.runtime.compiled import Part, Program
+from purejax_bilevel.runtime.loop import make_seeds
+
+PROGRAMS = {
+    "rl": "purejax_bilevel.programs.control.q_learning",
+    "continuous": "purejax_bilevel.programs.control.soft_actor_critic",
+    "regression": "purejax_bilevel.programs.regression.program",
+    "tabular": "purejax_bilevel.programs.tabular.program",
+}
+SECTIONS = ("name", "program", "settings", "agents", "axes", "seeds", "search", "report")
+
+
+# ---------------------------------------------------------------- what a sweep file says
+
+
+@dataclasses.dataclass(frozen=True)
+class Interval:
+    """Range of a hyper-parameter that is drawn or searched, logarithmic unless `scale` is linear."""
+
+    name: str
+    low: float
+    high: float
+    scale: str = "log"
+    whole: bool = False
+
+    def at(self, position: float) -> float | int:
+        """Value at a position from 0 (low) to 1 (high); positions outside count as the nearest end."""
+        share = min(max(float(position), 0.0), 1.0)
+        if share in (0.0, 1.0):  # exactly
+            value = (self.low, self.high)[int(share)]
+        elif self.scale == "log":
+            value = math.exp((1 - share) * math.log(self.low) + share * math.log(self.high))
+        else:
+            value = (1 - share) * self.low + share * self.high
+        value = min(max(value, self.low), self.high)
+        return round(value) if self.whole else value
+
+    def position(self, value: float) -> float:
+        """The inverse of `at`; the middle for a value outside."""
+        if not self.low <= value <= self.high:
+            return 0.5
+        low, high, value = (math.log(x) if self.scale == "log" else x for x in (self.low, self.high, value))
+        return (value - low) / (high - low)
+
+
+@dataclasses.dataclass(frozen=True)
+class Seeds:
+    """Seeds first, first + 1, ...; the first `select` choose settings, the others are reported.
+
+    Without `select` it is half of them where there is something to choose.
+    """
+
+    first: int = 0
+    count: int = 4
+    select: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Search:
+    """How settings are found.
+
+    Args:
+        method: grid (the axes as they are), random (log-uniform settings) or es (evolution strategy).
+        space: name to [low, high] or {low, high, scale}; by default from the smallest to the largest value of every
+            axis of numbers.
+        samples: settings drawn by random.
+        population: settings per generation of es.
+        generations: of es.
+        algorithm: of es: cma_es or open_es.
+        halving: how often the worse half of the settings is stopped early (grid, random).
+        finalists: most settings that es and halving run again on the seeds that are reported.
+        seed: of the search itself.
+    """
+
+    method: str = "grid"
+    space: dict[str, Any] = dataclasses.field(default_factory=dict)
+    samples: int = 16
+    population: int = 8
+    generations: int = 5
+    algorithm: str = "cma_es"
+    halving: int = 0
+    finalists: int = 3
+    seed: int = 0
+
+    @property
+    def in_rounds(self) -> bool:
+        """Whether the compiled program is called several times, with other members."""
+        return self.method == "es" or self.halving > 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Reporting:
+    """What is measured and shown.
+
+    Args:
+        variable: what is reported; by default the program's final or headline variable.
+        over: share of the run, counted from its end, that a series is averaged over; 0: the last evaluation.
+        select_by: what chooses the best setting; by default `variable`.
+        select_over: as `over`, for `select_by`.
+        solved: score regarded as solved, for the optimality gap.
+        figures: the study's own, first in the report: {kind: sensitivity, axis: lr}, {kind: curves, variable: x} or
+            {kind: tabular, figure: x}, x being one of `tabular_plots`.
+    """
+
+    variable: str = ""
+    over: float = 0.0
+    select_by: str = ""
+    select_over: float | None = None
+    solved: float | None = None
+    figures: tuple = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """A sweep file, read and checked."""
+
+    name: str
+    program: str
+    settings: dict[str, Any]
+    agents: dict[str, dict[str, Any]]
+    axes: tuple[Axis, ...]
+    seeds: Seeds
+    search: Search
+    report: Reporting
+    description: dict[str, Any]  # what `parse` was given
+
+    @property
+    def config_class(self) -> type:
+        return config_class(self.program)
+
+    @property
+    def all_seeds(self) -> tuple[int, ...]:
+        return make_seeds(self.seeds.first, self.seeds.count)
+
+
+def config_class(program: str) -> type:
+    """Configuration of a program by its name in sweep files."""
+    return importlib.import_module(PROGRAMS[program]).Config
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """The plain content of a sweep file.
+
+    Raises:
+        UserError: there is no such file or it is not YAML.
+    """
+    path = Path(path)
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the sweep file {path}: {getattr(error, 'strerror', None) or error}.") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}.") from error
+    return {"name": path.stem, **_mapping(content, f"{path}")}
+
+
+def parse(description: Mapping[str, Any]) -> Study:
+    """Checks the content of a sweep file.
+
+    Raises:
+        UserError: an unknown entry or a value that is not allowed, in one sentence.
+    """
+    given = _known(description, SECTIONS, "a sweep file")
+    program = _choice(given.get("program"), tuple(PROGRAMS), "program")
+    cls = config_class(program)
+    settings = _settings(cls, given.get("settings"), "settings")
+    agents = _agents(cls, given.get("agents"), settings)
+    axes = _axes(cls, given.get("axes"))
+    swept = [name for axis in axes for name in axis.names]
+    for name in swept:
+        if swept.count(name) > 1:
+            raise UserError(f"axes: {name} is in two axes.")
+        if name in settings:
+            raise UserError(f"{name} is both in settings and in axes; keep one.")
+    seeds = _seeds(given.get("seeds"))
+    search = _search(cls, given.get("search"))
+    if not isinstance(given.get("name", "sweep"), str):
+        raise UserError(f"name must be text, got {given['name']!r}.")
+    report = _report(given.get("report"))
+    name = given.get("name", "sweep")
+    return Study(name, program, settings, agents, axes, seeds, search, report, dict(description))
+
+
+def override(description: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Applies `field=value` to the content of a sweep file.
+
+    A value takes the place of the one that the file states, be it in the settings, an axis or an agent; a field that it
+    does not state becomes a setting of all agents. `agents` chooses agents; `search.x`, `report.x` and `seeds.x` change
+    these sections.
+
+    Raises:
+        UserError: no such field, or one that varies together with others.
+    """
+    result = {key: _copy(value) for key, value in description.items()}
+    known = {field.name for field in fields(config_class(_choice(result.get("program"), tuple(PROGRAMS), "program")))}
+    for name, value in changes.items():
+        section, _, entry = name.partition(".")
+        if entry and section in ("search", "report", "seeds"):
+            before = result.get(section) or {}
+            before = {"count": before} if section == "seeds" and isinstance(before, int) else before
+            result[section] = {**before, entry: value}
+        elif name == "agents":
+            result["agents"] = _chosen_agents(result.get("agents"), value)
+        elif name in known:
+            _override_field(result, name, value)
+        else:
+            raise UserError(f"{name}={value} is no setting of the program {result['program']}.")
+    return result
+
+
+def _chosen_agents(given: Any, chosen: Any) -> dict[str, Any]:
+    stated = {label: {} for label in given} if isinstance(given, list) else dict(given or {})
+    return {str(label): stated.get(label, {}) for label in (chosen if isinstance(chosen, list) else [chosen])}
+
+
+def _override_field(description: dict[str, Any], name: str, value: Any) -> None:
+    stated = False
+    for axes in description.get("axes") or []:
+        for kind, content in axes.items():
+            if name in content and kind != "grid":
+                raise UserError(
+                    f"{name} varies together with others ({kind}) in this sweep: edit the sweep file instead."
+                )
+            if name in content:
+                stated = True
+                if isinstance(value, list):
+                    content[name] = value
+                else:
+                    del content[name]
+                    description["settings"] = {**(description.get("settings") or {}), name: value}
+    description["axes"] = [axes for axes in description.get("axes") or [] if any(axes.values())]
+    agents = description.get("agents")
+    for own in agents.values() if isinstance(agents, dict) else []:
+        if own and name in own:
+            own[name], stated = value, True
+    if not stated or name in (description.get("settings") or {}):
+        description["settings"] = {**(description.get("settings") or {}), name: value}
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _copy(entry) for key, entry in value.items()}
+    return [_copy(entry) for entry in value] if isinstance(value, list | tuple) else value
+
+
+# ---------------------------------------------------------------- checks of a sweep file
+
+
+def _mapping(value: Any, where: str) -> dict[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise UserError(f"{where} must be a mapping from names to values, got {value!r}.")
+    return dict(value)
+
+
+def _known(value: Any, allowed: Iterable[str], where: str) -> dict[str, Any]:
+    mapping, allowed = _mapping(value, where), tuple(allowed)
+    for key in mapping:
+        if key not in allowed:
+            raise UserError(f"{where} has no entry {key!r}; it may have {', '.join(allowed)}.")
+    return mapping
+
+
+def _choice(value: Any, allowed: Sequence[str], where: str) -> str:
+    if value not in allowed:
+        raise UserError(f"{where} must be one of {', '.join(allowed)}, got {value!r}.")
+    return value
+
+
+def _whole(value: Any, least: int, where: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise UserError(f"{where} must be a whole number of at least {least}, got {value!r}.")
+    return value
+
+
+def _number(value: Any, where: str) -> float:
+    number = _as_number(value)
+    if isinstance(value, bool) or not isinstance(number, int | float) or not math.isfinite(number):
+        raise UserError(f"{where} must be a finite number, got {value!r}.")
+    return number
+
+
+def _as_number(value: Any) -> Any:
+    """YAML 1.1 reads 1e-3 as text."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _settings(cls: type, given: Any, where: str) -> dict[str, Any]:
+    """Values by field, in the fields' own types."""
+    visible = [field.name for field in fields(cls) if not field.metadata.get("hidden")]
+    mapping = _known(given, visible, where)
+    return {name: _typed(cls, name, value) for name, value in mapping.items()}
+
+
+def _typed(cls: type, name: str, value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        if not value:
+            raise UserError(f"{name} needs at least one value.")
+        return [_typed(cls, name, entry) for entry in value]
+    hint = typing.get_type_hints(cls)[name]
+    kinds = {hint, *typing.get_args(hint)}
+    if name == "agent_type" and isinstance(value, str):
+        return value.lower()
+    if isinstance(value, bool) or not kinds & {int, float}:
+        return value
+    number = _as_number(value)
+    if isinstance(number, float) and float not in kinds and number.is_integer():
+        return int(number)
+    return float(number) if isinstance(number, int) and float in kinds else number
+
+
+def _agents(cls: type, given: Any, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    if given is None:
+        default = next(field.default for field in fields(cls) if field.name == "agent_type")
+        given = [settings.get("agent_type", default)]
+    if isinstance(given, list) and all(isinstance(label, str) for label in given):
+        given = {label: {} for label in given}
+    agents = {}
+    for label, own in _mapping(given, "agents").items():
+        agents[label] = {"agent_type": label.lower(), **_settings(cls, own, f"agents: {label}")}
+    if not agents:
+        raise UserError("agents must name at least one agent.")
+    if isinstance(settings.get("agent_type"), list):
+        raise UserError("agent_type belongs in agents, one entry each, not in settings.")
+    return agents
+
+
+def _axes(cls: type, given: Any) -> tuple[Axis, ...]:
+    if not isinstance(given, list | None):
+        raise UserError(f"axes must be a list of grid, zip and random entries, got {given!r}.")
+    axes: list[Axis] = []
+    for entry in given or []:
+        entry = _known(entry, ("grid", "zip", "random"), "an entry of axes")
+        for kind, content in entry.items():
+            axes.extend({"grid": _grid_axes, "zip": _zip_axes, "random": _random_axes}[kind](cls, content))
+    return tuple(axes)
+
+
+def _grid_axes(cls: type, content: Any) -> list[Axis]:
+    values = _settings(cls, content, "axes: grid")
+    return [Axis((name,), tuple((value,) for value in _distinct(name, value))) for name, value in values.items()]
+
+
+def _zip_axes(cls: type, content: Any) -> list[Axis]:
+    values = _settings(cls, content, "axes: zip")
+    columns = [value if isinstance(value, list) else [value] for value in values.values()]
+    lengths = [len(column) for column in columns]
+    if len(set(lengths)) != 1:
+        counts = ", ".join(f"{name} {length}" for name, length in zip(values, lengths, strict=True))
+        raise UserError(f"axes: zip needs lists of one length, got {counts or 'none'}.")
+    return [Axis(tuple(values), tuple(zip(*columns, strict=True)))]
+
+
+def _random_axes(cls: type, content: Any) -> list[Axis]:
+    mapping = _mapping(content, "axes: random")
+    count = _whole(mapping.pop("count", None), 1, "axes: random: count")
+    seed = _whole(mapping.pop("seed", 0), 0, "axes: random: seed")
+    space = intervals(cls, mapping, "axes: random")
+    if not space:
+        raise UserError("axes: random needs at least one name with [low, high].")
+    return [random_axis(space, count, seed)]
+
+
+def random_axis(space: Sequence[Interval], count: int, seed: int) -> Axis:
+    """`count` settings, each value drawn uniformly on its interval's scale."""
+    positions = np.random.default_rng(seed).random((count, len(space)))
+    points = tuple(
+        tuple(interval.at(position) for interval, position in zip(space, row, strict=True)) for row in positions
+    )
+    return Axis(tuple(interval.name for interval in space), points)
+
+
+def intervals(cls: type, content: Any, where: str) -> tuple[Interval, ...]:
+    """Intervals of traced numbers: name to [low, high] or {low, high, scale}."""
+    hints = typing.get_type_hints(cls)
+    allowed = [
+        field.name
+        for field in fields(cls, is_traced=True)
+        if {hints[field.name], *typing.get_args(hints[field.name])} & {int, float}
+    ]
+    found = []
+    for name, value in _known(content, allowed, where).items():
+        bounds = (
+            dict(zip(("low", "high"), value, strict=False)) if isinstance(value, list) and len(value) == 2 else value
+        )
+        if not isinstance(bounds, Mapping):
+            raise UserError(f"{where}: {name} must be [low, high] or {{low, high, scale}}, got {value!r}.")
+        bounds = _known(bounds, ("low", "high", "scale"), f"{where}: {name}")
+        low, high = (_number(bounds.get(end), f"{where}: {name}: {end}") for end in ("low", "high"))
+        scale = _choice(bounds.get("scale", "log"), ("log", "linear"), f"{where}: {name}: scale")
+        if low >= high or (scale == "log" and low <= 0):
+            needed = "0 < low < high" if scale == "log" else "low < high"
+            raise UserError(f"{where}: {name} needs {needed}, got [{format_value(low)}, {format_value(high)}].")
+        kinds = {hints[name], *typing.get_args(hints[name])}
+        found.append(Interval(name, low, high, scale, float not in kinds))
+    return tuple(found)
+
+
+def _seeds(given: Any) -> Seeds:
+    if isinstance(given, int) and not isinstance(given, bool):
+        given = {"count": given}
+    values = _known(given, [field.name for field in dataclasses.fields(Seeds)], "seeds")
+    seeds = Seeds(**values)
+    _whole(seeds.first, 0, "seeds: first")
+    _whole(seeds.count, 1, "seeds: count")
+    make_seeds(seeds.first, seeds.count)
+    if seeds.select is not None:
+        _whole(seeds.select, 1, "seeds: select")
+        if seeds.select >= seeds.count:
+            raise UserError(
+                f"seeds: select must leave a seed to report: less than the count {seeds.count}, got {seeds.select}."
+            )
+    return seeds
+
+
+def _search(cls: type, given: Any) -> Search:
+    values = _known(given, [field.name for field in dataclasses.fields(Search)], "search")
+    search = Search(**{**values, "space": _mapping(values.get("space"), "search: space")})
+    _choice(search.method, ("grid", "random", "es"), "search: method")
+    _choice(search.algorithm, ("cma_es", "open_es"), "search: algorithm")
+    for name, least in {
+        "samples": 1,
+        "population": 3,
+        "generations": 1,
+        "halving": 0,
+        "finalists": 1,
+        "seed": 0,
+    }.items():
+        _whole(getattr(search, name), least, f"search: {name}")
+    if search.algorithm == "open_es" and search.population % 2:
+        raise UserError(f"search: population must be even for open_es, got {search.population}.")
+    if search.method == "es" and search.halving:
+        raise UserError("halving goes with the search methods grid and random, not with es.")
+    intervals(cls, search.space, "search: space")
+    return search
+
+
+def _report(given: Any) -> Reporting:
+    values = _known(given, [field.name for field in dataclasses.fields(Reporting)], "report")
+    for name in ("over", "select_over", "solved"):
+        if values.get(name) is not None:
+            values[name] = _number(values[name], f"report: {name}")
+    for name in ("over", "select_over"):
+        if not 0 <= (values.get(name) or 0) <= 1:
+            raise UserError(f"report: {name} must be a share of the run from 0 to 1, got {values[name]!r}.")
+    figures = values.get("figures") or []
+    if not isinstance(figures, list | tuple):
+        raise UserError(f"report: figures must be a list, got {figures!r}.")
+    for figure in figures:
+        needed_by = {"sensitivity": "axis", "curves": "variable", "tabular": "figure"}
+        kind = _choice(_mapping(figure, "a figure").get("kind"), tuple(needed_by), "the kind of a figure")
+        needed = needed_by[kind]
+        if needed not in _known(figure, ("kind", needed, "title"), f"a figure of kind {kind}"):
+            raise UserError(f"a figure of kind {kind} needs {needed}.")
+    return Reporting(**{**values, "figures": tuple(figures)})
+
+
+def _distinct(name: str, value: Any) -> list:
+    values = value if isinstance(value, list) else [value]
+    if len({repr(entry) for entry in values}) < len(values):
+        raise UserError(f"{name} was given the same value twice: {', '.join(map(str, values))}.")
+    return values
+
+
+# ---------------------------------------------------------------- agents and their sub-programs
+
+
+@dataclasses.dataclass(frozen=True)
+class Template:
+    """One sub-program of an agent, before its members are known.
+
+    Args:
+        label: the agent, and what tells this sub-program from its others.
+        config: resolved configuration with one value per field.
+        static: swept values that made it a sub-program of its own.
+        settings: swept values of its members, one entry per setting.
+    """
+
+    label: str
+    config: Any
+    static: dict[str, Any]
+    settings: tuple[dict[str, Any], ...]
+
+    def part(self, grid: Grid, program: Program | None = None) -> Part:
+        """The sub-program with the members of a grid over traced values."""
+        batched = batch_config(self.config, grid)
+        return Part(program or batched.program(), batched, grid, self.label)
+
+
+@dataclasses.dataclass(frozen=True)
+class Agent:
+    """All settings and seeds of one agent, and the sub-programs that run them.
+
+    Args:
+        label: its name in the sweep file.
+        grid: every setting and seed, as the results are labelled.
+        templates: its sub-programs.
+        settings_of: per sub-program the numbers of its settings in `grid`.
+        space: what an evolution strategy varies.
+    """
+
+    label: str
+    grid: Grid
+    templates: tuple[Template, ...]
+    settings_of: tuple[np.ndarray, ...]
+    space: tuple[Interval, ...] = ()
+
+    @property
+    def num_settings(self) -> int:
+        return len(self.grid) // len(self.grid.seeds)
+
+    def parts(self) -> list[Part]:
+        """Its sub-programs with all their members."""
+        if len(self.templates) == 1:
+            return [self.templates[0].part(self.grid)]
+        return [template.part(listed_grid(template.settings, self.grid.seeds)) for template in self.templates]
+
+    def gather(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
+        """Arrays of the sub-programs, `[members of each, ...]`, as one of all members of `grid`.
+
+        Where sub-programs measure different lengths, shorter ones are filled with NaN.
+        """
+        if len(arrays) == 1:
+            return arrays[0]
+        seeds = len(self.grid.seeds)
+        shape = np.max([array.shape[1:] for array in arrays], axis=0).astype(int)
+        floating = arrays[0].dtype.kind == "f"
+        merged = np.full((len(self.grid), *shape), np.nan if floating else 0, arrays[0].dtype)
+        for settings, array in zip(self.settings_of, arrays, strict=True):
+            members = (settings[:, None] * seeds + np.arange(seeds)).reshape(-1)
+            inside: tuple = (members, *(slice(0, length) for length in array.shape[1:]))
+            merged[inside] = array
+        return merged
+
+
+def listed_grid(settings: Sequence[dict[str, Any]], seeds: tuple[int, ...]) -> Grid:
+    """Settings one by one, all with the same names, times seeds."""
+    names = tuple(settings[0])
+    if not names:
+        return Grid((), seeds)
+    return Grid((Axis(names, tuple(tuple(setting[name] for name in names) for setting in settings)),), seeds)
+
+
+def make_agents(study: Study) -> list[Agent]:
+    """The agents of a study with all their settings.
+
+    Raises:
+        UserError: a value that is not allowed, or agents that cannot run in one program.
+    """
+    agents = [_make_agent(study, label) for label in study.agents]
+    configs = [template.config for agent in agents for template in agent.templates]
+    for name in ("num_steps", "eval_frequency"):
+        found = sorted({getattr(config.program(), name) for config in configs})
+        if len(found) > 1:
+            steps = "number of steps" if name == "num_steps" else name
+            raise UserError(
+                f"all agents and settings of a sweep need the same {steps}, got {', '.join(map(str, found))}."
+            )
+    return agents
+
+
+def _make_agent(study: Study, label: str) -> Agent:
+    cls, own = study.config_class, study.agents[label]
+    single, axes = _values_and_axes(study, own, label)
+    static = {field.name for field in fields(cls, is_traced=False)}
+    space: tuple[Interval, ...] = ()
+    if study.search.method != "grid":
+        space = _space(study, single, axes, own, static)
+        axes = _without(axes, {interval.name for interval in space})
+        if study.search.method == "random" and space:
+            axes.append(random_axis(space, study.search.samples, study.search.seed))
+        if study.search.method == "es":
+            _check_evolution(label, axes, space, static)
+    grid = Grid(tuple(axes), study.all_seeds)
+    groups = _groups(grid, static)
+    templates = [_template(cls, label, single, grid, numbers, static, space) for numbers in groups]
+    return Agent(label, grid, tuple(templates), tuple(groups), space if study.search.method == "es" else ())
+
+
+def _values_and_axes(study: Study, own: dict[str, Any], label: str) -> tuple[dict[str, Any], list[Axis]]:
+    axes = []
+    for axis in study.axes:
+        taken = [name for name in axis.names if name in own]
+        if taken and len(axis.names) > 1:
+            raise UserError(
+                f"agents: {label} states {taken[0]}, which varies together with others in axes; remove one."
+            )
+        if not taken:
+            axes.append(axis)
+    single: dict[str, Any] = {}
+    for name, value in {**study.settings, **own}.items():
+        values = _distinct(name, value)
+        if len(values) > 1:
+            axes.append(Axis((name,), tuple((entry,) for entry in values)))
+        else:
+            single[name] = values[0]
+    return single, axes
+
+
+def _space(
+    study: Study, single: dict[str, Any], axes: list[Axis], own: dict[str, Any], static: set[str]
+) -> tuple[Interval, ...]:
+    """What is searched: the file's space without what the agent fixes, or the range of every axis of numbers."""
+    if study.search.space:
+        found = intervals(study.config_class, study.search.space, "search: space")
+        return tuple(interval for interval in found if interval.name not in own or interval.name not in single)
+    ranges = {}
+    for axis in axes:
+        values = [value for (value,) in axis.values] if len(axis.names) == 1 else []
+        if len(values) > 1 and axis.names[0] not in static and min(values) > 0:
+            ranges[axis.names[0]] = [min(values), max(values)]
+    return intervals(study.config_class, ranges, "axes")
+
+
+def _without(axes: list[Axis], names: set[str]) -> list[Axis]:
+    for axis in axes:
+        if len(axis.names) > 1 and names & set(axis.names):
+            shared = sorted(names & set(axis.names))[0]
+            raise UserError(f"search: space names {shared}, which varies together with others in axes; remove one.")
+    return [axis for axis in axes if not names & set(axis.names)]
+
+
+def _check_evolution(label: str, axes: list[Axis], space: tuple[Interval, ...], static: set[str]) -> None:
+    if not space:
+        raise UserError(
+            f"--search es has nothing to search for {label}: give search.space in the sweep file, a list such as "
+            "lr=1e-4,1e-2, or leave it out with agents=..."
+        )
+    for axis in axes:
+        for name in axis.names:
+            if name not in static:
+                raise UserError(
+                    f"--search es needs one value of {name}, which is an axis: give {name}=value or search it too."
+                )
+
+
+def _groups(grid: Grid, static: set[str]) -> list[np.ndarray]:
+    """Numbers of the settings that share a program."""
+    groups: dict[str, list[int]] = {}
+    for setting in range(len(grid) // len(grid.seeds)):
+        values = grid.settings(setting * len(grid.seeds))
+        groups.setdefault(repr([values[name] for name in values if name in static]), []).append(setting)
+    return [np.array(numbers) for numbers in groups.values()]
+
+
+def _template(
+    cls: type,
+    label: str,
+    single: dict[str, Any],
+    grid: Grid,
+    numbers: np.ndarray,
+    static: set[str],
+    space: tuple[Interval, ...],
+) -> Template:
+    settings = [grid.settings(int(number) * len(grid.seeds)) for number in numbers]
+    traced = tuple(
+        {name: value for name, value in setting.items() if name not in (*static, "seed")} for setting in settings
+    )
+    fixed = {name: value for name, value in settings[0].items() if name in static}
+    config = cls(**{**single, **fixed, **traced[0]}).resolved()
+    sizes: dict[str, list] = {}
+    for field in fields(cls, is_traced=True):
+        values = {setting[field.name] for setting in traced if field.name in setting}
+        ends = [interval.at(end) for interval in space if interval.name == field.name for end in (0.0, 1.0)]
+        for value in (*values, *ends):
+            validate(replace(config, **{field.name: value}))
+        if field.metadata["maximum"]:
+            sizes[field.metadata["maximum"]] = [*values, *ends, getattr(config, field.name)]
+    # Fixed here, so that other members of the same sub-program never change its array sizes.
+    config = replace(config, **{name: max(values) for name, values in sizes.items()})
+    words = ", ".join([label, *(f"{name}={format_value(value)}" for name, value in fixed.items())])
+    return Template(words, config, fixed, traced)

@@ -1,0 +1,95 @@
+"""What every training program must withstand, whatever its algorithm: checks shared by the tests of this folder."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from purejax_bilevel.configuration import replace
+from purejax_bilevel.runtime import loop
+from purejax_bilevel.runtime.compiled import CompiledProgram
+from purejax_bilevel.studies import run as runs
+
+
+def train(config: Any, num_seeds: int = 2, seed: int = 0, **options: Any) -> tuple[Any, loop.Outcome]:
+    """A quiet run: its members and what came out."""
+    part = runs.make_part(config.resolved(), num_seeds, seed)
+    return part, loop.train([part], loop.RunOptions(quiet=True, **options))
+
+
+def same(a: Any, b: Any) -> None:
+    """Equal to the last bit."""
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def moved(start: Any, end: Any) -> bool:
+    """Whether any number is another one."""
+    pairs = zip(jax.tree.leaves(start), jax.tree.leaves(end), strict=True)
+    return any(not np.allclose(first, last, atol=1e-6) for first, last in pairs)
+
+
+def initial_learners(part: Any) -> Any:
+    """What the members of a part have learned before their first step."""
+    seeds = np.array([part.grid.settings(member)["seed"] for member in range(len(part.grid))])
+    batched = jax.tree.map(jax.numpy.asarray, part.config)
+    start = jax.jit(jax.vmap(lambda seed, own: part.program.init(jax.random.key(seed), own)))(seeds, batched)
+    return start.learner
+
+
+def recorded(config: Any, steps: int, limit: int) -> tuple[Any, Any, Any, dict[str, Any]]:
+    """The first steps of a member alone, in an environment with that time limit: configuration, program, state after
+    them, metrics of each."""
+    config = config.resolved()
+    config = replace(config, max_hidden_dim=config.hidden_dim, max_model_hidden_dim=config.model_hidden_dim)
+    program = config.program()
+    params = program.task.params.replace(max_steps_in_episode=limit)
+    program.task = dataclasses.replace(program.task, params=params, max_steps=limit)
+
+    @jax.jit
+    def run() -> tuple[Any, Any]:
+        start = program.init(jax.random.key(0), config)
+        return jax.lax.scan(lambda state, t: program.update(state, config, t), start, jax.numpy.arange(steps))
+
+    return config, program, *run()
+
+
+def own_run(config: Any, part: Any, member: int) -> loop.Outcome:
+    """One member of a grid, trained again alone on one device, in arrays of its own size."""
+    setting = part.grid.settings(member)
+    seed = setting.pop("seed")
+    return train(replace(config, **setting), 1, seed, devices=1)[1]
+
+
+def check_resume_is_bitwise(config: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run of 60 steps broken off at 30, between two evaluations, and continued on another number of devices."""
+    _, whole = train(config, devices=2)
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
+    original = CompiledProgram.__call__
+
+    def breaking(self: CompiledProgram, state: Any, start: int, stop: int, total: int) -> Any:
+        if start >= 30:
+            raise RuntimeError("power cut")
+        return original(self, state, start, stop, total)
+
+    monkeypatch.setattr(CompiledProgram, "__call__", breaking)
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(config, folder=folder, devices=3, chunks=4)
+    monkeypatch.undo()
+    assert loop.steps_done(folder) == 30
+    _, outcome = train(config, folder=folder, resume=True, devices=2, chunks=5)
+    assert outcome.steps == 60
+    same(outcome.state, whole.state)
+    for name, array in whole.rows[0].items():
+        np.testing.assert_array_equal(outcome.rows[0][name], array)
+
+
+def count_conds(config: Any, num_seeds: int, member_batch: int | None, mesh: Any) -> int:
+    """Number of real branches in the program of a run."""
+    part = runs.make_part(config.resolved(), num_seeds, 0)
+    program = CompiledProgram([part], mesh, member_batch)
+    bounds = (jax.numpy.int32(0), jax.numpy.int32(60), jax.numpy.int32(60))
+    jaxpr = jax.make_jaxpr(program._chunk)(program._structure, program._configs, program._seeds, *bounds)
+    return str(jaxpr).count("cond[")

@@ -1,0 +1,165 @@
+"""The command line of the training scripts: what it accepts, what it refuses and what a run leaves behind."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from purejax_bilevel.errors import UserError
+from purejax_bilevel.programs.control.q_learning import Config
+from purejax_bilevel.results import dataset as datasets
+from purejax_bilevel.runtime import loop
+from purejax_bilevel.studies import command_line
+
+ROOT = Path(__file__).parents[2]
+TINY = (
+    "--num_train_steps 40 --init_steps 16 --batch_size 16 --capacity 40 --hidden_dim 4 --model_hidden_dim 2 "
+    "--eval_frequency 20 --eval_episodes 2 --final_eval_episodes 2 --agent_type sql"
+)
+
+
+def parse(text: str) -> tuple[command_line.Run, Config]:
+    return command_line.parse(Config, "", text.split())
+
+
+def main(text: str) -> int:
+    return command_line.main(Config, "", text.split())
+
+
+def test_originals_flags_are_understood():
+    run, config = parse(
+        "--agent_type=funcBO --env_name=CartPole-v1 --seed=42 --num_train_steps=500 --hidden_dim=16 "
+        "--model_hidden_dim=8 --batch_size=64 --init_steps=100 --eval_frequency=50 --num_Q_steps=2 --num_T_steps=3 "
+        "--eps=0.2 --discount=0.9 --lr=0.01 --inner_lr=0.02 --alpha=0.03 --tau=0.04 --no_warm --warm_opt --no_double"
+    )
+    assert run.seed == 42
+    assert (config.agent_type, config.num_train_steps, config.hidden_dim, config.model_hidden_dim) == (
+        "funcbo",
+        500,
+        16,
+        8,
+    )
+    assert (config.batch_size, config.init_steps, config.eval_frequency) == (64, 100, 50)
+    assert (config.num_Q_steps, config.num_T_steps, config.eps, config.discount) == (2, 3, 0.2, 0.9)
+    assert (config.lr, config.inner_lr, config.alpha, config.tau) == (0.01, 0.02, 0.03, 0.04)
+    assert (config.no_warm, config.warm_opt, config.no_double) == (True, True, True)
+
+
+def test_several_values_are_an_axis():
+    _, config = parse("--lr 1e-3 3e-4 --model_hidden_dim 2 3 4")
+    assert config.lr == (1e-3, 3e-4)
+    assert config.model_hidden_dim == (2, 3, 4)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("--env_name CartPoel-v1", "did you mean CartPole-v1"),
+        ("--env_name Pendulum-v1", "continuous actions"),
+        ("--lr -1", "--lr must be"),
+        ("--lr 1e-3 nan", "--lr must be"),
+        ("--batch_size 64 --init_steps 32", "--batch_size 64 is larger"),
+        ("--capacity 10", "--capacity 10 is smaller"),
+        ("--devices 99", "--devices must be from 1 to 8"),
+        ("--num_seeds 0", "--num_seeds must be at least 1"),
+        ("--chunks 0", "--chunks must be at least 1"),
+        ("--resume {folder}/nowhere", "there is no run in that folder"),
+        ("--output_dir {folder}/file", "cannot write"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_status_2(
+    words: str, sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    (tmp_path / "file").write_text("")
+    folder = "" if "--output_dir" in words or "--resume" in words else f" --output_dir {tmp_path} --name run"
+    assert main(words.format(folder=tmp_path) + folder) == 2
+    error = capsys.readouterr().err
+    assert sentence in " ".join(error.split())
+    assert "Traceback" not in error
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+@pytest.mark.parametrize("words", ["--no_such_flag 3", "--lr abc", "--agent_type dqn"])
+def test_unparsable_words_exit_with_status_2(words: str, capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit) as raised:
+        parse(words)
+    assert raised.value.code == 2
+
+
+def test_a_run_leaves_everything_behind_and_resumes(tmp_path: Path, capsys: pytest.CaptureFixture):
+    arguments = f"{TINY} --output_dir {tmp_path} --name run --num_seeds 2 --inner_lr 1e-3 3e-3 --seed 5 --video"
+    assert main(arguments) == 0
+    folder = tmp_path / "run"
+    for name in (
+        "results.nc",
+        "config.yaml",
+        "command.txt",
+        "versions.json",
+        "checkpoint.npz",
+        "learning_curves.png",
+        "policy.gif",
+    ):
+        assert (folder / name).stat().st_size > 0
+    dataset = datasets.load(folder)
+    assert dict(dataset.sizes) == {"inner_lr": 2, "seed": 2, "step": 2, "episode": 2}
+    assert dataset.seed.values.tolist() == [5, 6]
+    assert "IQM" in capsys.readouterr().out
+
+    assert main(arguments) == 2  # the folder is taken
+    assert "holds a run already" in " ".join(capsys.readouterr().err.split())
+
+    for words, sentence in (
+        ("--hidden_dim 8", "--resume goes on with --hidden_dim 4, got 8"),
+        ("--num_seeds 3", "--resume goes on with --num_seeds 2, got 3"),
+        ("--inner_lr 1e-3", "--resume goes on with --inner_lr 0.001 0.003, got 0.001"),
+        ("--num_train_steps 20", "--num_train_steps 20 is less than the 40 steps"),
+    ):
+        assert main(f"--resume {folder} {words}") == 2
+        assert sentence in " ".join(capsys.readouterr().err.split())
+
+    assert main(f"--resume {folder} --num_train_steps 60 --quiet") == 0
+    longer = datasets.load(folder)
+    assert longer.step.values.tolist() == [20, 40, 60]
+    np.testing.assert_array_equal(longer.q_loss[..., :2], dataset.q_loss)
+    assert len((folder / "command.txt").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import train_rl; train_rl.configuration()",
+        "import train_regression as t; t.configuration()",
+        "from purejax_bilevel import run",
+    ],
+)
+def test_all_cores_are_used_without_being_asked(code: str):
+    """An import that makes jax choose its devices too early would leave a single one."""
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    command = [sys.executable, "-c", f"{code}; import jax; print(len(jax.devices()))"]
+    output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    assert int(output) == len(os.sched_getaffinity(0))
+
+
+def test_a_foreign_config_is_refused(tmp_path: Path):
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"run": {"seed": 0}, "config": {"temperature": 3}}))
+    with pytest.raises(UserError, match=r"its config\.yaml is not of this script"):
+        parse(f"--resume {tmp_path}")
+
+
+@pytest.mark.parametrize(
+    ("stopped", "sentence"),
+    [
+        (loop.Interrupted("stopped after 5 of 9 steps; go on with --resume runs/x"), "go on with --resume runs/x"),
+        (KeyboardInterrupt(), "the last checkpoint remains"),
+    ],
+)
+def test_an_interrupted_run_says_so_and_exits_with_130(stopped: BaseException, sentence: str, capsys):
+    def work(console: object) -> None:
+        raise stopped
+
+    assert command_line.exit_status(work, []) == 130
+    assert sentence in capsys.readouterr().err

@@ -1,0 +1,308 @@
+"""Reports: settings are chosen on seeds that are not reported, the numbers are rliable's, nothing failed is hidden."""
+
+import base64
+import html.parser
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from purejax_bilevel.members import Axis, Grid
+from purejax_bilevel.results import comparison, plots, statistics
+from purejax_bilevel.results import dataset as datasets
+from purejax_bilevel.results.comparison import Line, Score
+from purejax_bilevel.studies import report
+from purejax_bilevel.studies.study import Reporting, parse
+
+STEPS = np.array([10, 20, 30, 40])
+SEEDS = (0, 1, 2, 3, 4, 5)
+LR = Axis(("lr",), ((1e-3,), (1e-2,)))
+TAU = Axis(("tau",), ((0.1,), (0.5,), (0.9,)))
+
+
+@pytest.fixture(autouse=True)
+def coarse(monkeypatch) -> None:
+    """Small pictures, for speed."""
+    monkeypatch.setitem(plots.STYLE, "savefig.dpi", 40)
+
+
+def make(levels: np.ndarray, axes: tuple[Axis, ...] = (LR,), failed: tuple = (), **attrs: Any):
+    """A dataset whose members end at the given scores `[settings, seeds]`."""
+    grid = Grid(axes, SEEDS)
+    ends = np.asarray(levels, float).reshape(len(grid))
+    curves = ends[:, None] * STEPS / STEPS[-1]
+    flags = np.zeros(len(grid), bool)
+    flags[list(failed)] = True
+    about = {
+        "program": "Toy",
+        "environment": "CartPole-v1",
+        "headline": "evaluation_return",
+        "step_name": "environment steps",
+        "compile_seconds": 1.5,
+        "run_seconds": 20.0,
+        "bytes_per_member": 1000,
+        "versions": {"jax": "0.10.2", "device": "2 x cpu (cpu)"},
+        "selection_seeds": [0, 1, 2],
+        "selected_by": "final_return",
+        "selected_over": 0.0,
+        "sub_programs": 2,
+        "devices": 2,
+        **attrs,
+    }
+    series = {"evaluation_return": curves, "error": -curves}
+    finals = {"final_return": ends[:, None] + [-1.0, 1.0], "failed": flags}
+    described = {"error": {"better": "lower"}, "final_return": {"long_name": "return at the end"}}
+    return datasets.build_dataset(grid, STEPS, series, finals, about, described)
+
+
+def analyse(dataset, **changes: Any) -> report.AgentResult:
+    return report.analyse("omd", dataset, [0, 1, 2], Reporting(**changes))
+
+
+# The second setting wins on the choosing seeds, the first on the others.
+CROSSED = np.array([[10, 20, 30, 90, 80, 70], [40, 50, 60, 1, 2, 3]])
+
+
+def test_the_best_setting_is_chosen_on_seeds_that_are_not_reported():
+    agent = analyse(make(CROSSED))
+    assert agent.settings[agent.best] == {"lr": 1e-2}
+    np.testing.assert_array_equal(agent.best_runs, [1, 2, 3])
+    np.testing.assert_array_equal(agent.quality, [20, 50])
+
+
+def test_one_setting_is_reported_on_all_seeds():
+    agent = analyse(make(CROSSED[:1], ()))
+    np.testing.assert_array_equal(agent.best_runs, CROSSED[0])
+    assert len(agent.chosen_on) == 0
+
+
+def test_another_variable_may_choose_and_lower_may_be_better():
+    agent = analyse(make(CROSSED, selected_by="error"))
+    assert agent.best == 1  # error is minus the return
+    agent = analyse(make(-CROSSED, selected_by="error"), variable="error")
+    assert agent.best == 0
+    np.testing.assert_array_equal(agent.best_runs, [90, 80, 70])
+
+
+def test_series_are_averaged_over_the_last_part():
+    agent = analyse(make(CROSSED), variable="evaluation_return", over=0.5)
+    np.testing.assert_allclose(agent.scores, CROSSED * (0.75 + 1.0) / 2)
+
+
+def test_a_setting_that_failed_while_choosing_loses():
+    agent = analyse(make(CROSSED, failed=(6,)))
+    assert agent.best == 0
+    assert np.isnan(agent.scores[1, 0])
+    assert np.isnan(agent.quality[1])
+    everywhere = analyse(make(CROSSED, failed=(0, 1, 6)))
+    assert everywhere.best == 1  # fewer failures
+
+
+def test_a_search_has_chosen_already():
+    dataset = make(CROSSED)
+    dataset[report.SELECTION] = (("lr", "seed"), np.repeat([[3.0], [1.0]], 6, 1), {"better": "lower"})
+    agent = analyse(dataset)
+    assert agent.best == 1
+    np.testing.assert_array_equal(agent.best_runs, CROSSED[1])
+
+
+def test_sensitivity_takes_the_best_of_the_others():
+    levels = np.zeros((2, 3, 6))
+    levels[0, :, :3], levels[0, :, 3:] = np.array([[1], [9], [2]]), np.array([[5], [6], [7]])
+    levels[1, :, :3], levels[1, :, 3:] = np.array([[3], [2], [8]]), np.array([[1], [2], [3]])
+    agent = analyse(make(levels, (LR, TAU)))
+    line = report.along(agent, "lr")
+    assert line.values == (1e-3, 1e-2)
+    assert [score.iqm for score in line.scores] == [6.0, 3.0]
+    assert [score.iqm for score in report.along(agent, "tau").scores] == [1.0, 6.0, 3.0]
+    assert report.along(agent, "beta").values == ()
+    # Without a choice all seeds are reported.
+    alone = report.along(analyse(make(CROSSED)), "lr")
+    assert [score.iqm for score in alone.scores] == [float(statistics.iqm(row)) for row in CROSSED]
+
+
+def test_settings_of_a_random_search_are_all_shown():
+    axis = Axis(("lr", "tau"), ((0.1, 0.5), (0.2, 0.5)))
+    line = report.along(analyse(make(CROSSED, (axis,))), "lr")
+    assert (line.values, line.joined) == ((0.1, 0.2), False)
+
+
+# ---------------------------------------------------------------- documents
+
+
+def write(folder: Path, agents: dict[str, Any], **changes: Any) -> tuple[str, str]:
+    study = parse(
+        {"program": "rl", "name": "my_study", "agents": {label: {"agent_type": "omd"} for label in agents}, **changes}
+    )
+    for label, dataset in agents.items():
+        datasets.save(dataset, folder / report.file_name(label))
+    (folder / "command.txt").write_text("python sweep.py <b>&\n")
+    report.write(folder, study, list(agents))
+    return (folder / report.MARKDOWN).read_text(), (folder / report.HTML).read_text()
+
+
+class Reader(html.parser.HTMLParser):
+    """Collects text and images, and checks that tags are balanced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.images: list[str] = []
+        self.links: list[str] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        self.images += [value for name, value in attrs if name == "src"]
+        self.links += [value for name, value in attrs if name == "href"]
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+@pytest.fixture
+def two(tmp_path) -> tuple[Path, str, str]:
+    agents = {"omd": make(CROSSED, failed=(11,)), "mle <&|>": make(CROSSED + 100)}
+    figures = [{"kind": "sensitivity", "axis": "lr", "title": "My figure"}, {"kind": "curves", "variable": "error"}]
+    return tmp_path, *write(tmp_path, agents, report={"figures": figures})
+
+
+def test_numbers_of_the_report(two):
+    _, text, _ = two
+    assert "24 members (2 agents, 4 settings, 6 seeds) of the program Toy on CartPole-v1, 40 environment steps" in text
+    assert "on the seeds 0 to 2, reported on the others, 3 to 5" in text
+    # omd: seeds 3 and 4 of the second setting, 1 and 2; the failed fifth is left out.
+    assert "| omd | lr=0.01 | 1.5 (1 to 2) | 498.5 | 2 | 1 of 12 |" in text
+    assert "| **mle <&\\|>** | **lr=0.01** | **102 (101 to 103)** | **398** | **3** | **0 of 12** |" in text
+    assert "| omd | mle <&\\|> | 0.00 (0.00 to 0.00) |" in text
+    assert "1 of 24 members diverged" in text
+    assert "omd: lr=0.01, seed=5" in text
+    for fact in (
+        "0.10.2",
+        "2 x cpu (cpu), 2 used",
+        "2 sub-programs in one call, 1.5 s",
+        "20.0 s",
+        "python sweep.py <b>&",
+    ):
+        assert fact in text
+
+
+def test_figures_of_the_report_exist_and_are_shown(two):
+    folder, text, _ = two
+    linked = re.findall(r"!\[[^\]]*\]\(([^)]*)\)", text)
+    assert linked[:2] == ["figures/study-0.png", "figures/study-1.png"]
+    assert set(linked) == {f"figures/{path.name}" for path in (folder / report.FIGURES).iterdir()}
+    assert {"figures/curves.png", "figures/profiles.png", "figures/improvement.png"} <= set(linked)
+    for name in linked:
+        assert imread(folder / name).std() > 0.02, name
+
+
+def test_the_page_is_complete_in_one_file(two):
+    _, text, page = two
+    reader = Reader()
+    reader.feed(page)
+    assert reader.open == []
+    assert not reader.links
+    assert len(reader.images) == text.count("![")
+    for image in reader.images:
+        assert image.startswith("data:image/png;base64,")
+        assert base64.b64decode(image.split(",")[1])[:4] == b"\x89PNG"
+    assert "mle <&|>" in reader.text
+    assert "python sweep.py <b>&" in reader.text
+    assert "my study" in reader.text
+
+
+def test_figures_of_an_earlier_report_are_removed(two):
+    folder, _, _ = two
+    (folder / report.FIGURES / "old.png").write_bytes(b"")
+    write(folder, {"omd": make(CROSSED)})
+    assert not (folder / report.FIGURES / "old.png").exists()
+
+
+def test_an_agent_that_failed_altogether_is_named(tmp_path):
+    text, _ = write(tmp_path, {"omd": make(CROSSED), "mle": make(CROSSED, failed=range(12))})
+    assert "| mle | lr=0.001 | all failed | - | 0 | 12 of 12 |" in text
+    assert text.count("mle: lr=") == 12
+    assert "Probability of improvement" not in text
+    nothing, _ = write(tmp_path, {"omd": make(CROSSED, failed=range(12))})
+    assert "all failed" in nothing
+
+
+def test_only_one_seed_is_admitted(tmp_path):
+    dataset = make(CROSSED, selection_seeds=[0]).isel(seed=[0])
+    text, _ = write(tmp_path, {"omd": dataset})
+    assert "There is one seed, which chooses and is reported" in text
+
+
+def test_lower_is_better_throughout(tmp_path):
+    agents = {"omd": make(-CROSSED, selected_by="error"), "mle": make(-CROSSED - 100, selected_by="error")}
+    text, _ = write(tmp_path, agents, report={"variable": "error", "solved": 0.5})
+    assert "| **omd** | **lr=0.001** | **80 (70 to 90)** | **79.5** |" in text
+    assert "| omd | mle | 1.00 (1.00 to 1.00) |" in text
+
+
+def test_many_settings_are_cut_with_a_note(tmp_path):
+    axis = Axis(("lr",), tuple((10.0**-i,) for i in range(60)))
+    text, _ = write(tmp_path, {"omd": make(np.arange(360).reshape(60, 6), (axis,))})
+    assert "The best 40 of 60" in text
+    assert text.count("| omd | lr=") == 40
+    assert "of 60" not in write(tmp_path, {"omd": make(CROSSED)})[0]
+
+
+# ---------------------------------------------------------------- figures
+
+
+def drawn(monkeypatch) -> list:
+    figures: list = []
+    write = plots._write
+    monkeypatch.setattr(plots, "_write", lambda figure, path: (figures.append(figure), write(figure, path))[1])
+    return figures
+
+
+def test_sensitivity_shows_every_kind_of_line(monkeypatch, tmp_path):
+    figures = drawn(monkeypatch)
+    good, bad = Score(3.0, 2.0, 4.0), Score(np.nan, np.nan, np.nan)
+    lines = [
+        Line("omd", (0.001, 0.1, 0.01), (good, bad, Score(5.0, 4.0, 6.0))),
+        Line("level", (), (good,)),
+        Line("mle", (0.1, 0.001), (good, good)),
+    ]
+    comparison.sensitivity(lines, "lr", "return", tmp_path / "a.png", "My title")
+    (panel,) = figures[0].axes
+    assert panel.get_xscale() == "log"
+    assert panel.get_title().startswith("My title")
+    assert "failed" in panel.get_title()
+    crosses = [line for line in panel.lines if line.get_marker() == "x" and len(line.get_xdata())]
+    assert [line.get_xdata().tolist() for line in crosses] == [[0.1]]
+    labels = [text.get_text() for text in panel.get_legend().get_texts()]
+    assert labels == ["omd", "level (does not vary)", "mle"]
+    comparison.sensitivity([Line("omd", ("none", "window"), (good, good))], "smoothing", "return", tmp_path / "b.png")
+    assert [tick.get_text() for tick in figures[1].axes[0].get_xticklabels()] == ["none", "window"]
+
+
+def test_curves_over_decades_are_logarithmic(monkeypatch, tmp_path):
+    figures = drawn(monkeypatch)
+    narrow, wide = np.array([[1.0, 2.0, np.nan]] * 3), np.array([[1.0, 10.0, 1e5]] * 3)
+    for series in (narrow, wide, -wide):
+        comparison.curves(STEPS[:3], [("omd", series), ("mle", series)], "steps", "regret", tmp_path / "a.png")
+    assert [figure.axes[0].get_yscale() for figure in figures] == ["linear", "log", "linear"]
+    assert len(figures[0].axes[0].lines) == 2
+
+
+def test_profiles_fall_from_one_to_zero(monkeypatch, tmp_path):
+    figures = drawn(monkeypatch)
+    scores = [("omd", np.array([1.0, 2.0, np.nan, 4.0])), ("mle", np.array([3.0, 3.0, 3.0, 3.0]))]
+    comparison.profiles(scores, "return", tmp_path / "up.png")
+    comparison.profiles(scores, "error", tmp_path / "down.png", lower=True)
+    for figure, ends in zip(figures, ([1, 0], [0, 1]), strict=True):
+        for line in figure.axes[0].lines:
+            assert line.get_ydata()[[0, -1]].tolist() == ends
+    thresholds, fraction = figures[0].axes[0].lines[0].get_data()
+    assert fraction[np.argmin(abs(thresholds - 2.5))] == pytest.approx(1 / 3)

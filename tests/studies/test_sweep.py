@@ -1,0 +1,400 @@
+"""Sweeps: files are checked, every member gets its own settings, one compilation, and a stopped sweep goes on."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import yaml
+from rich.console import Console
+
+from purejax_bilevel.errors import UserError
+from purejax_bilevel.results import dataset as datasets
+from purejax_bilevel.runtime import compiled, loop
+from purejax_bilevel.studies import presets, study, sweep
+from purejax_bilevel.studies import run as runs
+from purejax_bilevel.studies.study import Interval, make_agents, override, parse
+
+TOY: dict[str, Any] = {
+    "program": "toy",
+    "agents": ["left", "right"],
+    "axes": [{"grid": {"lr": ["1e-3", 0.01, 0.1]}}],
+    "seeds": 4,
+}
+
+
+def described(**changes: Any) -> dict[str, Any]:
+    return {**TOY, **changes}
+
+
+def run(folder: Path, description: dict[str, Any], *arguments: str, name: str = "sweep") -> int:
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(description))
+    words = [str(path), "--output_dir", str(folder), "--name", name, "--quiet", *arguments]
+    return sweep.main(words)
+
+
+def scores(folder: Path) -> dict[str, np.ndarray]:
+    return {path.parent.name: datasets.load(path).final_score.values for path in sorted(folder.glob("*/results.nc"))}
+
+
+def report_numbers(folder: Path) -> str:
+    """The report without what changes from run to run."""
+    return (folder / "report.md").read_text().split("## How it was run")[0]
+
+
+# ---------------------------------------------------------------- files and command lines
+
+WRONG = [
+    ({"agent": ["left"]}, "no entry 'agent'"),
+    ({"program": "rll"}, "program must be one of rl, continuous"),
+    ({"settings": {"lrr": 1}}, "no entry 'lrr'"),
+    ({"settings": {"max_width": 3}}, "no entry 'max_width'"),
+    ({"settings": {"lr": 0.1}}, "both in settings and in axes"),
+    ({"settings": {"agent_type": ["left", "right"]}}, "agent_type belongs in agents"),
+    ({"agents": {}}, "at least one agent"),
+    ({"agents": ["middle"]}, "--agent_type must be one of left, right"),
+    ({"agents": {"left": {"lr": -1}}}, "--lr must be a finite number above 0, got -1"),
+    ({"agents": {"left": {"lr": "fast"}}}, "--lr must be a finite number above 0, got 'fast'"),
+    ({"agents": {"left": 3}}, "agents: left must be a mapping"),
+    ({"axes": {"lr": [1, 2]}}, "axes must be a list"),
+    ({"axes": [{"gird": {}}]}, "no entry 'gird'"),
+    ({"axes": [{"grid": {"lr": []}}]}, "lr needs at least one value"),
+    ({"axes": [{"grid": {"lr": [0.1, 0.1]}}]}, "lr was given the same value twice"),
+    ({"axes": [{"grid": {"lr": [0.1, -0.1]}}]}, "--lr must be a finite number above 0, got -0.1"),
+    ({"axes": [{"grid": {"lr": [0.1]}}, {"grid": {"lr": [0.2]}}]}, "lr is in two axes"),
+    ({"axes": [{"zip": {"lr": [0.1, 0.2], "noise": [1]}}]}, "lists of one length, got lr 2, noise 1"),
+    ({"axes": [{"random": {"lr": [0.1, 1]}}]}, "count must be a whole number"),
+    ({"axes": [{"random": {"count": 3}}]}, "at least one name"),
+    ({"axes": [{"random": {"count": 3, "lr": [0, 1]}}]}, "0 < low < high, got \\[0, 1\\]"),
+    ({"axes": [{"random": {"count": 3, "lr": [0.1, 1], "repeats": [1, 2]}}]}, "no entry 'repeats'"),
+    ({"axes": [{"random": {"count": 3, "lr": {"low": 1, "hihg": 2}}}]}, "no entry 'hihg'"),
+    ({"axes": [{"grid": {"num_train_steps": [8, 16]}}]}, "need the same number of steps, got 8, 16"),
+    ({"seeds": 0}, "seeds: count must be a whole number of at least 1, got 0"),
+    ({"seeds": {"count": 2, "select": 2}}, "must leave a seed to report"),
+    ({"seeds": {"number": 2}}, "no entry 'number'"),
+    ({"search": {"method": "bayes"}}, "search: method must be one of grid, random, es, got 'bayes'"),
+    ({"search": {"method": "es", "halving": 1}}, "not with es"),
+    ({"search": {"algorithm": "open_es", "population": 7}}, "must be even"),
+    ({"search": {"space": {"lr": [1, 0.1]}}}, "0 < low < high"),
+    ({"report": {"variable": "points"}}, "measures no 'points'"),
+    ({"report": {"over": 2}}, "share of the run from 0 to 1, got 2"),
+    ({"report": {"figures": [{"kind": "pie"}]}}, "kind of a figure must be one of"),
+    ({"report": {"figures": [{"kind": "sensitivity"}]}}, "needs axis"),
+    ({"report": {"figures": [{"kind": "sensitivity", "axis": "depth"}]}}, "the axis 'depth'"),
+    ({"report": {"figures": [{"kind": "tabular"}]}}, "needs figure"),
+    ({"report": {"figures": [{"kind": "tabular", "figure": "ift_noise"}]}}, "in a sweep of the program tabular"),
+]
+
+
+@pytest.mark.parametrize(("changes", "sentence"), WRONG, ids=[sentence[:40] for _, sentence in WRONG])
+def test_wrong_files_are_told_in_one_sentence(toy, changes, sentence):
+    def check() -> None:
+        checked = parse(described(**changes))
+        sweep.check_report(checked, make_agents(checked))
+
+    with pytest.raises(UserError, match=sentence) as caught:
+        check()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["nothing_such"],
+        ["missing.yaml"],
+        [],
+        ["{file}", "lr=-1"],
+        ["{file}", "depth=3"],
+        ["{file}", "--lr"],
+        ["{file}", "--devices", "99"],
+        ["{file}", "--num_seeds", "0"],
+        ["--resume", "{folder}"],
+        ["{file}", "--name", "taken"],
+        ["{file}", "--search", "es", "--population", "2"],
+        ["{file}", "report.variable=points"],
+    ],
+)
+def test_bad_input_ends_with_status_2_and_a_sentence(toy, tmp_path, capsys, arguments):
+    (tmp_path / "file.yaml").write_text(yaml.safe_dump(TOY))
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "config.yaml").write_text("")
+    words = [word.format(file=tmp_path / "file.yaml", folder=tmp_path) for word in arguments]
+    assert sweep.main([*words, "--output_dir", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_numbers_are_read_as_the_fields_need_them(toy):
+    agent = make_agents(parse(described(settings={"noise": 1, "width": "4", "repeats": 2.0})))[0]
+    config = agent.templates[0].config
+    assert (config.noise, config.width, config.repeats) == (1.0, 4, 2)
+    assert [type(x) for x in (config.noise, config.width, config.repeats)] == [float, int, int]
+    assert [agent.grid.settings(i)["lr"] for i in (0, 4, 8)] == [0.001, 0.01, 0.1]
+
+
+def test_overrides_replace_what_the_file_states(toy):
+    base = described(agents={"left": {}, "right": {"noise": 0.3, "lr": 0.5}}, settings={"width": 3})
+    single = parse(override(base, {"lr": 0.2}))
+    assert (single.settings, single.axes, single.agents["right"]["lr"]) == ({"width": 3, "lr": 0.2}, (), 0.2)
+    several = parse(override(base, {"lr": [0.2, 0.3]}))
+    assert [axis.values for axis in several.axes] == [((0.2,), (0.3,))]
+    own = parse(override(base, {"noise": 0.7}))
+    assert own.agents["right"]["noise"] == 0.7
+    assert "noise" not in own.settings
+    assert parse(override(base, {"width": 5})).settings == {"width": 5}
+    assert parse(override(base, {"repeats": 2})).settings == {"width": 3, "repeats": 2}
+    assert list(parse(override(base, {"agents": "right"})).agents) == ["right"]
+    assert parse(override(base, {"agents": "right"})).agents["right"]["noise"] == 0.3
+    assert parse(override(base, {"search.halving": 1, "seeds.count": 6})).seeds.count == 6
+    assert base["axes"] == [{"grid": {"lr": ["1e-3", 0.01, 0.1]}}]  # what was given stays as it was
+    with pytest.raises(UserError, match="varies together"):
+        override(described(axes=[{"zip": {"lr": [1, 2], "noise": [1, 2]}}]), {"lr": 0.1})
+
+
+def test_command_line_overrides():
+    line = "omd_capacity --scale paper --lr 1e-3 3e-4 tau=0.1,0.2 --num-T-steps=3 --devices 2 hard=true agents=omd,mle"
+    words, changes = sweep.split_overrides([*line.split(), "--beta", "-1", "report.over=0.5"])
+    assert words == ["omd_capacity", "--scale", "paper", "--devices", "2"]
+    assert changes == {
+        "lr": ["1e-3", "3e-4"],
+        "tau": [0.1, 0.2],
+        "num_T_steps": 3,
+        "hard": True,
+        "agents": ["omd", "mle"],
+        "beta": -1,
+        "report.over": 0.5,
+    }
+
+
+# ---------------------------------------------------------------- agents, sub-programs, members
+
+
+def test_static_values_become_sub_programs_and_traced_ones_members(toy):
+    axes = [{"grid": {"lr": [0.1, 0.2], "repeats": [1, 2]}}, {"zip": {"width": [2, 5], "noise": [0.1, 0.2]}}]
+    agent = make_agents(parse(described(agents=["left"], axes=axes, seeds=2)))[0]
+    assert agent.grid.shape == (2, 2, 2, 2)
+    assert [template.label for template in agent.templates] == ["left, repeats=1", "left, repeats=2"]
+    assert [template.config.repeats for template in agent.templates] == [1, 2]
+    for template, numbers, part in zip(agent.templates, agent.settings_of, agent.parts(), strict=True):
+        assert len(part.grid) == 8
+        assert part.config.max_width == 5
+        for place, number in enumerate(numbers):
+            wanted = agent.grid.settings(int(number) * 2)
+            found = {**template.static, **part.grid.settings(place * 2)}
+            assert found == wanted
+    marked = [10.0 * agent.settings_of[part].repeat(2) + np.tile([0, 1], 4) for part in range(2)]
+    merged = agent.gather([array[:, None] for array in marked])
+    np.testing.assert_array_equal(merged[:, 0], 10.0 * (np.arange(16) // 2) + np.arange(16) % 2)
+
+
+def test_arrays_of_different_lengths_are_filled(toy):
+    agent = make_agents(parse(described(axes=[{"grid": {"repeats": [1, 2]}}], seeds=1)))[0]
+    merged = agent.gather([np.ones((1, 2)), np.ones((1, 3))])
+    np.testing.assert_array_equal(merged, [[1, 1, np.nan], [1, 1, 1]])
+
+
+def test_own_settings_of_an_agent_win(toy):
+    agents = {"left": {"lr": 0.5, "noise": [0.1, 0.2]}, "right": {}}
+    left, right = make_agents(parse(described(agents=agents)))
+    assert [axis.names for axis in left.grid.axes] == [("noise",)]
+    assert left.templates[0].config.lr == 0.5
+    assert [axis.names for axis in right.grid.axes] == [("lr",)]
+    zipped = described(agents={"left": {"lr": 0.5}}, axes=[{"zip": {"lr": [1, 2], "noise": [1, 2]}}])
+    with pytest.raises(UserError, match="varies together"):
+        make_agents(parse(zipped))
+
+
+def test_random_settings_are_log_uniform_and_seeded(toy):
+    def drawn(seed: int) -> np.ndarray:
+        random = {"count": 2000, "seed": seed, "lr": [1e-4, 1.0], "width": {"low": 1, "high": 3, "scale": "linear"}}
+        return np.array(parse(described(axes=[{"random": random}])).axes[0].values)
+
+    values = drawn(0)
+    np.testing.assert_array_equal(values, drawn(0))
+    assert not np.array_equal(values, drawn(1))
+    assert values[:, 0].min() >= 1e-4
+    assert values[:, 0].max() <= 1.0
+    np.testing.assert_allclose(np.histogram(np.log10(values[:, 0]), 4, (-4, 0))[0] / 2000, 0.25, atol=0.04)
+    assert set(values[:, 1]) == {1.0, 2.0, 3.0}
+
+
+@pytest.mark.parametrize("interval", [Interval("lr", 1e-4, 1e-1), Interval("tau", -1.0, 3.0, "linear")])
+def test_intervals(interval):
+    assert interval.at(0.0) == interval.low
+    assert interval.at(2.0) == interval.high
+    for position in (0.1, 0.5, 0.9):
+        assert interval.position(interval.at(position)) == pytest.approx(position)
+    assert interval.position(interval.high * 10) == 0.5
+
+
+@pytest.mark.parametrize("scale", presets.SCALES)
+@pytest.mark.parametrize("name", presets.PRESETS)
+def test_presets_are_complete(name, scale):
+    content = presets.preset(name, scale)
+    if content.get("settings", {}).get("env_name") == "halfcheetah":  # comes with an extra
+        content["settings"]["env_name"] = "Pendulum-v1"
+    checked = parse(content)
+    agents = make_agents(checked)
+    sweep.check_report(checked, agents)
+    members = sum(len(agent.grid) for agent in agents)
+    steps = agents[0].templates[0].config.program().num_steps
+    if scale == "smoke" and checked.program in ("rl", "continuous"):
+        # Minutes on two cores at 5500 and, on average over the agents, 1500 steps/s.
+        assert members * steps <= {"rl": 1.6e6, "continuous": 4.5e5}[checked.program]
+    if scale == "paper":
+        assert steps == {"rl": 200_000, "continuous": 200_000, "regression": 5000, "tabular": 10_000}[checked.program]
+        assert checked.seeds.count >= 10
+    for axis in [figure["axis"] for figure in checked.report.figures if figure["kind"] == "sensitivity"]:
+        assert any(axis in agent.grid.settings(0) for agent in agents), axis
+
+
+# ---------------------------------------------------------------- running
+
+
+def test_every_member_gets_its_own_settings_in_one_compilation(toy, tmp_path):
+    axes = [{"grid": {"lr": [0.001, 0.1], "repeats": [1, 2]}}]
+    assert run(tmp_path, described(axes=axes, seeds={"first": 3, "count": 2})) == 0
+    for label in ("left", "right"):
+        dataset = datasets.load(tmp_path / "sweep" / label)
+        assert dataset.attrs["compilations"] == 1
+        assert dataset.attrs["sub_programs"] == 4
+        assert dataset.score.dims == ("lr", "repeats", "seed", "step")
+        for repeats in (1, 2):
+            config = toy(agent_type=label, lr=(0.001, 0.1), repeats=repeats)
+            alone = runs.run(config, num_seeds=2, seed=3, quiet=True)
+            found = dataset.sel(repeats=repeats)
+            np.testing.assert_array_equal(found.score, alone.score)
+            np.testing.assert_array_equal(found.final_score, alone.final_score)
+
+
+class Killed(BaseException):
+    """As a process that ends between two chunks."""
+
+
+def stop_after(monkeypatch, calls: int) -> None:
+    original, left = compiled.CompiledProgram.__call__, [calls]
+
+    def limited(self, *args):
+        left[0] -= 1
+        if left[0] < 0:
+            raise Killed
+        return original(self, *args)
+
+    monkeypatch.setattr(compiled.CompiledProgram, "__call__", limited)
+
+
+@pytest.mark.parametrize(("first", "second"), [("8", "2"), ("1", "8")])
+def test_a_killed_sweep_goes_on_with_other_devices(toy, tmp_path, monkeypatch, first, second):
+    assert len(jax.devices()) >= 8
+    assert run(tmp_path, TOY, "--devices", "3", name="whole") == 0
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        with pytest.raises(Killed):
+            run(tmp_path, TOY, "--devices", first, "--chunks", "8", name="killed")
+    assert loop.steps_done(tmp_path / "killed") == 6
+    assert sweep.main(["--resume", str(tmp_path / "killed"), "--devices", second, "--quiet"]) == 0
+    expected, found = scores(tmp_path / "whole"), scores(tmp_path / "killed")
+    assert list(found) == ["left", "right"]
+    for label, array in expected.items():
+        np.testing.assert_array_equal(found[label], array)
+    assert report_numbers(tmp_path / "killed").replace("killed", "whole") == report_numbers(tmp_path / "whole")
+    assert len((tmp_path / "killed" / "command.txt").read_text().splitlines()) == 2
+
+
+def test_resume_keeps_the_sweep(toy, tmp_path, capsys):
+    assert run(tmp_path, TOY, "lr=0.1", "--num_seeds", "3") == 0
+    folder = str(tmp_path / "sweep")
+    before = scores(tmp_path / "sweep")
+    assert sweep.main([str(tmp_path / "sweep.yaml"), "--resume", folder, "--quiet", "--num_seeds", "3"]) == 0
+    assert scores(tmp_path / "sweep").keys() == before.keys()
+    assert sweep.main(["--resume", folder, "--quiet", "lr=0.2"]) == 2
+    assert "start a new sweep" in capsys.readouterr().err
+    assert sweep.main(["omd_capacity", "--resume", folder, "--quiet"]) == 2
+    assert "goes on with sweep" in capsys.readouterr().err
+
+
+def test_the_plan_is_told_and_memory_is_checked(toy, tmp_path, capsys, monkeypatch):
+    path = tmp_path / "plan.yaml"
+    path.write_text(yaml.safe_dump(TOY))
+    words = [str(path), "--output_dir", str(tmp_path), "--devices", "2"]
+    assert sweep.main([*words, "--name", "fits"]) == 0
+    told = capsys.readouterr().err
+    assert "plan: 24 members in 2 sub-programs (left 12, right 12), 16 steps each, on 2 cpu devices" in told
+    assert "memory per device: " in told
+    assert "time: about " in told
+    monkeypatch.setattr(sweep.Plan.__init__, "__defaults__", (False, lambda device: 300))
+    assert sweep.main([*words, "--name", "too_large"]) == 2
+    refused = capsys.readouterr().err
+    assert "24 members do not fit" in refused
+    assert "--num_seeds" in refused
+    assert not list((tmp_path / "too_large").glob("*/results.nc"))
+
+
+def test_memory_of_the_compiled_program_counts(toy):
+    checked = parse(described(seeds=2))
+    agents = make_agents(checked)
+    parts = [part for agent in agents for part in agent.parts()]
+    program = compiled.CompiledProgram(parts, loop.devices.make_mesh(4, 2), 1)
+    program.compile()
+    assert program.device_bytes >= sum(3 * size for size in program.bytes_per_member)
+    plan = sweep.Plan(checked, agents, Console(quiet=True), free=lambda device: program.device_bytes)
+    with pytest.raises(UserError, match="the compiled program would need"):
+        plan.compiled(program, program.initial(), 0, 16)
+
+
+def test_timing_leaves_no_trace_in_the_numbers(toy, tmp_path):
+    """A quiet sweep measures no time, a talking one does."""
+    assert run(tmp_path, TOY, name="quiet") == 0
+    path = tmp_path / "quiet.yaml"
+    assert sweep.main([str(path), "--output_dir", str(tmp_path), "--name", "talking"]) == 0
+    for label, array in scores(tmp_path / "quiet").items():
+        np.testing.assert_array_equal(scores(tmp_path / "talking")[label], array)
+
+
+def test_members_are_only_swapped_for_the_same_sub_program(toy):
+    def parts(**changes: Any) -> list[compiled.Part]:
+        return [part for agent in make_agents(parse(described(**changes))) for part in agent.parts()]
+
+    program = compiled.CompiledProgram(parts(), loop.devices.make_mesh(4, 1), 1)
+    program.swap(parts(axes=[{"grid": {"lr": [0.5, 0.6, 0.7]}}]))
+    for other in ({"seeds": 5}, {"settings": {"repeats": 2}}, {"settings": {"width": 9}}):
+        with pytest.raises(ValueError, match="swapped"):
+            program.swap(parts(**other))
+
+
+def test_labels_that_cannot_be_folders_are_refused(toy, tmp_path, capsys):
+    assert run(tmp_path, described(agents={"a b": {"agent_type": "left"}, "a_b": {"agent_type": "left"}})) == 2
+    assert "choose another label" in capsys.readouterr().err
+
+
+def test_a_real_program_end_to_end(tmp_path):
+    settings = {
+        "num_train_steps": 40,
+        "init_steps": 16,
+        "batch_size": 16,
+        "eval_frequency": 20,
+        "eval_episodes": 1,
+        "final_eval_episodes": 2,
+        "hidden_dim": 4,
+        "capacity": 32,
+    }
+    description = {
+        "program": "rl",
+        "settings": settings,
+        "agents": ["omd", "sql"],
+        "axes": [{"grid": {"model_hidden_dim": [2, 4]}}],
+        "seeds": 2,
+        "report": {"figures": [{"kind": "sensitivity", "axis": "model_hidden_dim"}]},
+    }
+    assert run(tmp_path, description, "--devices", "2") == 0
+    dataset = datasets.load(tmp_path / "sweep" / "omd")
+    assert dataset.attrs["compilations"] == 1
+    assert dataset.final_return.shape == (2, 2, 2)
+    assert not dataset.failed.values.any()
+    assert "optimality gap to 500" in (tmp_path / "sweep" / "report.md").read_text()
+
+
+def test_the_toy_is_not_left_registered():
+    assert set(study.PROGRAMS) == {"rl", "continuous", "regression", "tabular"}

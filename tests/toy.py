@@ -1,0 +1,69 @@
+"""A toy training program for sweeps: best at one learning rate, worse further away, failing where it is too large."""
+
+from typing import ClassVar, Literal
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from purejax_bilevel.configuration import POSITIVE, at_least, configuration, static, traced, validate
+from purejax_bilevel.studies import study
+
+BEST = 1e-2
+FAILS_ABOVE = 1.0
+
+
+@configuration
+class Config:
+    agent_type: Literal["left", "right"] = static("left", "side")
+    num_train_steps: int = static(16, "steps", at_least(1))
+    eval_frequency: int = static(2, "steps between rows", at_least(0))
+    lr: float | None = traced(None, "learning rate", POSITIVE)
+    width: int = traced(2, "width", at_least(1), maximum="max_width")
+    noise: float = traced(0.1, "noise", POSITIVE)
+    repeats: int = static(1, "terms", at_least(1))
+    max_width: int = static(0, "array size", hidden=True)
+
+    @property
+    def title(self) -> str:
+        return f"{self.agent_type}-toy"
+
+    def resolved(self) -> "Config":
+        return validate(study.replace(self, lr=0.1) if self.lr is None else self)
+
+    def program(self) -> "Toy":
+        return Toy(self)
+
+
+class State(flax.struct.PyTreeNode):
+    key: jax.Array
+    walk: jax.Array
+    cells: jax.Array
+
+
+class Toy:
+    headline = "score"
+    step_unit = "steps"
+    long_names: ClassVar = {"score": "score of the toy", "error": "error of the toy", "motion": "change of the walk"}
+    finals: ClassVar = {"final_score": "episode"}
+    attributes: ClassVar = {"error": {"better": "lower"}}
+
+    def __init__(self, config: Config):
+        self.num_steps, self.eval_frequency = config.num_train_steps, config.eval_frequency
+
+    def init(self, key: jax.Array, config: Config) -> State:
+        return State(key, jnp.zeros(()), jnp.zeros(config.max_width))
+
+    def update(self, state: State, config: Config, t: jax.Array) -> tuple[State, dict]:
+        step = config.noise * jax.random.normal(jax.random.fold_in(state.key, t))
+        step = jnp.where(config.lr > FAILS_ABOVE, jnp.nan, step)
+        return state.replace(walk=0.5 * state.walk + step), {"motion": (step, jnp.ones(()))}
+
+    def evaluate(self, state: State, config: Config, t: jax.Array, is_last: jax.Array) -> dict[str, jax.Array]:
+        error = config.repeats * (jnp.log10(config.lr) - jnp.log10(BEST)) ** 2 + state.walk
+        error = error + (1.0 if config.agent_type == "right" else 0.0)
+        finals = jnp.where(is_last, -error, jnp.nan)[None]
+        return {"score": -error, "error": error, "final_score": finals}
+
+    def is_finite(self, state: State) -> jax.Array:
+        return jnp.isfinite(state.walk)
