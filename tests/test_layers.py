@@ -20,6 +20,7 @@ RANKS = {
     "members": 2,
     "networks": 2,
     "replay": 2,
+    "program": 3,
     "results": 3,
     "programs": 4,
     "runtime": 4,

@@ -147,6 +147,11 @@ def load_steps(path: Path) -> int:
     return _read(path)[1]["steps"]
 
 
+def load_fingerprint(path: Path) -> dict[str, Any]:
+    """What a checkpoint was saved with (see `save`); raises as `load` does for a torn file."""
+    return _read(path)[1]["fingerprint"]
+
+
 def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:

@@ -5,17 +5,22 @@
 Step bounds are arguments, so a single compilation serves every chunk, a resumed run and a longer run. An experiment
 may have several *parts*, sub-programs that differ in static settings (the agent, say); they share the compiled call.
 
+Steps come in blocks without a branch: whether the program still warms up, and whether it is time to evaluate, is asked
+between two blocks only. On a CPU a block goes on to the next such moment. On an accelerator it has a fixed number of
+steps, so that the compiler knows the loop's length and nothing goes back to the host in between.
+
 Nothing is exchanged between members. Each process places its own members on its own devices; what is measured goes to
-all processes between two calls. Each device maps over its members one after another (`member_batch` 1), all at
-once (None, vmap) or in batches.
+all processes between two calls. Each device goes through its members in batches: one after another (`member_batch` 1),
+in batches of a fixed size, or all at once (None, vmap). What is compiled for a batch does not depend on how many
+batches there are, so a member's numbers do not depend on how many devices share the members; with all at once they may.
 """
 
 import contextlib
-import dataclasses
 import functools
+import math
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,51 +28,12 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from purejax_bilevel.members import Grid
+from purejax_bilevel.program import Part, Program, Tree, warm_up
 from purejax_bilevel.runtime import processes
 from purejax_bilevel.runtime.devices import AXIS
 
 TIMED_SECONDS = 1.0  # of steps, to tell the time that a run will take
 ROWS = 32  # most evaluations in one chunk: the size of the arrays that take them
-Tree = Any
-
-
-class Program(Protocol):
-    """What an algorithm offers (see `programs/`): pure functions of one member.
-
-    It may also have `attributes` (per measured variable: `better`, `units`, `dimension`, as in
-    `results.build_dataset`), `tables` (variables to print at the end) and `not_logged` (variables kept out of wandb
-    and TensorBoard).
-    """
-
-    headline: str
-    step_unit: str
-    long_names: dict[str, str]
-    finals: dict[str, str]
-    num_steps: int
-    eval_frequency: int
-
-    def init(self, key: jax.Array, config: Any) -> Tree:
-        """State before the first step."""
-
-    def update(self, state: Tree, config: Any, t: jax.Array) -> tuple[Tree, dict[str, tuple[jax.Array, jax.Array]]]:
-        """One step; metrics as (sum, count)."""
-
-    def evaluate(self, state: Tree, config: Any, t: jax.Array, is_last: jax.Array) -> dict[str, jax.Array]:
-        """Measures the current state, without changing it."""
-
-    def is_finite(self, state: Tree) -> jax.Array:
-        """Whether the member has not diverged."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """A sub-program and its members; `config` has leaves `[members]`; `label` tells it from other parts."""
-
-    program: Program
-    config: Any
-    grid: Grid
-    label: str = ""
 
 
 def precision(parts: Sequence[Part]) -> contextlib.AbstractContextManager:
@@ -94,14 +60,23 @@ class CompiledProgram:
         parts: sub-programs, with the same number of steps.
         mesh: devices that share the members.
         member_batch: members trained at once on a device; None: all.
+        most_block_steps: largest number of steps in a block of fixed length; None: blocks end where they must.
     """
 
-    def __init__(self, parts: Sequence[Part], mesh: Mesh, member_batch: int | None = None):
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        mesh: Mesh,
+        member_batch: int | None = None,
+        most_block_steps: int | None = None,
+    ):
         self.parts, self.mesh, self.member_batch = tuple(parts), mesh, member_batch
+        self.block_steps = 1 if most_block_steps is None else block_length(parts, most_block_steps)
         self._sharding = NamedSharding(mesh, P(AXIS))
         self.num_traces = 0
-        self._padded = [_padded_indices(len(part.grid), mesh.devices.size) for part in self.parts]
-        self._compiled: Any = None
+        multiple = mesh.devices.size * (member_batch or 1)
+        self._padded = [_padded_indices(len(part.grid), multiple) for part in self.parts]
+        self._compiled: dict[int, Any] = {}  # by the number of steps in a block; 0: as many as there are
         self.compile_seconds = 0.0
         self._prepare()
 
@@ -114,24 +89,38 @@ class CompiledProgram:
             np.array([part.grid.settings(i)["seed"] for i in range(len(part.grid))], np.uint32) for part in self.parts
         ]
         self._seeds = tuple(self._place(seed, index) for seed, index in zip(seeds, self._padded, strict=True))
-        self._structure = jax.eval_shape(self._empty)
+        if not hasattr(self, "_structure"):  # what is swapped in has the same
+            self._structure = tuple(map(_member_arrays, self.parts, self._configs, self._seeds))
 
-    @_in_precision
     def compile(self) -> None:
         """Traces and compiles, once; the time it took is in `compile_seconds`."""
-        if self._compiled is not None:
-            return
-        begin = time.perf_counter()
+        self._compile(self.block_steps if self.block_steps > 1 else 0)
+
+    @_in_precision
+    def _compile(self, block_steps: int) -> Any:
+        if block_steps not in self._compiled:
+            begin = time.perf_counter()
+            self._compiled[block_steps] = self.lower(block_steps).compile()
+            self.compile_seconds += time.perf_counter() - begin
+        return self._compiled[block_steps]
+
+    @_in_precision
+    def lower(self, block_steps: int = 0) -> jax.stages.Lowered:
+        """The program before the compiler has seen it.
+
+        Args:
+            block_steps: in a block, known to the compiler; 0: as many as there are.
+        """
         with jax.default_matmul_precision("highest"):
-            bounds = (jax.ShapeDtypeStruct((), jnp.int32),) * 3
+            bounds = (jax.ShapeDtypeStruct((), jnp.int32),) * 4
             arguments = (self._structure, self._configs, self._seeds, *bounds)
-            self._compiled = jax.jit(self._chunk, donate_argnums=0).lower(*arguments).compile()
-        self.compile_seconds = time.perf_counter() - begin
+            return jax.jit(functools.partial(self._chunk, block_steps), donate_argnums=0).lower(*arguments)
 
     @_in_precision
     def initial(self) -> Tree:
         """Storage for all members; the compiled program fills it in when it starts from step 0."""
-        return jax.jit(self._empty, out_shardings=self._sharding)()
+        empty = lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self._structure)  # noqa: E731
+        return jax.jit(empty, out_shardings=self._sharding)()
 
     @_in_precision
     def __call__(
@@ -143,17 +132,38 @@ class CompiledProgram:
             The new state; per part the rows `{name: [members, evaluations, ...]}` and `[members]` whether it is
             finite.
         """
-        bounds = (np.int32(bound) for bound in (start, stop, total))
-        state, rows, finite = self._compiled(state, self._configs, self._seeds, *bounds)
+        pieces = []
+        for first, last, block_steps in self._stretches(start, stop):
+            state, *measured = self._run(state, first, last, total, block_steps)
+            pieces.append(measured)
+        rows = [
+            {name: np.concatenate([piece[0][number][name] for piece in pieces], axis=1) for name in names}
+            for number, names in enumerate(pieces[0][0])
+        ]
+        return state, *processes.everywhere((rows, pieces[-1][1]))
+
+    def _stretches(self, start: int, stop: int) -> list[tuple[int, int, int]]:
+        """Where whole blocks begin and end, and what is left before and after: `(start, stop, steps in a block)`."""
+        size = self.block_steps
+        if size == 1:
+            return [(start, stop, 0)]
+        first, last = -(-start // size) * size, stop // size * size
+        if first >= last:
+            return [(start, stop, 0)]
+        return [(a, b, n) for a, b, n in ((start, first, 0), (first, last, size), (last, stop, 0)) if a < b]
+
+    def _run(self, state: Tree, start: int, stop: int, total: int, block_steps: int) -> tuple:
+        batches = max(len(index) for index in self._padded) // self.mesh.devices.size // (self.member_batch or 1)
+        bounds = (np.int32(bound) for bound in (start, stop, total, batches))
+        state, rows, finite = self._compile(block_steps)(state, self._configs, self._seeds, *bounds)
         jax.block_until_ready(finite)
         host_rows, host_finite = [], []
         for number, part in enumerate(self.parts):
-            done = num_rows(stop, total, part.program.eval_frequency) - num_rows(
-                start, total, part.program.eval_frequency
-            )
+            frequency = part.program.eval_frequency
+            done = num_rows(stop, total, frequency) - num_rows(start, total, frequency)
             host_rows.append({name: self.local(number, array)[:, :done] for name, array in rows[number].items()})
             host_finite.append(self.local(number, finite[number]))
-        return state, *processes.everywhere((host_rows, host_finite))
+        return state, host_rows, host_finite
 
     def swap(self, parts: Sequence[Part]) -> None:
         """Puts other members in the places of the present ones; what is compiled stays.
@@ -173,12 +183,12 @@ class CompiledProgram:
     @property
     def is_compiled(self) -> bool:
         """Whether it can run at once."""
-        return self._compiled is not None
+        return bool(self._compiled)
 
     @property
     def device_bytes(self) -> int | None:
         """Memory that the compiled program needs on each device; None where the compiler does not tell."""
-        analysis = None if self._compiled is None else self._compiled.memory_analysis()
+        analysis = next(iter(self._compiled.values())).memory_analysis() if self._compiled else None
         if analysis is None:
             return None
         kept = analysis.argument_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
@@ -268,37 +278,35 @@ class CompiledProgram:
 
         return jax.tree.map(place, tree)
 
-    def _empty(self) -> Tree:
-        def part_of(part: Part, config: Any, seeds: Any) -> Tree:
-            one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), (config, seeds))
-            shapes = jax.eval_shape(lambda config, seed: _fresh(part.program, config, seed), *one)
-            return jax.tree.map(lambda leaf: jnp.zeros((seeds.shape[0], *leaf.shape), leaf.dtype), shapes)
-
-        return tuple(map(part_of, self.parts, self._configs, self._seeds))
-
     def _chunk(
-        self, state: Tree, configs: Tree, seeds: Tree, start: jax.Array, stop: jax.Array, total: jax.Array
-    ) -> Tree:
+        self, block_steps: int, state: Tree, configs: Tree, seeds: Tree, *bounds: jax.Array
+    ) -> tuple[Tree, Tree, Tree]:
         self.num_traces += 1
 
-        def on_device(
-            state: Tree, configs: Tree, seeds: Tree, start: jax.Array, stop: jax.Array, total: jax.Array
-        ) -> Tree:
+        def on_device(state: Tree, configs: Tree, seeds: Tree, *bounds: jax.Array) -> Tree:
+            *steps, batches = bounds
             results = []
             for part, *members in zip(self.parts, state, configs, seeds, strict=True):
-                run = functools.partial(_run_member, part.program, start=start, stop=stop, total=total)
-                results.append(_map_members(lambda member, run=run: run(*member), tuple(members), self.member_batch))
+                run = functools.partial(_run_member, part.program, block_steps, bounds=steps)
+                results.append(_map_members(run, members, self.member_batch, batches))
             return tuple(zip(*results, strict=True))
 
-        members, shared = P(AXIS), P()
+        members = P(AXIS)
         mapped = jax.shard_map(
             on_device,
             mesh=self.mesh,
-            in_specs=(members, members, members, shared, shared, shared),
+            in_specs=(members, members, members, *(P() for _ in bounds)),
             out_specs=members,
             check_vma=False,  # gymnax's scans mix constants and members
         )
-        return mapped(state, configs, seeds, start, stop, total)
+        return mapped(state, configs, seeds, *bounds)
+
+
+def block_length(parts: Sequence[Part], most: int) -> int:
+    """Steps in a block: the most, up to `most`, that divide warm-up and evaluation intervals of all parts."""
+    moments = (moment for part in parts for moment in (warm_up(part.program), part.program.eval_frequency))
+    common = math.gcd(*moments)
+    return next(steps for steps in range(most, 0, -1) if common % steps == 0)
 
 
 def num_rows(steps: int, total: int, frequency: int) -> int:
@@ -314,23 +322,63 @@ def row_steps(total: int, frequency: int) -> np.ndarray:
     return regular if len(regular) and regular[-1] == total else np.append(regular, total)
 
 
-def _map_members(run: Callable, members: Tree, member_batch: int | None) -> Tree:
+# --- members ----------------------------------------------------------------------------------------------------------
+
+
+def _map_members(run: Callable, members: Sequence[Tree], member_batch: int | None, batches: jax.Array) -> Tree:
+    """`run(state, config, seed) -> state, rows, finite` of all members of a device.
+
+    The number of batches is an argument: the compiler cannot treat one batch in another way than many. States are
+    replaced where they lie.
+    """
     if member_batch is None:
-        return jax.vmap(run)(members)
-    return jax.lax.map(run, members, batch_size=None if member_batch == 1 else member_batch)
+        return jax.vmap(run)(*members)
+    one = member_batch == 1  # without the dimension of a batch
+
+    def part_of(tree: Tree, i: jax.Array) -> Tree:
+        def cut(x: jax.Array) -> jax.Array:
+            return x[i] if one else jax.lax.dynamic_slice_in_dim(x, i * member_batch, member_batch)
+
+        return jax.tree.map(cut, tree)
+
+    def put(whole: Tree, part: Tree, i: jax.Array) -> Tree:
+        pieces = jax.tree.map(lambda x: x[None], part) if one else part
+        return jax.tree.map(
+            lambda x, piece: jax.lax.dynamic_update_slice_in_dim(x, piece, i * member_batch, 0), whole, pieces
+        )
+
+    run = run if one else jax.vmap(run)
+
+    def batch(i: jax.Array, carry: tuple) -> tuple:
+        state, *measured = carry
+        new_state, *new = run(*part_of((state, *members[1:]), i))
+        return put(state, new_state, i), *put(measured, new, i)
+
+    count = jax.tree.leaves(members[0])[0].shape[0]
+    measured = jax.eval_shape(run, *part_of(members, jnp.int32(0)))[1:]
+    empty = jax.tree.map(lambda x: jnp.zeros((count, *x.shape[not one :]), x.dtype), measured)
+    return jax.lax.fori_loop(0, jnp.minimum(batches, count // member_batch), batch, (members[0], *empty))
+
+
+def _member_arrays(part: Part, config: Any, seeds: Any) -> Tree:
+    """Shapes and types of what the members of a part carry."""
+    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), (config, seeds))
+    shapes = jax.eval_shape(functools.partial(_fresh, part.program), *one)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((seeds.shape[0], *leaf.shape), leaf.dtype), shapes)
 
 
 def _fresh(program: Program, config: Any, seed: jax.Array) -> Tree:
     """A member before its first step: its state, keys as plain numbers, and the metrics since the last evaluation."""
     state = program.init(jax.random.key(seed), config)
-    _, metrics = jax.eval_shape(lambda: program.update(state, config, jnp.int32(0)))
+    _, metrics = jax.eval_shape(program.update, state, config, jnp.int32(0))
     return _plain_keys(state), jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), metrics)
 
 
 def _run_member(
-    program: Program, stored: Tree, config: Any, seed: jax.Array, start: jax.Array, stop: jax.Array, total: jax.Array
+    program: Program, block_steps: int, stored: Tree, config: Any, seed: jax.Array, bounds: Sequence[jax.Array]
 ) -> tuple[Tree, dict[str, jax.Array], jax.Array]:
-    """Steps start..stop-1 of one member."""
+    """Steps start..stop-1 of a run of `total` steps of one member; `bounds` are these three."""
+    start, stop, total = bounds
     keyed = jax.eval_shape(program.init, jax.random.key(0), config)
 
     def fresh() -> Tree:  # as `_fresh`, without tracing a step to find out what it measures
@@ -348,22 +396,54 @@ def _run_member(
     shapes = jax.eval_shape(evaluate, state, sums, start)
     rows = jax.tree.map(lambda leaf: jnp.zeros((ROWS, *leaf.shape), leaf.dtype), shapes)
 
-    def step(t: jax.Array, carry: tuple) -> tuple:
-        state, sums, rows = carry
-        state, metrics = program.update(state, config, t)
-        sums = jax.tree.map(jnp.add, sums, metrics)
+    def block(carry: tuple) -> tuple:
+        t, state, sums, rows = carry
+        end = t + block_steps if block_steps else _block_end(program, t, stop)
+        state, sums = _steps(program, config, block_steps, t, end, (state, sums))
 
         def record() -> tuple:
-            number = t // frequency - start // frequency if frequency else 0
-            row = evaluate(state, sums, t)
-            return jax.tree.map(jnp.zeros_like, sums), jax.tree.map(lambda r, x: r.at[number].set(x), rows, row)
+            number = (end - 1) // frequency - start // frequency if frequency else 0
+            row = evaluate(state, sums, end - 1)
+            # A run that ends in between may be made longer: its next regular row is of all steps since the last one.
+            kept = jax.tree.map(lambda x: jnp.where(regular, 0, x).astype(x.dtype), sums)
+            return kept, jax.tree.map(lambda r, x: r.at[number].set(x), rows, row)
 
-        due = (t + 1 == total) | ((t + 1) % frequency == 0 if frequency else False)
+        regular = end % frequency == 0 if frequency else jnp.bool_(False)
+        due = (end == total) | regular
         sums, rows = jax.lax.cond(due, record, lambda: (sums, rows))
-        return state, sums, rows
+        return end, state, sums, rows
 
-    state, sums, rows = jax.lax.fori_loop(start, stop, step, (state, sums, rows))
+    _, state, sums, rows = jax.lax.while_loop(lambda carry: carry[0] < stop, block, (start, state, sums, rows))
     return (_plain_keys(state), sums), rows, program.is_finite(state)
+
+
+def _block_end(program: Program, t: jax.Array, stop: jax.Array) -> jax.Array:
+    """The next moment at which something is decided."""
+    frequency, first = program.eval_frequency, warm_up(program)
+    end = jnp.minimum(stop, (t // frequency + 1) * frequency) if frequency else stop
+    return jnp.where(t < first, jnp.minimum(end, first), end) if first else end
+
+
+def _steps(
+    program: Program, config: Any, block_steps: int, t: jax.Array, end: jax.Array, carry: tuple[Tree, Tree]
+) -> tuple[Tree, Tree]:
+    """The steps t..end-1, all before or all after the end of the warm-up; `carry` is the state and what is measured."""
+
+    def loop(function: Callable, carry: tuple) -> tuple:
+        def step(i: jax.Array, carry: tuple) -> tuple:
+            state, sums = carry
+            state, metrics = function(state, config, t + i)
+            return state, sums | {name: jax.tree.map(jnp.add, sums[name], new) for name, new in metrics.items()}
+
+        return jax.lax.fori_loop(0, block_steps or end - t, step, carry)
+
+    learn = functools.partial(loop, program.update)
+    if not warm_up(program):
+        return learn(carry)
+    return jax.lax.cond(t < warm_up(program), functools.partial(loop, program.collect), learn, carry)  # type: ignore[attr-defined]
+
+
+# --- arrays -----------------------------------------------------------------------------------------------------------
 
 
 def _plain_keys(tree: Tree) -> Tree:
@@ -392,9 +472,9 @@ def typed_state(part: Part, plain: Tree) -> Tree:
     return _typed_keys(plain, jax.eval_shape(part.program.init, jax.random.key(0), own))
 
 
-def _padded_indices(num_members: int, num_devices: int) -> np.ndarray:
-    """Member numbers, the first ones repeated until every device has the same number of members."""
-    return np.arange(-(-num_members // num_devices) * num_devices) % num_members
+def _padded_indices(num_members: int, multiple: int) -> np.ndarray:
+    """Member numbers, the first ones repeated until every device has the same number of whole batches."""
+    return np.arange(-(-num_members // multiple) * multiple) % num_members
 
 
 def _as_default_type(array: np.ndarray) -> np.ndarray:

@@ -5,8 +5,8 @@
 It calls the compiled program in chunks; between two calls the host shows progress, logs, saves a checkpoint and looks
 for members that diverged. Chunk boundaries change nothing in the numbers, bit for bit.
 
-Several processes (`processes.py`) run this loop together: process 0's clock sets the chunks and the checkpoints, a Ctrl-C
-in any of them stops all, each saves its own members, and process 0 alone logs and prints.
+Several processes (`processes.py`) run this loop together: process 0's clock sets the chunks and the checkpoints, a
+Ctrl-C in any of them stops all, each saves its own members, and process 0 alone logs and prints.
 """
 
 import contextlib
@@ -25,16 +25,19 @@ from rich.console import Console
 
 from purejax_bilevel.configuration import RUN_LENGTH, to_dict
 from purejax_bilevel.errors import UserError
+from purejax_bilevel.program import Part, warm_up
 from purejax_bilevel.results import dataset as datasets
 from purejax_bilevel.results import statistics
 from purejax_bilevel.runtime import checkpoint as checkpoints
 from purejax_bilevel.runtime import devices, processes
-from purejax_bilevel.runtime.compiled import ROWS, CompiledProgram, Part, num_rows, precision, row_steps
+from purejax_bilevel.runtime.compiled import ROWS, CompiledProgram, num_rows, precision, row_steps
 from purejax_bilevel.runtime.loggers import Loggers
 from purejax_bilevel.runtime.progress import Progress
 
 CHUNK_SECONDS = 3.0  # between two looks of the host, unless --chunks says how many
 CHECKPOINT_SECONDS = 60.0
+BLOCK_STEPS = 32  # most steps in a block of an accelerator
+MEMBERS_AT_ONCE = "members at once"  # what a checkpoint calls the batches of members on a device
 
 
 class Interrupted(Exception):
@@ -48,7 +51,8 @@ class RunOptions:
     Args:
         folder: where to write results and checkpoints, seen by all processes; None: nowhere.
         devices: number of devices over all processes; None: all.
-        member_batch: members trained at once on a device; None: one on a CPU (tiny ones: all), all elsewhere; 0: all.
+        member_batch: members trained at once on a device; None: one on a CPU (tiny ones: all), all elsewhere, and as
+            the run began where it is resumed; 0: all.
         chunks: number of calls of the compiled program; None: one every few seconds.
         resume: go on from the folder's checkpoint if there is one.
         wandb_mode: disabled, offline or online.
@@ -152,11 +156,11 @@ class Run:
         self.total = parts[0].program.num_steps
         self.num_members = sum(len(part.grid) for part in parts)
         mesh = devices.make_mesh(max(len(part.grid) for part in parts), options.devices)
-        member_batch = (
-            _default_member_batch(parts, mesh) if options.member_batch is None else options.member_batch or None
-        )
+        member_batch = self._member_batch(mesh)
+        self._fingerprint = fingerprint(parts) | {MEMBERS_AT_ONCE: _members_at_once(parts, mesh, member_batch)}
         if program is None:
-            program = CompiledProgram(parts, mesh, member_batch)
+            block_steps = None if mesh.devices.flat[0].platform == "cpu" else BLOCK_STEPS
+            program = CompiledProgram(parts, mesh, member_batch, block_steps)
         else:
             program.swap(parts)
         self.program, self.watcher = program, watcher
@@ -168,6 +172,18 @@ class Run:
         self.run_seconds = 0.0
         self._state: Any = None
         self._saved_at = -float("inf")
+
+    def _member_batch(self, mesh: Any) -> int | None:
+        given = self.options.member_batch
+        path = self._resumed_from()
+        if given is None and path is not None:
+            stored = checkpoints.load_fingerprint(path).get(MEMBERS_AT_ONCE)
+            given = 0 if isinstance(stored, str) else stored
+        return _default_member_batch(self.parts, mesh) if given is None else given or None
+
+    def _resumed_from(self) -> Path | None:
+        path = self._path
+        return path if self.options.resume and path is not None and processes.from_first(path.exists) else None
 
     # --- the loop ---
 
@@ -287,15 +303,26 @@ class Run:
         return (ROWS - 1) * frequency if frequency else self.total
 
     def _first_chunk(self) -> int:
+        """One block, or what `--chunks` says: nothing is known of the speed."""
         if self.options.chunks is not None:
             return min(-(-self.total // self.options.chunks), self._most_steps())
-        return min(self.parts[0].program.eval_frequency or 1000, self._most_steps())
+        return self.program.block_steps
 
     def _next_chunk(self, chunk: int, seconds: float) -> int:
+        """As many steps as fit the time between two looks, in whole blocks; from one block on where learning starts."""
         if self.options.chunks is not None:
             return chunk
+        block = self.program.block_steps
+        if self.steps in self._learning_starts:
+            return block
         wanted = chunk * CHUNK_SECONDS / max(processes.from_first(lambda: seconds), 1e-3)
-        return int(np.clip(min(wanted, 4 * chunk), 100, self._most_steps()))
+        wanted = min(wanted, 4 * chunk, self._most_steps())
+        nearest = min((start - self.steps for start in self._learning_starts if start > self.steps), default=self.total)
+        return min(max(int(wanted) // block, 1) * block, nearest)
+
+    @property
+    def _learning_starts(self) -> set[int]:
+        return {warm_up(part.program) for part in self.parts}
 
     # --- checkpoints ---
 
@@ -306,13 +333,15 @@ class Run:
     def _restore(self) -> None:
         if self._path is not None:
             checkpoints.begin(self._path)
-        if not (self.options.resume and self._path is not None and processes.from_first(self._path.exists)):
+        path = self._resumed_from()
+        if path is None:
             self.steps, state = self.stretch.start, self.stretch.state
             self._state = self.program.initial() if state is None else self.program.scatter(state)
             return
-        saved = checkpoints.load(self._path, self.program.structure, fingerprint(self.parts))
+        _check_batches(path, self._fingerprint)
+        saved = checkpoints.load(path, self.program.structure, self._fingerprint)
         if saved.steps > self.total:
-            raise UserError(f"{self._path} has done {saved.steps} steps, more than the {self.total} asked for.")
+            raise UserError(f"{path} has done {saved.steps} steps, more than the {self.total} asked for.")
         self.steps, self.failed, self.earlier_seconds = saved.steps, saved.failed, saved.seconds
         # A shorter run may have ended between two regular evaluations: a longer one does without that last row.
         start = self.stretch.start
@@ -340,7 +369,7 @@ class Run:
         rows = [{name: array[own] for name, array in rows.items()} for rows, own in zip(self.rows, here, strict=True)]
         failed = [failed[own] for failed, own in zip(self.failed, here, strict=True)]
         saved = checkpoints.Checkpoint(self.steps, self.program.gather(self._state), rows, failed, seconds)
-        checkpoints.save(self._path, saved, fingerprint(self.parts))
+        checkpoints.save(self._path, saved, self._fingerprint)
         self._saved_at = time.monotonic()
 
     def _final_state(self) -> list[Any]:
@@ -348,7 +377,7 @@ class Run:
             return self.program.gather(self._state)
         if self._path is None or not processes.is_first():
             return []
-        return checkpoints.load(self._path, self.program.structure, fingerprint(self.parts)).state
+        return checkpoints.load(self._path, self.program.structure, self._fingerprint).state
 
     def _how_to_resume(self) -> str:
         done = f"stopped after {self.steps} of {self.total} steps"
@@ -388,6 +417,24 @@ def _float_type(parts: Sequence[Part]) -> Any:
 
     with precision(parts):
         return jnp.result_type(float)
+
+
+def _members_at_once(parts: Sequence[Part], mesh: Any, member_batch: int | None) -> int | str:
+    """What a member's numbers depend on beside its own settings: the size of the batch that it is computed in."""
+    if member_batch is not None:
+        return member_batch
+    devices = mesh.devices.size
+    return "all of a device: " + ", ".join(str(-(-len(part.grid) // devices)) for part in parts)
+
+
+def _check_batches(path: Path, ours: dict[str, Any]) -> None:
+    """Refuses to go on with other batches than a run began with: its numbers would not be those of one run."""
+    stored, own = checkpoints.load_fingerprint(path).get(MEMBERS_AT_ONCE), ours[MEMBERS_AT_ONCE]
+    if stored is not None and stored != own:
+        raise UserError(
+            f"the run in {path.parent} computes {stored} members at once, got {own}; go on with the same "
+            "--member_batch (or without it) and, where all of a device are computed at once, the same --devices."
+        )
 
 
 def _default_member_batch(parts: Sequence[Part], mesh: Any) -> int | None:

@@ -20,6 +20,18 @@ def train(config: Any, num_seeds: int = 2, seed: int = 0, **options: Any) -> tup
     return part, loop.train([part], loop.RunOptions(quiet=True, **options))
 
 
+def step(program: Any, state: Any, config: Any, t: Any) -> tuple[Any, dict[str, Any]]:
+    """Step `t` of a program, before or after the end of its warm-up; metrics that it leaves out have count 0."""
+    learn = lambda state: program.update(state, config, t)  # noqa: E731
+    nothing = jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), jax.eval_shape(learn, state)[1])
+
+    def collect(state: Any) -> tuple[Any, dict[str, Any]]:
+        state, metrics = program.collect(state, config, t)
+        return state, nothing | metrics
+
+    return jax.lax.cond(t < program.warm_up, collect, learn, state)
+
+
 def same(a: Any, b: Any) -> None:
     """Equal to the last bit."""
     jax.tree.map(np.testing.assert_array_equal, a, b)
@@ -51,7 +63,7 @@ def recorded(config: Any, steps: int, limit: int) -> tuple[Any, Any, Any, dict[s
     @jax.jit
     def run() -> tuple[Any, Any]:
         start = program.init(jax.random.key(0), config)
-        return jax.lax.scan(lambda state, t: program.update(state, config, t), start, jax.numpy.arange(steps))
+        return jax.lax.scan(lambda state, t: step(program, state, config, t), start, jax.numpy.arange(steps))
 
     return config, program, *run()
 

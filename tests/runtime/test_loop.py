@@ -94,6 +94,47 @@ def test_numbers_do_not_depend_on_chunks_devices_or_batches(chunks: int | None, 
         assert np.isnan(rows["last_places"][member, :-1]).all()
 
 
+@pytest.mark.parametrize(("frequency", "total"), [(4, 25), (8, 32), (0, 25), (5, 25)])
+def test_blocks_of_a_fixed_length_give_the_same_numbers(frequency: int, total: int):
+    config = Walk(drift=(0.1, 0.5), eval_frequency=frequency, num_train_steps=total)
+    part = runs.make_part(config, 3, 0)
+    program = compiled.CompiledProgram([part], devices.make_mesh(6, 2), 1, most_block_steps=4)
+    assert program.block_steps == {4: 4, 8: 4, 0: 4, 5: 1}[frequency]
+    rows: dict[str, list[np.ndarray]] = {}
+    state = program.initial()
+    for start, stop in ((0, 3), (3, 13), (13, total)):  # before, in and across blocks
+        state, (new,), _ = program(state, start, stop, total)
+        for name, array in new.items():
+            rows.setdefault(name, []).append(array)
+    expected = run(config).rows[0]
+    for name, arrays in rows.items():
+        np.testing.assert_allclose(np.concatenate(arrays, axis=1), expected[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("member_batch", [1, 2])
+def test_a_member_has_the_same_bits_on_any_number_of_devices(member_batch: int):
+    """One member of a device is computed by the same loop as many."""
+    config = Walk(drift=(0.1, 0.5))
+    one, two, eight = (run(config, devices=count, member_batch=member_batch).rows[0] for count in (1, 2, 8))
+    jax.tree.map(np.testing.assert_array_equal, one, two)
+    jax.tree.map(np.testing.assert_array_equal, one, eight)
+
+
+def test_a_run_goes_on_in_batches_of_the_same_size(tmp_path: Path):
+    run(Walk(num_train_steps=10), folder=tmp_path, member_batch=2)
+    with pytest.raises(UserError, match="computes 2 members at once, got 1; go on with the same --member_batch"):
+        run(Walk(), folder=tmp_path, member_batch=1, resume=True)
+    resumed = run(Walk(), folder=tmp_path, resume=True, devices=1)
+    jax.tree.map(np.testing.assert_array_equal, resumed.rows, run(Walk(), member_batch=2).rows)
+
+
+def test_a_run_with_all_members_at_once_goes_on_with_as_many_on_each_device(tmp_path: Path):
+    run(Walk(num_train_steps=10), folder=tmp_path, member_batch=0, devices=3)
+    with pytest.raises(UserError, match="computes all of a device: 1 members at once, got all of a device: 3"):
+        run(Walk(), folder=tmp_path, devices=1, resume=True)
+    run(Walk(), folder=tmp_path, devices=3, resume=True)
+
+
 def test_evaluation_only_at_the_end():
     rows = run(Walk(eval_frequency=0), chunks=3).rows[0]
     np.testing.assert_allclose(rows["place"][1], expected_walk(0.1, 1, 25)[-1:], rtol=1e-5)
@@ -115,7 +156,7 @@ def test_a_longer_run_goes_on_where_a_shorter_ended(tmp_path: Path):
     longer = run(Walk(num_train_steps=25), folder=tmp_path, resume=True, devices=8)
     whole = run(Walk(num_train_steps=25))
     jax.tree.map(np.testing.assert_array_equal, longer.state[0][0], whole.state[0][0])
-    np.testing.assert_array_equal(longer.rows[0]["place"], whole.rows[0]["place"])
+    jax.tree.map(np.testing.assert_array_equal, longer.rows, whole.rows)
 
 
 def test_resuming_a_finished_run_changes_nothing(tmp_path: Path):
@@ -214,8 +255,9 @@ def test_checkpoint_of_other_arrays_is_refused(tmp_path: Path):
     part = runs.make_part(Walk(), 3, 0)
     structure = compiled.CompiledProgram([part], loop.devices.make_mesh(3), 1).structure
     wrong = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((*leaf.shape, 2), leaf.dtype), structure)
+    path = tmp_path / checkpoint.FILE_NAME
     with pytest.raises(UserError, match="does not fit this version"):
-        checkpoint.load(tmp_path / checkpoint.FILE_NAME, wrong, loop.fingerprint([part]))
+        checkpoint.load(path, wrong, checkpoint.load_fingerprint(path))
 
 
 def test_shorter_run_than_the_checkpoint_is_refused(tmp_path: Path):

@@ -31,7 +31,6 @@ from purejax_bilevel.networks import Heads, Network
 from purejax_bilevel.replay import Batch
 
 C = TypeVar("C")
-L = TypeVar("L", bound="Learner")
 LOG_STD_RANGE = (-5.0, 2.0)
 NUM_LAYERS = 2
 
@@ -92,21 +91,9 @@ Draw = Callable[[jax.Array], Batch]
 Agent = Callable[[Any, Learner, Draw, jax.Array, jax.Array], tuple[Learner, Losses]]
 
 
-def learn_from(
-    init_steps: int, t: jax.Array, learn: Callable[[L], tuple[L, Losses]], learner: L
-) -> tuple[L, dict[str, tuple[jax.Array, jax.Array]]]:
-    """`learn(learner)` from step `init_steps` on; before it the learner as it is, by a real branch.
-
-    Returns:
-        The learner, and for each loss its (sum, count): count 0 while nothing is learned.
-    """
-
-    def wait(learner: L) -> tuple[L, Losses]:
-        return learner, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(learn, learner)[1])
-
-    learning = t >= init_steps
-    learner, losses = jax.lax.cond(learning, learn, wait, learner)
-    return learner, {name: (loss, learning.astype(loss.dtype)) for name, loss in losses.items()}
+def measured(losses: Losses) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """The losses of a step as metrics: `(sum, count)`."""
+    return {name: (loss, jnp.ones_like(loss)) for name, loss in losses.items()}
 
 
 # --- settings ---------------------------------------------------------------------------------------------------------

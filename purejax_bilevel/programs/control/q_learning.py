@@ -32,6 +32,7 @@ from purejax_bilevel.configuration import (
 )
 from purejax_bilevel.environments import non_stationary
 from purejax_bilevel.errors import UserError
+from purejax_bilevel.program import Metrics
 from purejax_bilevel.programs.control import agents, rollouts
 
 # Named streams of random numbers; a constant each, so that adding one moves no other.
@@ -200,10 +201,6 @@ class State(flax.struct.PyTreeNode):
     learner: agents.Learner
 
 
-Metrics = dict[str, tuple[jax.Array, jax.Array]]
-"""Name -> (sum, count) since the last evaluation; a metric without data has count 0."""
-
-
 class ModelBased:
     """The program: three pure functions of a member's configuration, sharing the environment and the agent.
 
@@ -231,7 +228,7 @@ class ModelBased:
         if config.non_stationary != "plain":
             self.environment = non_stationary.RewardInterval(self.environment)
         self.agent = agents.AGENTS[config.agent_type]
-        self.num_steps = config.num_train_steps
+        self.num_steps, self.warm_up = config.num_train_steps, config.init_steps
         self.eval_frequency = config.eval_frequency
 
     def init(self, key: jax.Array, config: Config) -> State:
@@ -248,23 +245,26 @@ class ModelBased:
             learner=agents.init_learner(config, init_key, task.obs_dim, task.num_actions),
         )
 
+    def collect(self, state: State, config: Config, t: jax.Array) -> tuple[State, Metrics]:
+        """One environment step with a uniform action; arguments as for `update`."""
+        return self._interact(state, config, t, self._key(state, t))
+
     def update(self, state: State, config: Config, t: jax.Array) -> tuple[State, Metrics]:
-        """One environment step and, from `init_steps` on, one outer step.
+        """One environment step and one outer step.
 
         Args:
             state: of one member.
             config: of that member.
-            t: number of the step, shared by all members, so that `cond` and buffer writes stay cheap under vmap.
+            t: number of the step, shared by all members, so that buffer writes stay cheap under vmap.
         """
-        key = jax.random.fold_in(jax.random.fold_in(state.key, STEP), t)
+        key = self._key(state, t)
         state, metrics = self._interact(state, config, t, key)
+        draw = lambda key: self._draw(state.storage, config, t, key)  # noqa: E731
+        learner, losses = self.agent(config, state.learner, draw, jax.random.fold_in(key, LEARN), t)
+        return state.replace(learner=learner), metrics | agents.measured(losses)
 
-        def learn(learner: agents.Learner) -> tuple[agents.Learner, agents.Losses]:
-            draw = lambda key: self._draw(state.storage, config, t, key)  # noqa: E731
-            return self.agent(config, learner, draw, jax.random.fold_in(key, LEARN), t)
-
-        learner, losses = agents.learn_from(config.init_steps, t, learn, state.learner)
-        return state.replace(learner=learner), metrics | losses
+    def _key(self, state: State, t: jax.Array) -> jax.Array:
+        return jax.random.fold_in(jax.random.fold_in(state.key, STEP), t)
 
     def _interact(self, state: State, config: Config, t: jax.Array, key: jax.Array) -> tuple[State, Metrics]:
         policy_key, explore_key, uniform_key = jax.random.split(jax.random.fold_in(key, ACT), 3)

@@ -32,6 +32,7 @@ from purejax_bilevel.configuration import (
     validate,
 )
 from purejax_bilevel.errors import UserError
+from purejax_bilevel.program import Metrics
 from purejax_bilevel.programs.control import agents, policies, rollouts, soft_actor_critic_agents
 
 # Named streams of random numbers; a constant each, so that adding one moves no other.
@@ -219,10 +220,6 @@ class State(flax.struct.PyTreeNode):
     learner: soft_actor_critic_agents.Learner
 
 
-Metrics = dict[str, tuple[jax.Array, jax.Array]]
-"""Name -> (sum, count) since the last evaluation; a metric without data has count 0."""
-
-
 class ActorCritic:
     """The program: three pure functions of a member's configuration, sharing the environment and the agent.
 
@@ -251,7 +248,7 @@ class ActorCritic:
     def __init__(self, config: Config):
         self.task = _make_task(config)
         self.agent = soft_actor_critic_agents.AGENTS[config.agent_type]
-        self.num_steps = config.num_train_steps
+        self.num_steps, self.warm_up = config.num_train_steps, config.init_steps
         self.eval_frequency = config.eval_frequency
 
     def init(self, key: jax.Array, config: Config) -> State:
@@ -270,22 +267,25 @@ class ActorCritic:
             learner=soft_actor_critic_agents.init_learner(config, init_key, task.obs_dim, task.action_dim),
         )
 
+    def collect(self, state: State, config: Config, t: jax.Array) -> tuple[State, Metrics]:
+        """One step of every copy of the environment with uniform actions; arguments as for `update`."""
+        return self._interact(state, config, t, self._key(state, t))
+
     def update(self, state: State, config: Config, t: jax.Array) -> tuple[State, Metrics]:
-        """One step of every copy of the environment and, from `init_steps` on, `updates_per_step` updates.
+        """One step of every copy of the environment and `updates_per_step` updates.
 
         Args:
             state: of one member.
             config: of that member.
-            t: number of the step, shared by all members, so that `cond` and buffer writes stay cheap under vmap.
+            t: number of the step, shared by all members, so that buffer writes stay cheap under vmap.
         """
-        key = jax.random.fold_in(jax.random.fold_in(state.key, STEP), t)
+        key = self._key(state, t)
         state, metrics = self._interact(state, config, t, key)
+        learner, losses = self._learn(state.learner, state.storage, config, t, jax.random.fold_in(key, LEARN))
+        return state.replace(learner=learner), metrics | agents.measured(losses)
 
-        def learn(learner: soft_actor_critic_agents.Learner) -> tuple[soft_actor_critic_agents.Learner, agents.Losses]:
-            return self._learn(learner, state.storage, config, t, jax.random.fold_in(key, LEARN))
-
-        learner, losses = agents.learn_from(config.init_steps, t, learn, state.learner)
-        return state.replace(learner=learner), metrics | losses
+    def _key(self, state: State, t: jax.Array) -> jax.Array:
+        return jax.random.fold_in(jax.random.fold_in(state.key, STEP), t)
 
     def _interact(self, state: State, config: Config, t: jax.Array, key: jax.Array) -> tuple[State, Metrics]:
         noise_key, uniform_key = jax.random.split(jax.random.fold_in(key, ACT))

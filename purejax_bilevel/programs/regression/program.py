@@ -35,6 +35,7 @@ from purejax_bilevel.configuration import (
     validate,
 )
 from purejax_bilevel.errors import UserError
+from purejax_bilevel.program import Metrics
 from purejax_bilevel.programs.regression import agents, data
 
 # Named streams of random numbers; a constant each, so that adding one moves no other.
@@ -169,10 +170,6 @@ class State(flax.struct.PyTreeNode):
     learner: agents.Learner
     # bookkeeping
     regret: Regret
-
-
-Metrics = dict[str, tuple[jax.Array, jax.Array]]
-"""Name -> (sum, count) since the last evaluation."""
 
 
 class Regression:

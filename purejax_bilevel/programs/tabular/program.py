@@ -37,6 +37,7 @@ from purejax_bilevel.configuration import (
 from purejax_bilevel.environments import finite
 from purejax_bilevel.environments.finite import MDP
 from purejax_bilevel.errors import UserError
+from purejax_bilevel.program import Metrics
 
 # Named streams of random numbers; a constant each, so that adding one moves no other. (0 was the initial Q of the
 # reference, whose initial models these are; here Q is solved for from zero.)
@@ -207,10 +208,6 @@ class State(flax.struct.PyTreeNode):
     optimizer: optax.OptState
     # inner problem
     values: jax.Array  # [states], the last solution, from which the next one starts
-
-
-Metrics = dict[str, tuple[jax.Array, jax.Array]]
-"""Name -> (sum, count) since the last evaluation."""
 
 
 class Tabular:

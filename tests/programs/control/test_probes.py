@@ -15,6 +15,7 @@ from purejax_bilevel import networks
 from purejax_bilevel.configuration import replace
 from purejax_bilevel.environments import probes
 from purejax_bilevel.programs.control import agents, policies, q_learning, soft_actor_critic, soft_actor_critic_agents
+from tests.programs.programs import step
 
 SEEDS = 3
 DISCOUNT = 0.5
@@ -30,7 +31,7 @@ def train(config: Any) -> Any:
 
     def member(key: jax.Array) -> Any:
         start = program.init(key, config)
-        update = lambda t, state: program.update(state, config, t)[0]  # noqa: E731
+        update = lambda t, state: step(program, state, config, t)[0]  # noqa: E731
         return jax.lax.fori_loop(0, config.num_train_steps, update, start).learner
 
     keys = [jax.random.key(seed) for seed in range(SEEDS)]

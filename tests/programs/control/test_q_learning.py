@@ -26,6 +26,7 @@ from tests.programs.programs import (
     own_run,
     recorded,
     same,
+    step,
     train,
 )
 
@@ -235,7 +236,7 @@ def test_random_actions_are_uniform_then_the_policys(interrupted: tuple):
 
     @jax.jit
     def actions(keys: jax.Array, t: jax.Array) -> jax.Array:
-        moved = jax.vmap(lambda key: program.update(state.replace(key=key), config, t)[0].storage)(keys)
+        moved = jax.vmap(lambda key: step(program, state.replace(key=key), config, t)[0].storage)(keys)
         return moved[:, t % 20, 9]
 
     keys = jax.random.split(jax.random.key(1), 400)

@@ -32,6 +32,7 @@ from tests.programs.programs import (
     moved,
     own_run,
     recorded,
+    step,
     train,
 )
 
@@ -214,7 +215,7 @@ def test_random_actions_are_uniform_then_the_policys(interrupted: tuple):
     certain = jax.tree.map(jnp.zeros_like, state.learner.policy)
     last = certain[-1]._replace(bias=jnp.array([9.0, -10.0]))  # always 1
     state = state.replace(learner=state.learner.replace(policy=(*certain[:-1], last)))
-    act = jax.jit(lambda t: program.update(state, config, t)[0].storage)
+    act = jax.jit(lambda t: step(program, state, config, t)[0].storage)
     written = np.asarray(act(jnp.int32(3)))[6:8, 6]
     assert np.abs(written).max() < 1
     np.testing.assert_allclose(np.asarray(act(jnp.int32(13)))[26:28, 6], 1.0, rtol=1e-6)
