@@ -74,8 +74,13 @@ class CompiledProgram:
         self.block_steps = 1 if most_block_steps is None else block_length(parts, most_block_steps)
         self._sharding = NamedSharding(mesh, P(AXIS))
         self.num_traces = 0
-        multiple = mesh.devices.size * (member_batch or 1)
-        self._padded = [_padded_indices(len(part.grid), multiple) for part in self.parts]
+        batch = member_batch or 1
+        self._each = [batch * -(-len(part.grid) // (mesh.devices.size * batch)) for part in self.parts]
+        # Room for two batches even where there is one: the compiler treats arrays of one entry in another way.
+        self._padded = [
+            _padded_indices(len(part.grid), mesh.devices.size, each, max(each, 2 * (member_batch or 0)))
+            for part, each in zip(self.parts, self._each, strict=True)
+        ]
         self._compiled: dict[int, Any] = {}  # by the number of steps in a block; 0: as many as there are
         self.compile_seconds = 0.0
         self._prepare()
@@ -112,7 +117,7 @@ class CompiledProgram:
             block_steps: in a block, known to the compiler; 0: as many as there are.
         """
         with jax.default_matmul_precision("highest"):
-            bounds = (jax.ShapeDtypeStruct((), jnp.int32),) * 4
+            bounds = (*(jax.ShapeDtypeStruct((), jnp.int32),) * 3, jax.ShapeDtypeStruct((len(self.parts),), jnp.int32))
             arguments = (self._structure, self._configs, self._seeds, *bounds)
             return jax.jit(functools.partial(self._chunk, block_steps), donate_argnums=0).lower(*arguments)
 
@@ -153,9 +158,9 @@ class CompiledProgram:
         return [(a, b, n) for a, b, n in ((start, first, 0), (first, last, size), (last, stop, 0)) if a < b]
 
     def _run(self, state: Tree, start: int, stop: int, total: int, block_steps: int) -> tuple:
-        batches = max(len(index) for index in self._padded) // self.mesh.devices.size // (self.member_batch or 1)
-        bounds = (np.int32(bound) for bound in (start, stop, total, batches))
-        state, rows, finite = self._compile(block_steps)(state, self._configs, self._seeds, *bounds)
+        bounds = (np.int32(bound) for bound in (start, stop, total))
+        batches = np.array([each // (self.member_batch or each) for each in self._each], np.int32)
+        state, rows, finite = self._compile(block_steps)(state, self._configs, self._seeds, *bounds, batches)
         jax.block_until_ready(finite)
         host_rows, host_finite = [], []
         for number, part in enumerate(self.parts):
@@ -256,17 +261,18 @@ class CompiledProgram:
     def local(self, part: int, array: jax.Array) -> np.ndarray:
         """The members of this process, `[members, ...]`, padding dropped."""
         shards = sorted(array.addressable_shards, key=lambda shard: shard.index[0].start or 0)
+        number, each = len(self.parts[part].grid), self._each[part]
         pieces = []
         for shard in shards:
-            start = shard.index[0].start or 0
-            pieces.append(np.asarray(shard.data)[: max(0, len(self.parts[part].grid) - start)])
+            device = (shard.index[0].start or 0) // shard.data.shape[0]
+            pieces.append(np.asarray(shard.data)[: min(each, max(0, number - device * each))])
         return np.concatenate(pieces)
 
     def members_here(self, part: int) -> slice:
         """The members of a part that live in this process."""
         number, devices = len(self.parts[part].grid), self.mesh.devices.flat
         here = [place for place, device in enumerate(devices) if device.process_index == processes.index()]
-        each = len(self._padded[part]) // len(devices)
+        each = self._each[part]
         return slice(min(here[0] * each, number), min((here[-1] + 1) * each, number))
 
     def _place(self, tree: Tree, index: np.ndarray) -> Tree:
@@ -286,9 +292,9 @@ class CompiledProgram:
         def on_device(state: Tree, configs: Tree, seeds: Tree, *bounds: jax.Array) -> Tree:
             *steps, batches = bounds
             results = []
-            for part, *members in zip(self.parts, state, configs, seeds, strict=True):
+            for part, count, *members in zip(self.parts, batches, state, configs, seeds, strict=True):
                 run = functools.partial(_run_member, part.program, block_steps, bounds=steps)
-                results.append(_map_members(run, members, self.member_batch, batches))
+                results.append(_map_members(run, members, self.member_batch, count))
             return tuple(zip(*results, strict=True))
 
         members = P(AXIS)
@@ -357,7 +363,7 @@ def _map_members(run: Callable, members: Sequence[Tree], member_batch: int | Non
     count = jax.tree.leaves(members[0])[0].shape[0]
     measured = jax.eval_shape(run, *part_of(members, jnp.int32(0)))[1:]
     empty = jax.tree.map(lambda x: jnp.zeros((count, *x.shape[not one :]), x.dtype), measured)
-    return jax.lax.fori_loop(0, jnp.minimum(batches, count // member_batch), batch, (members[0], *empty))
+    return jax.lax.fori_loop(0, batches, batch, (members[0], *empty))
 
 
 def _member_arrays(part: Part, config: Any, seeds: Any) -> Tree:
@@ -472,9 +478,11 @@ def typed_state(part: Part, plain: Tree) -> Tree:
     return _typed_keys(plain, jax.eval_shape(part.program.init, jax.random.key(0), own))
 
 
-def _padded_indices(num_members: int, multiple: int) -> np.ndarray:
-    """Member numbers, the first ones repeated until every device has the same number of whole batches."""
-    return np.arange(-(-num_members // multiple) * multiple) % num_members
+def _padded_indices(num_members: int, num_devices: int, each: int, room: int) -> np.ndarray:
+    """Which member lies where: on each device `each` that are computed (the first ones again where there are no more)
+    in arrays with room for `room`."""
+    own = np.arange(num_devices)[:, None] * each + np.minimum(np.arange(room), each - 1)
+    return own.ravel() % num_members
 
 
 def _as_default_type(array: np.ndarray) -> np.ndarray:
