@@ -304,9 +304,11 @@ class Tabular:
         """Measures the model by its exact (noiseless) optimal Q, in the true MDP.
 
         `omd_bound` is max |B Q - Q| / (1 - discount) with the true Bellman operator B; `mle_bound` is
-        e_r / (1 - discount) + discount * e_p * r_max / (2 (1 - discount)^2) with the largest error e_r of the reward,
-        the largest L1 error e_p of a transition row and the largest true reward r_max. Both bound
-        `q_error` = max |Q* - Q| (Nikishin et al. 2022, section 4; Agarwal et al. 2021, simulation lemma).
+        e_r / (1 - discount) + discount * e_p * (r_max - r_min) / (2 (1 - discount)^2) with the largest error e_r of the
+        reward, the largest L1 error e_p of a transition row and the range of the true rewards: optimal values differ by
+        at most (r_max - r_min) / (1 - discount), at any temperature. Both bound `q_error` = max |Q* - Q| (Nikishin et
+        al. 2022, section 4, where rewards are not negative and r_max stands for the range; Agarwal et al. 2021,
+        simulation lemma).
         """
         true, temperature = state.true, config.temperature
         world = imagined(state.model, true, temperature)
@@ -316,7 +318,7 @@ class Tabular:
         horizon = 1 / (1 - true.discount)
         reward_error = jnp.abs(world.reward - true.reward).max()
         transition_error = jnp.abs(world.transition - true.transition).sum(-1).max()
-        spread = true.discount * transition_error * jnp.abs(true.reward).max() / 2
+        spread = true.discount * transition_error * jnp.ptp(true.reward) / 2
         return {
             "evaluation_return": achieved,
             "optimality_gap": state.optimal_return - achieved,
