@@ -190,6 +190,7 @@ class Regression:
         "inner_loss": "inner loss",
         "hypergradient_norm": "norm of the hypergradient",
         "local_regret": "cumulative local regret",
+        "local_regret_increment": "local regret per time step",
         "static_regret": "cumulative static regret",
         "best_constant": "best constant lambda so far",
         "lambda": "weight lambda of each lag",
@@ -201,7 +202,14 @@ class Regression:
     attributes: ClassVar = {
         **{
             name: {"better": "lower"}
-            for name in ("evaluation_mse", "outer_loss", "inner_loss", "local_regret", "static_regret")
+            for name in (
+                "evaluation_mse",
+                "outer_loss",
+                "inner_loss",
+                "local_regret",
+                "local_regret_increment",
+                "static_regret",
+            )
         },
         "lambda": {"dimension": "lag"},
         "prediction": {"dimension": "point"},
@@ -242,13 +250,13 @@ class Regression:
         summary = data.summarise(window, weights)
         step, learner = self.agent(config, state.learner, batch, summary)
         hypergradient = data.pull_back(window, step.gradient)
-        cumulative, local = _local_regret(config).update(hypergradient, state.regret.local, step=t)
-        del cumulative
+        _, local = _local_regret(config).update(hypergradient, state.regret.local, step=t)
         sums = self._compare(state, config, t, batch, window, step.outer_loss)
         metrics = {
             "outer_loss": step.outer_loss,
             "inner_loss": step.inner_loss + data.mean_square(window, weights),
             "hypergradient_norm": jnp.linalg.norm(hypergradient),
+            "local_regret_increment": local.increment,
         }
         state = state.replace(learner=agents.outer_step(config, learner, hypergradient, t), regret=Regret(local, *sums))
         return state, {name: (value, jnp.ones_like(value)) for name, value in metrics.items()}
