@@ -87,9 +87,9 @@ def model_based_outputs(golden: Entries) -> dict[str, Any]:
 def bilevel_outputs(config: Config, learner: agents.Learner, batch: Batch, predicted: Batch) -> dict[str, Any]:
     learner, losses = agents.solve_inner(config, learner, predicted, jax.random.key(0))
     hypergradient = agents.hypergradient_omd if config.agent_type == "omd" else agents.hypergradient_funcbo
-    outer_loss, gradient, learner = hypergradient(config, learner, batch)
+    outer_losses, gradient, learner = hypergradient(config, learner, batch)
     return {
-        "outer_loss": outer_loss,
+        "outer_loss": outer_losses["model_loss"],
         "inner_loss": losses["q_loss"],
         **model_entries("outer_grad", gradient),
         **heads_entries("q_after", learner.q, "q"),

@@ -59,6 +59,11 @@ class Learner(agents.Learner):
         outputs = networks.apply_network(model, jnp.concatenate([batch.obs, batch.action]))
         return batch._replace(next_obs=outputs[:-1], reward=outputs[-1])
 
+    def model_error(self, config: Any, model: Network, batch: Batch, predicted: Batch) -> jax.Array:
+        """Mean squared distance of the predicted next observation from the real one."""
+        del config, model
+        return agents.model_error(predicted, batch)
+
     def init_q(self, config: Any, key: jax.Array, obs_dim: int, action_dim: int) -> Heads:
         """A fresh twin critic; the key is consumed."""
         return init_q(config, key, obs_dim, action_dim)
