@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.flatten_util import ravel_pytree
 
 import train_rl
 from purejax_bilevel import members
@@ -292,6 +293,35 @@ def test_noise_disturbs_every_inner_solution_anew():
     assert np.isfinite(loss).all()
 
 
+def test_noise_as_in_the_notebook_leaves_the_jacobians_exact(float64: None):
+    """The outer gradient is taken at the noisy Q, then pulled back through the exact solution."""
+    true = true_mdp("garnet")
+    config = replace(Config(mdp="garnet", discount=0.9).resolved(), temperature=0.5)
+    model = random_model(true, 0.5)
+    exact = solution(model, true, 0.5)
+    noisy = exact + 0.3 * jax.random.normal(jax.random.key(5), exact.shape)
+    flat, unravel = ravel_pytree(model)
+    own = lambda *at: jax.jit(lambda: ravel_pytree(tabular.hypergradient(config, true, model, *at)[1])[0])()  # noqa: E731
+    cotangent = jax.grad(lambda q: tabular.outer_loss(config, true, q))(noisy)
+    along = lambda x: jnp.vdot(cotangent, solution(unravel(x), true, 0.5))  # noqa: E731
+    direction = jax.random.normal(jax.random.key(6), flat.shape)
+    slope = (along(flat + 1e-5 * direction) - along(flat - 1e-5 * direction)) / 2e-5
+    np.testing.assert_allclose(own(noisy, exact) @ direction, slope, rtol=1e-5)
+    assert abs(own(noisy) @ direction / slope - 1) > 1e-3  # Jacobians where the noisy Q is
+
+
+def test_noise_as_in_the_notebook_is_measured_too():
+    base = Config(num_train_steps=4, eval_frequency=2, lr=1e-12, inner_noise=(0.0, 0.3))
+    rows = [train(replace(base, notebook_noise=flag), num_seeds=1)[1].rows[0] for flag in (False, True)]
+    clean, noisy = ({name: array[1] for name, array in row.items()} for row in rows)  # the member with noise
+    for name in ("evaluation_return", "bellman_error"):
+        assert np.ptp(clean[name]) < 1e-6  # the model stands still
+        assert abs(noisy[name][0] - noisy[name][1]) > 1e-6
+        np.testing.assert_array_equal(rows[0][name][0], rows[1][name][0])  # the member without
+    for name in ("q_error", "omd_bound", "mle_bound"):
+        np.testing.assert_allclose(noisy[name], clean[name], rtol=1e-6)
+
+
 def test_garnets_are_members_of_one_program():
     config = Config(
         mdp="garnet", garnet_seed=(0, 1, 2), num_states=7, branching=3, num_train_steps=30, eval_frequency=15
@@ -392,6 +422,7 @@ def test_files_that_are_no_archive(tmp_path: Path):
         ({"temperature": 0.0}, "--temperature must be"),
         ({"agent_type": "funcbo"}, "--agent_type must be one of omd, mle"),
         ({"garnet_seed": (1, 2)}, "--garnet_seed needs --mdp garnet"),
+        ({"agent_type": "mle", "notebook_noise": True}, "--notebook_noise is for --agent_type omd, not mle"),
         ({"mdp": "garnet", "branching": 20}, "--branching 20 is larger than --num_states 10"),
         ({"mdp": "garnet", "mdp_file": "a.npz"}, "--mdp_file a.npz does not go with --mdp garnet"),
         ({"mdp": "file"}, "--mdp file needs --mdp_file"),
