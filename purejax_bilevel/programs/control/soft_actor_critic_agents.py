@@ -36,7 +36,8 @@ from purejax_bilevel.programs.control import agents, policies
 from purejax_bilevel.programs.control.agents import NUM_LAYERS, Agent, Draw, Losses
 from purejax_bilevel.replay import Batch
 
-# Of the last layers, as in OMD's code.
+# Of the last layers. That of critic and model is as in OMD's code; the policy's is 1 here, over means and log standard
+# deviations together, and sqrt(2) there, where each of the two has a layer of its own.
 OUTPUT_GAIN = 2.0**0.5
 POLICY_OUTPUT_GAIN = 1.0
 

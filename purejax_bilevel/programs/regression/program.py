@@ -67,7 +67,9 @@ class Config:
     )
     beta: float = traced(10.0, "amplitude (sinusoidal, abrupt)", FINITE, "shift")
     omega: float = traced(0.2, "radians per time step (sinusoidal)", FINITE, "shift")
-    alpha: float = traced(0.002, "distance per time step (linear)", FINITE, "shift")
+    alpha: float = traced(
+        0.002, "distance per time step (linear; the original's 0 does not move the targets)", FINITE, "shift"
+    )
     abrupt_steps: int = traced(500, "time steps between jumps from beta to -beta or back", at_least(1), "shift")
     # inner problem
     hidden_dim: int = traced(
@@ -284,6 +286,9 @@ class Regression:
     ) -> tuple[jax.Array, jax.Array]:
         """Sums of the outer loss, the agent's own and with constant weights: same data, same start, same number of
         inner steps.
+
+        The start is the network before the agent's step, so that only the weights differ. The original starts from the
+        network after it, and always takes `num_inner_steps` steps, for unroll1 too.
         """
         before = state.regret
         if config.regret_frequency == 0:
