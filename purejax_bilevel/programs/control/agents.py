@@ -48,7 +48,7 @@ class Learner(flax.struct.PyTreeNode):
     """Everything that is learned, with the optimisers' states.
 
     Its methods say what model and Q-function are; the agents below need nothing else of them, so that a subclass may
-    have others (`actor_critic_agents.Learner`: continuous actions).
+    have others (`soft_actor_critic_agents.Learner`: continuous actions).
     """
 
     # inner problem

@@ -17,6 +17,10 @@ a' drawn from psi at s'. Its derivative in s' is that of the target critic alone
 given, as in OMD's code. (With the derivative through psi a model earns entropy by predicting observations at which the
 policy saturates, and nothing is learned on Pendulum.)
 
+What differs from OMD's code in one update: there, policy and temperature step before the outer loss is taken, and as
+often as the critic; the noise of inner and outer loss is drawn separately (here shared); one batch serves all (here the
+policy draws its own, so that mle draws three in all); Adam's state of the critic is carried (here with `warm_opt`).
+
 Each agent is a function `agent(config, learner, draw, key, t) -> (Learner, losses)` doing one update; `draw(key)` gives
 a batch of real transitions with the policy's noise. Arrays are features first.
 Sources: SAC, Haarnoja et al. 2018 (arXiv 1812.05905); OMD, Nikishin et al. 2021 (arXiv 2106.03273, section 6); the
