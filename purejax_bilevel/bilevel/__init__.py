@@ -19,7 +19,9 @@ from purejax_bilevel.bilevel.implicit import (
     identity,
     implicit_root,
     minimum_hypergradient,
+    minimum_hypergradient_and_residual,
     neumann,
+    relative_residual,
     root_hypergradient,
 )
 from purejax_bilevel.bilevel.regret import LocalRegret, LocalRegretState, local_regret, static_regret
@@ -49,7 +51,9 @@ __all__ = [
     "implicit_root",
     "local_regret",
     "minimum_hypergradient",
+    "minimum_hypergradient_and_residual",
     "neumann",
+    "relative_residual",
     "root_hypergradient",
     "separable_hessian",
     "static_regret",

@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import lax
 from jax.flatten_util import ravel_pytree
 
@@ -145,14 +146,16 @@ def _eliminate(matrix: jax.Array, b: jax.Array) -> jax.Array:
 def gmres(damping: Scalar = 0.0, tolerance: Scalar = 1e-5, max_steps: int = 100, restart: int = 20) -> LinearSolver:
     """GMRES (lineax) on (H + damping * I) x = b: H need be neither symmetric nor definite.
 
-    A solve that does not converge returns its last iterate. Each cycle factorises a small matrix with LAPACK: under
-    vmap on a CPU with two threads several such solves in one program may deadlock (see `dense`).
+    A solve that does not converge returns its last iterate, and on an indefinite H it does not for any number of cycles
+    if `restart` is much smaller than the number of unknowns: `relative_residual` tells. Each cycle factorises a small
+    matrix with LAPACK: under vmap on a CPU with two threads several such solves in one program may deadlock (see
+    `dense`).
 
     Args:
         damping: added to the diagonal; may be traced.
         tolerance: relative and absolute, on each entry of residual and step.
-        max_steps: largest number of cycles of `restart` products with H.
-        restart: size of the Krylov space.
+        max_steps: largest number of cycles of `restart` products with H; the first of them only evaluates the residual.
+        restart: size of the Krylov space, stored as that many vectors like b.
 
     Raises:
         ValueError: if a known argument is negative, max_steps < 1 or restart < 1.
@@ -171,6 +174,23 @@ def gmres(damping: Scalar = 0.0, tolerance: Scalar = 1e-5, max_steps: int = 100,
         return lineax.linear_solve(matrix, b, solver, throw=False).value
 
     return solve
+
+
+def relative_residual(matvec: Callable[[PyTree], PyTree], x: PyTree, b: PyTree, damping: Scalar = 0.0) -> jax.Array:
+    """|(H + damping * I) x - b| / |b|: how far a solver got, at the price of one product with H.
+
+    Args:
+        matvec: products with H.
+        x: what the solver returned, a pytree like `b`.
+        b: right-hand side.
+        damping: what the solver added to the diagonal; may be traced.
+
+    Returns:
+        A scalar; 0 is exact, 1 is no better than x = 0. For b = 0 the norm of the product itself.
+    """
+    difference = jax.tree.map(jnp.subtract, _damped(matvec, damping)(x), b)
+    size = optax.tree.norm(b)
+    return optax.tree.norm(difference) / jnp.where(size > 0, size, 1.0)
 
 
 # ---------------------------------------------------------------------------------------------------- hypergradients
@@ -225,15 +245,40 @@ def minimum_hypergradient(
     Returns:
         A pytree like `outer`: the indirect part of the outer gradient.
     """
+    return minimum_hypergradient_and_residual(inner_loss, outer, inner, cotangent, solve)[0]
+
+
+def minimum_hypergradient_and_residual(
+    inner_loss: Callable[[PyTree, PyTree], jax.Array],
+    outer: PyTree,
+    inner: PyTree,
+    cotangent: PyTree,
+    solve: LinearSolver | None = None,
+    damping: Scalar = 0.0,
+) -> tuple[PyTree, jax.Array]:
+    """`minimum_hypergradient`, and how well its adjoint equation was solved.
+
+    Args:
+        inner_loss: as there, like the next four.
+        outer: see there.
+        inner: see there.
+        cotangent: see there.
+        solve: see there.
+        damping: what `solve` adds to the Hessian's diagonal.
+
+    Returns:
+        (hypergradient, `relative_residual` of the adjoint).
+    """
     solve = identity() if solve is None else solve
     with full_precision():
         _, hessian_product = jax.linearize(lambda x: jax.grad(inner_loss, argnums=1)(outer, x), inner)
         adjoint = solve(hessian_product, cotangent)
+        residual = relative_residual(hessian_product, adjoint, cotangent, damping)
 
         def descent_along_adjoint(outer):
             return -jax.jvp(lambda x: inner_loss(outer, x), (inner,), (adjoint,))[1]
 
-        return jax.grad(descent_along_adjoint)(outer)
+        return jax.grad(descent_along_adjoint)(outer), residual
 
 
 def implicit_root(

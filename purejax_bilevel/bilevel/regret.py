@@ -19,7 +19,9 @@ class LocalRegretState(NamedTuple):
     """State of `local_regret`."""
 
     average: WindowAverageState
-    cumulative: jax.Array  # [] sum of the squared norms so far
+    increment: jax.Array  # [] the newest squared norm
+    cumulative: jax.Array  # [] sum of the squared norms so far, as exact as its type can say it
+    remainder: jax.Array  # [] what rounding has left out of that sum
 
 
 class LocalRegret(NamedTuple):
@@ -31,6 +33,9 @@ class LocalRegret(NamedTuple):
 
 def local_regret(window: Scalar, max_window: int | None = None) -> LocalRegret:
     """Bilevel local regret: sum over time of |mean of the last `window` hypergradients|^2.
+
+    The sum is compensated: increments far below the last digit of what has been summed are not lost but kept until they
+    move it (after 1e12 a million of 1e4 each add 1e10 in 32 bits too). How large the newest one is, the state says.
 
     Args:
         window: number of hypergradients averaged; may be traced (then max_window is needed).
@@ -46,14 +51,23 @@ def local_regret(window: Scalar, max_window: int | None = None) -> LocalRegret:
     average = window_average(window, beta=0.0, max_window=max_window)
 
     def init(outer: PyTree) -> LocalRegretState:
-        return LocalRegretState(average.init(outer), jnp.zeros(()))
+        return LocalRegretState(average.init(outer), jnp.zeros(()), jnp.zeros(()), jnp.zeros(()))
 
     def update(hypergradient: PyTree, state: LocalRegretState, step=None) -> tuple[jax.Array, LocalRegretState]:
         mean, average_state = average.update(hypergradient, state.average, step=step)
-        cumulative = state.cumulative + optax.tree.norm(mean, squared=True).astype(state.cumulative.dtype)
-        return cumulative, LocalRegretState(average_state, cumulative)
+        increment = optax.tree.norm(mean, squared=True).astype(state.cumulative.dtype)
+        cumulative, remainder = _two_sum(state.cumulative, increment + state.remainder)
+        return cumulative, LocalRegretState(average_state, increment, cumulative, remainder)
 
     return LocalRegret(init, update)
+
+
+def _two_sum(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """a + b rounded, and the rounding error exactly (Knuth 1969); no error is known of a sum that is not finite."""
+    total = a + b
+    seen = total - a
+    error = (a - (total - seen)) + (b - seen)
+    return total, jnp.where(jnp.isfinite(total), error, 0.0)
 
 
 def static_regret(losses: jax.Array, comparator_losses: jax.Array) -> jax.Array:

@@ -330,6 +330,61 @@ def test_dense_loses_no_more_digits_than_lapack():
     assert error(bilevel.dense()(product(matrix), jnp.asarray(b))) < 100 * error(np.linalg.solve(matrix, b)) + 1e-12
 
 
+def indefinite(size, seed):
+    """Symmetric, a third of the eigenvalues negative, all between 0.02 and 3 in size."""
+    rng = np.random.default_rng(seed)
+    basis = np.linalg.qr(rng.normal(size=(size, size)))[0]
+    positive = size * 2 // 3
+    eigenvalues = np.concatenate([np.geomspace(0.02, 3.0, positive), -np.geomspace(0.02, 0.5, size - positive)])
+    return basis @ np.diag(eigenvalues) @ basis.T, rng.normal(size=size)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("seed", range(3))
+def test_gmres_with_a_whole_krylov_space_solves_indefinite_systems(dtype, seed):
+    """A space of 20 vectors stagnates there, however often it starts again; the residual says so."""
+    matrix, b = indefinite(60, seed)
+    expected = np.linalg.solve(matrix + 0.01 * np.eye(60), b)
+    with jax.enable_x64(dtype == np.float64):
+        small, right = product(matrix.astype(dtype)), jnp.asarray(b, dtype)
+
+        def solved(restart):
+            x = bilevel.gmres(0.01, max_steps=20, restart=restart)(small, right)
+            return x, bilevel.relative_residual(small, x, right, 0.01)
+
+        (short, short_residual), (whole, whole_residual) = jax.jit(lambda: (solved(20), solved(60)))()
+        exact = jax.jit(lambda: bilevel.dense(0.01)(small, right))()
+    error = lambda x: np.linalg.norm(x - expected) / np.linalg.norm(expected)  # noqa: E731
+    assert error(whole) < 1e-3
+    assert error(exact) < 1e-3
+    assert whole_residual < 1e-3
+    assert error(short) > 0.1
+    assert short_residual > 0.02
+
+
+def test_relative_residual_is_that_of_the_damped_system():
+    x, b = {"a": jnp.asarray([1.0, 2.0]), "b": jnp.asarray(-1.0)}, {"a": jnp.asarray([3.0, 0.0]), "b": jnp.asarray(4.0)}
+    twice = lambda x: jax.tree.map(lambda leaf: 2.0 * leaf, x)  # noqa: E731
+    expected = np.linalg.norm(2.5 * np.array([1.0, 2.0, -1.0]) - [3.0, 0.0, 4.0]) / 5.0
+    np.testing.assert_allclose(bilevel.relative_residual(twice, x, b, 0.5), expected, rtol=1e-12)
+    assert bilevel.relative_residual(twice, jax.tree.map(jnp.zeros_like, x), b) == 1.0
+    assert bilevel.relative_residual(twice, jax.tree.map(jnp.zeros_like, b), jax.tree.map(jnp.zeros_like, b)) == 0.0
+
+
+def test_the_residual_comes_with_the_hypergradient(quadratic_problem, assert_close):
+    problem = quadratic_problem
+    inner = problem.solution(problem.outer)
+    cotangent = jax.grad(problem.outer_loss, argnums=1)(problem.outer, inner)
+    hessian = np.asarray(jax.hessian(problem.inner_loss, argnums=1)(problem.outer, inner))
+    arguments = (problem.inner_loss, problem.outer, inner, cotangent)
+    for solve, damping in ((bilevel.dense(0.3), 0.3), (bilevel.identity(), 0.0), (bilevel.neumann(3, 0.1), 0.0)):
+        gradient, residual = bilevel.minimum_hypergradient_and_residual(*arguments, solve, damping)
+        assert_close(gradient, bilevel.minimum_hypergradient(*arguments, solve), atol=1e-12)
+        adjoint = np.asarray(solve(product(hessian), cotangent))
+        expected = np.linalg.norm((hessian + damping * np.eye(4)) @ adjoint - cotangent) / np.linalg.norm(cotangent)
+        np.testing.assert_allclose(residual, expected, atol=1e-12)
+
+
 def test_dense_calls_no_lapack():
     solve = jax.jit(jax.vmap(lambda b: bilevel.dense()(product(POSITIVE), b)))
     assert "custom-call" not in solve.lower(jnp.ones((2, 3))).compile().as_text()

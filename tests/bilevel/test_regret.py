@@ -57,6 +57,35 @@ def test_alternating_hypergradients_cost_nothing_over_an_even_window():
     np.testing.assert_allclose(running_regret(bilevel.local_regret(2), alternating)[1], np.ones(STEPS))
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_small_increments_after_a_large_one_are_not_lost(dtype):
+    """In 32 bits the neighbours of 1e12 are 65536 apart: increments of 1e4 alone would leave the sum as it is."""
+    with jax.enable_x64(dtype == np.float64):
+        regret = bilevel.local_regret(1)
+        sizes = jnp.asarray(np.array([1e6] + [1e2] * 200, dtype))
+
+        def update(state, size):
+            value, state = regret.update({"a": size}, state)
+            return state, (value, state.increment)
+
+        _, (values, increments) = jax.jit(lambda s: lax.scan(update, regret.init({"a": s[0]}), s))(sizes)
+    assert values.dtype == increments.dtype == dtype
+    np.testing.assert_allclose(increments, np.square(sizes), rtol=1e-6)
+    exact = np.cumsum(increments, dtype=np.float64)
+    np.testing.assert_array_equal(values, exact.astype(dtype))  # at every step as close as the type allows
+    assert exact[-1] - exact[0] == pytest.approx(2e6)
+
+
+def test_an_infinite_regret_stays_infinite():
+    regret = bilevel.local_regret(1)
+    state, values = regret.init({"a": jnp.zeros(())}), []
+    for size in (1.0, 1e200, 1.0):  # its square is too large for 64 bits
+        value, state = regret.update({"a": jnp.asarray(size)}, state)
+        values.append(float(value))
+    assert values[:2] == [1.0, np.inf]
+    assert np.isinf(values[2])
+
+
 def test_static_regret_compares_with_the_best_choice_so_far():
     losses = np.array([3.0, 1.0, 1.0])
     comparators = np.array([[1.0, 2.0], [5.0, 2.0], [0.0, 2.0]])  # the first is best after step 1, the second after 2

@@ -33,6 +33,7 @@ from purejax_bilevel.replay import Batch
 C = TypeVar("C")
 LOG_STD_RANGE = (-5.0, 2.0)
 NUM_LAYERS = 2
+GMRES_CYCLES = 20  # a full Krylov space first of all: short ones stagnate on the critic's indefinite Hessian
 
 
 class Model(NamedTuple):
@@ -46,7 +47,7 @@ class Learner(flax.struct.PyTreeNode):
     """Everything that is learned, with the optimisers' states.
 
     Its methods say what model and Q-function are; the agents below need nothing else of them, so that a subclass may
-    have others (`actor_critic_agents.Learner`: continuous actions).
+    have others (`soft_actor_critic_agents.Learner`: continuous actions).
     """
 
     # inner problem
@@ -64,6 +65,13 @@ class Learner(flax.struct.PyTreeNode):
     def predict(self, config: Any, model: Any, batch: Batch) -> Batch:
         """The batch as `model` (the learner's own, or one to differentiate in) would have it."""
         return predict(config, model, batch)
+
+    def model_error(self, config: Any, model: Any, batch: Batch, predicted: Batch) -> jax.Array:
+        """Mean squared distance of the predicted next observation, with `prob_model` of its mean, from the real one."""
+        if config.prob_model:
+            assert batch.noise is not None
+            predicted = self.predict(config, model, batch._replace(noise=jnp.zeros_like(batch.noise)))
+        return model_error(predicted, batch)
 
     def init_q(self, config: Any, key: jax.Array, obs_dim: int, action_dim: int) -> Heads:
         """A fresh Q-function; the key is consumed."""
@@ -195,7 +203,7 @@ def linear_solver(config: Any) -> implicit.LinearSolver:
     if config.with_inv_jac == "cg":
         return implicit.conjugate_gradient(config.damping, max_steps=config.solver_steps)
     if config.with_inv_jac == "gmres":
-        return implicit.gmres(config.damping, max_steps=config.solver_steps)
+        return implicit.gmres(config.damping, max_steps=GMRES_CYCLES, restart=config.solver_steps)
     if config.with_inv_jac == "neumann":
         return implicit.neumann(config.solver_steps, config.neumann_step_size)
     if config.with_inv_jac == "dense":
@@ -337,27 +345,40 @@ def _model_step(config: Any, learner: Learner, gradient: Model, t: jax.Array) ->
 # --- bilevel agents ---------------------------------------------------------------------------------------------------
 
 
-def hypergradient_omd(config: Any, learner: Learner, batch: Batch) -> tuple[jax.Array, Model, Learner]:
+def hypergradient_omd(config: Any, learner: Learner, batch: Batch) -> tuple[Losses, Model, Learner]:
     """Hypergradient of L_Q on the real batch through the optimality condition of phi on the model batch.
 
     -(d f/d theta)^T v with f = grad_phi L_Q(phi; target phi, model batch) and v = H^-1 grad_phi L_Q(real batch); the
     identity approximation takes H = I (OMD, section 4).
+
+    Returns:
+        `model_loss` and, where a linear solver is used, its relative residual `solver_residual`; the hypergradient; the
+        learner.
     """
     outer_loss, outer_gradient = jax.value_and_grad(lambda q: learner.q_loss(config, q, batch))(learner.q)
 
     def inner_loss(model: Model, q: Heads) -> jax.Array:
         return learner.q_loss(config, q, learner.predict(config, model, batch))
 
-    solver = linear_solver(config)
-    gradient = implicit.minimum_hypergradient(inner_loss, learner.model, learner.q, outer_gradient, solver)
-    return outer_loss, gradient, learner
+    solver, losses = linear_solver(config), {"model_loss": outer_loss}
+    arguments = (inner_loss, learner.model, learner.q, outer_gradient, solver)
+    if config.with_inv_jac == "identity":
+        return losses, implicit.minimum_hypergradient(*arguments), learner
+    damping = 0.0 if config.with_inv_jac == "neumann" else config.damping
+    gradient, residual = implicit.minimum_hypergradient_and_residual(*arguments, damping)
+    return losses | {"solver_residual": residual}, gradient, learner
 
 
-def hypergradient_funcbo(config: Any, learner: Learner, batch: Batch) -> tuple[jax.Array, Model, Learner]:
+def hypergradient_funcbo(config: Any, learner: Learner, batch: Batch) -> tuple[Losses, Model, Learner]:
     """Hypergradient of L_Q on the real batch through the Q-values of the batch as minimiser of the inner objective.
 
     The adjoint a solves H a = -dF/dq, where H = 1/batch on the actions taken, in closed form; or a dual network is
-    fitted to it.
+    fitted to it: `num_dual_Q_steps` Adam steps at `dual_lr` on the adjoint's quadratic objective, network and Adam
+    state carried to the next outer step. (The original code fits +dF/dq by least squares instead, at `inner_lr`, with a
+    fresh Adam state each time.)
+
+    Returns:
+        `model_loss`; the hypergradient; the learner.
     """
     values = learner.q_values(learner.q, batch)
     target, taken = learner.target(config, batch), learner.taken(batch)
@@ -376,7 +397,7 @@ def hypergradient_funcbo(config: Any, learner: Learner, batch: Batch) -> tuple[j
     else:
         adjoint = functional.closed_form_adjoint(cotangent, _value_hessian(values, taken))
     gradient = functional.functional_hypergradient(inner_objective, learner.model, values, adjoint)
-    return outer_loss, gradient, learner
+    return {"model_loss": outer_loss}, gradient, learner
 
 
 def _value_hessian(values: jax.Array, action: jax.Array) -> jax.Array:
@@ -400,19 +421,19 @@ def _dual_adjoint(config: Any, learner: Learner, batch: Batch, cotangent: jax.Ar
     return adjoint, learner.replace(dual=dual, dual_optimizer=optimizer_state)
 
 
-def bilevel_agent(hypergradient: Callable[[Any, Learner, Batch], tuple[jax.Array, Model, Learner]]) -> Agent:
+def bilevel_agent(hypergradient: Callable[[Any, Learner, Batch], tuple[Losses, Model, Learner]]) -> Agent:
     """An agent that solves the inner problem on a model batch and moves the model along a hypergradient."""
 
     def agent(config: Any, learner: Learner, draw: Draw, key: jax.Array, t: jax.Array) -> tuple[Learner, Losses]:
         batch_key, init_key = jax.random.split(key) if config.no_warm else (key, key)  # no step without a use for it
         batch = draw(batch_key)
         predicted = learner.predict(config, learner.model, batch)
+        error = learner.model_error(config, learner.model, batch, predicted)
         learner, losses = solve_inner(config, learner, predicted, init_key)
-        model_loss, gradient, learner = hypergradient(config, learner, batch)
-        losses |= {
-            "model_loss": model_loss,
+        outer_losses, gradient, learner = hypergradient(config, learner, batch)
+        losses |= outer_losses | {
             "model_gradient_norm": optax.tree.norm(gradient),
-            "model_error": model_error(predicted, batch),
+            "model_error": error,
         }
         return _model_step(config, learner, gradient, t), losses
 
@@ -436,7 +457,8 @@ def predictive_agent(objective: Callable[[Any, Learner, Batch, Batch], jax.Array
 
             def loss_of(model: Model) -> tuple[jax.Array, jax.Array]:
                 predicted = learner.predict(config, model, batch)
-                return objective(config, learner.replace(model=model), batch, predicted), model_error(predicted, batch)
+                error = learner.model_error(config, model, batch, predicted)
+                return objective(config, learner.replace(model=model), batch, predicted), error
 
             (loss, error), gradient = jax.value_and_grad(loss_of, has_aux=True)(learner.model)
             losses = {"model_loss": loss, "model_gradient_norm": optax.tree.norm(gradient), "model_error": error}

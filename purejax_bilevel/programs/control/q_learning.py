@@ -96,7 +96,10 @@ class Config:
     )
     damping: float = traced(1e-5, "added to the Hessian (cg, gmres, dense)", NONNEGATIVE, "hypergradient")
     solver_steps: int = static(
-        100, "largest number of solver steps, terms of the Neumann series", at_least(1), "hypergradient"
+        100,
+        "largest number of solver steps, terms of the Neumann series, size of GMRES's Krylov space",
+        at_least(1),
+        "hypergradient",
     )
     neumann_step_size: float = traced(0.1, "step size of the Neumann series", POSITIVE, "hypergradient")
     num_dual_Q_steps: int = static(
@@ -218,6 +221,7 @@ class ModelBased:
         "model_gradient_norm": "norm of the model's gradient",
         "q_gradient_norm": "norm of the inner gradient",
         "model_error": "mean squared error of the predicted next observation",
+        "solver_residual": "relative residual of the linear solver",
         "final_return": "return of the last evaluation",
     }
     finals: ClassVar = {"final_return": "episode"}

@@ -36,12 +36,13 @@ def evaluate(
         is_last: whether this is the last one; may be traced.
 
     Returns:
-        `evaluation_return` (mean), `final_return` `[episodes]` (NaN for those not played before the last evaluation).
+        `evaluation_return` (mean over the episodes played) and `final_return` `[num_final_episodes]`, all played in the
+        last evaluation: a NaN there is a return that is not a number. Before it, NaN stands for episodes not played.
     """
     played = jnp.arange(max(num_episodes, num_final_episodes)) < jnp.where(is_last, num_final_episodes, num_episodes)
     returns = _play(environment, params, max_steps, policy, key, played)
     mean = jnp.sum(jnp.where(played, returns, 0.0)) / played.sum().astype(returns.dtype)
-    return {"evaluation_return": mean, "final_return": jnp.where(played, returns, jnp.nan)}
+    return {"evaluation_return": mean, "final_return": jnp.where(played, returns, jnp.nan)[:num_final_episodes]}
 
 
 def _play(

@@ -40,7 +40,8 @@ INIT, STEP, EVALUATE, VIDEO = range(4)  # of a member
 ACT, ENVIRONMENT, LEARN = range(3)  # of a step
 
 # The paper's rate, and for the bilevel agents what learned in this project's own runs on Pendulum-v1 (README,
-# "Continuous control"). omd with one critic step did so for few seeds: model and critic chase each other.
+# "Continuous control"). omd with one critic step did so for few seeds: model and critic chase each other. (That is not
+# quite the paper's omd: Adam states are fresh here, see `warm_opt`.)
 PAPER = {"lr": 3e-4, "inner_lr": 3e-4, "num_Q_steps": 1}
 TUNED: dict[str, dict[str, Any]] = {
     "omd": {"lr": 1e-3, "inner_lr": 5e-4, "num_Q_steps": 3},
@@ -60,7 +61,9 @@ AgentType = Literal["omd", "funcbo", "smoothfbo", "mle", "vep", "sac"]
 class Config:
     """Settings of one training program; a traced field may hold several values, one per point of a grid.
 
-    The defaults are those of OMD's MuJoCo study, but for the lengths of runs and what is tuned per agent.
+    The defaults are near those of OMD's MuJoCo study. Different are the lengths of runs and of the random start, what
+    is tuned per agent, the model's width (256; there 64), a fresh Adam state of the critic in each inner problem (there
+    carried: `warm_opt`), and the order of steps (see `soft_actor_critic_agents`).
     """
 
     # what runs
@@ -95,7 +98,10 @@ class Config:
     )
     damping: float = traced(1e-5, "added to the Hessian (cg, gmres, dense)", NONNEGATIVE, "hypergradient")
     solver_steps: int = static(
-        100, "largest number of solver steps, terms of the Neumann series", at_least(1), "hypergradient"
+        100,
+        "largest number of solver steps, terms of the Neumann series, size of GMRES's Krylov space",
+        at_least(1),
+        "hypergradient",
     )
     neumann_step_size: float = traced(0.1, "step size of the Neumann series", POSITIVE, "hypergradient")
     num_dual_Q_steps: int = static(
@@ -241,6 +247,7 @@ class ActorCritic:
         "q_gradient_norm": "norm of the inner gradient",
         "policy_gradient_norm": "norm of the policy's gradient",
         "model_error": "mean squared error of the predicted next observation",
+        "solver_residual": "relative residual of the linear solver",
         "final_return": "return of the last evaluation",
     }
     finals: ClassVar = {"final_return": "episode"}

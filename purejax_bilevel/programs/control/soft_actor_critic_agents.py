@@ -17,6 +17,10 @@ a' drawn from psi at s'. Its derivative in s' is that of the target critic alone
 given, as in OMD's code. (With the derivative through psi a model earns entropy by predicting observations at which the
 policy saturates, and nothing is learned on Pendulum.)
 
+What differs from OMD's code in one update: there, policy and temperature step before the outer loss is taken, and as
+often as the critic; the noise of inner and outer loss is drawn separately (here shared); one batch serves all (here the
+policy draws its own, so that mle draws three in all); Adam's state of the critic is carried (here with `warm_opt`).
+
 Each agent is a function `agent(config, learner, draw, key, t) -> (Learner, losses)` doing one update; `draw(key)` gives
 a batch of real transitions with the policy's noise. Arrays are features first.
 Sources: SAC, Haarnoja et al. 2018 (arXiv 1812.05905); OMD, Nikishin et al. 2021 (arXiv 2106.03273, section 6); the
@@ -36,7 +40,8 @@ from purejax_bilevel.programs.control import agents, policies
 from purejax_bilevel.programs.control.agents import NUM_LAYERS, Agent, Draw, Losses
 from purejax_bilevel.replay import Batch
 
-# Of the last layers, as in OMD's code.
+# Of the last layers. That of critic and model is as in OMD's code; the policy's is 1 here, over means and log standard
+# deviations together, and sqrt(2) there, where each of the two has a layer of its own.
 OUTPUT_GAIN = 2.0**0.5
 POLICY_OUTPUT_GAIN = 1.0
 
@@ -58,6 +63,11 @@ class Learner(agents.Learner):
         del config
         outputs = networks.apply_network(model, jnp.concatenate([batch.obs, batch.action]))
         return batch._replace(next_obs=outputs[:-1], reward=outputs[-1])
+
+    def model_error(self, config: Any, model: Network, batch: Batch, predicted: Batch) -> jax.Array:
+        """Mean squared distance of the predicted next observation from the real one."""
+        del config, model
+        return agents.model_error(predicted, batch)
 
     def init_q(self, config: Any, key: jax.Array, obs_dim: int, action_dim: int) -> Heads:
         """A fresh twin critic; the key is consumed."""

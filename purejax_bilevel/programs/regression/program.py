@@ -68,7 +68,9 @@ class Config:
     )
     beta: float = traced(10.0, "amplitude (sinusoidal, abrupt)", FINITE, "shift")
     omega: float = traced(0.2, "radians per time step (sinusoidal)", FINITE, "shift")
-    alpha: float = traced(0.002, "distance per time step (linear)", FINITE, "shift")
+    alpha: float = traced(
+        0.002, "distance per time step (linear; the original's 0 does not move the targets)", FINITE, "shift"
+    )
     abrupt_steps: int = traced(500, "time steps between jumps from beta to -beta or back", at_least(1), "shift")
     # inner problem
     hidden_dim: int = traced(
@@ -187,6 +189,7 @@ class Regression:
         "inner_loss": "inner loss",
         "hypergradient_norm": "norm of the hypergradient",
         "local_regret": "cumulative local regret",
+        "local_regret_increment": "local regret per time step",
         "static_regret": "cumulative static regret",
         "best_constant": "best constant lambda so far",
         "lambda": "weight lambda of each lag",
@@ -198,7 +201,14 @@ class Regression:
     attributes: ClassVar = {
         **{
             name: {"better": "lower"}
-            for name in ("evaluation_mse", "outer_loss", "inner_loss", "local_regret", "static_regret")
+            for name in (
+                "evaluation_mse",
+                "outer_loss",
+                "inner_loss",
+                "local_regret",
+                "local_regret_increment",
+                "static_regret",
+            )
         },
         "lambda": {"dimension": "lag"},
         "prediction": {"dimension": "point"},
@@ -239,13 +249,13 @@ class Regression:
         summary = data.summarise(window, weights)
         step, learner = self.agent(config, state.learner, batch, summary)
         hypergradient = data.pull_back(window, step.gradient)
-        cumulative, local = _local_regret(config).update(hypergradient, state.regret.local, step=t)
-        del cumulative
+        _, local = _local_regret(config).update(hypergradient, state.regret.local, step=t)
         sums = self._compare(state, config, t, batch, window, step.outer_loss)
         metrics = {
             "outer_loss": step.outer_loss,
             "inner_loss": step.inner_loss + data.mean_square(window, weights),
             "hypergradient_norm": jnp.linalg.norm(hypergradient),
+            "local_regret_increment": local.increment,
         }
         state = state.replace(learner=agents.outer_step(config, learner, hypergradient, t), regret=Regret(local, *sums))
         return state, {name: (value, jnp.ones_like(value)) for name, value in metrics.items()}
@@ -273,6 +283,9 @@ class Regression:
     ) -> tuple[jax.Array, jax.Array]:
         """Sums of the outer loss, the agent's own and with constant weights: same data, same start, same number of
         inner steps.
+
+        The start is the network before the agent's step, so that only the weights differ. The original starts from the
+        network after it, and always takes `num_inner_steps` steps, for unroll1 too.
         """
         before = state.regret
         if config.regret_frequency == 0:

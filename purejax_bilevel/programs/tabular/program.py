@@ -41,7 +41,7 @@ from purejax_bilevel.program import Metrics
 
 # Named streams of random numbers; a constant each, so that adding one moves no other. (0 was the initial Q of the
 # reference, whose initial models these are; here Q is solved for from zero.)
-LOGITS, REWARD, NOISE = 1, 2, 3
+LOGITS, REWARD, NOISE, MEASURED = 1, 2, 3, 4
 
 Scalar = float | jax.Array
 DISCOUNT = Check("a number from 0 to below 1", lambda x: 0 <= x < 1)
@@ -89,6 +89,11 @@ class Config:
     inner_noise: float = traced(
         0.0, "omd: standard deviation of noise added to each inner solution", NONNEGATIVE, "inner problem"
     )
+    notebook_noise: bool = static(
+        False,
+        "omd: noise as in the original notebook, exact Jacobians and a noisy Q in evaluations (default: the reverse)",
+        group="inner problem",
+    )
 
     def program(self) -> "Tabular":
         """The training program of this (resolved) configuration."""
@@ -118,6 +123,10 @@ def _check_together(config: Config) -> None:
         raise UserError(f"--mdp_file {config.mdp_file} does not go with --mdp {config.mdp}.")
     if config.mdp != "garnet" and values_of(config.garnet_seed) != (0,):
         raise UserError("--garnet_seed needs --mdp garnet: the MDP is a given one otherwise.")
+    if config.notebook_noise and config.agent_type != "omd":
+        raise UserError(
+            f"--notebook_noise is for --agent_type omd, not {config.agent_type}: it solves no inner problem."
+        )
     if config.branching > config.num_states:
         raise UserError(f"--branching {config.branching} is larger than --num_states {config.num_states}.")
     if config.mdp != "garnet":
@@ -174,11 +183,22 @@ def likelihood_loss(config: Config, true: MDP, model: Model) -> jax.Array:
     return jnp.square(model.reward - true.reward).mean() + divergence.sum(-1).mean()
 
 
-def hypergradient(config: Config, true: MDP, model: Model, q: jax.Array) -> tuple[jax.Array, Model]:
-    """Outer loss and its gradient with respect to the model, through the inner solution `[states, actions]`.
+def hypergradient(
+    config: Config, true: MDP, model: Model, q: jax.Array, solution: jax.Array | None = None
+) -> tuple[jax.Array, Model]:
+    """Outer loss and its gradient with respect to the model, through the inner solution.
 
-    If Q is inexact (`inner_noise`), so are the outer gradient and both Jacobians: all are taken where Q is.
+    If Q is inexact (`inner_noise`), so are the outer gradient and both Jacobians: all are taken where Q is. With the
+    exact `solution` given too, the Jacobians are taken there.
+
+    Args:
+        config: of one member.
+        true: where the outer loss is measured.
+        model: the outer variable.
+        q: what the outer loss sees, `[states, actions]`.
+        solution: where the Bellman equation is differentiated, `[states, actions]`; default `q`.
     """
+    solution = q if solution is None else solution
     loss, cotangent = jax.value_and_grad(lambda q: outer_loss(config, true, q))(q)
 
     def optimality(model: Model, q: jax.Array) -> jax.Array:
@@ -186,10 +206,10 @@ def hypergradient(config: Config, true: MDP, model: Model, q: jax.Array) -> tupl
 
     def exact(_: object, b: jax.Array) -> jax.Array:
         world = imagined(model, true, config.temperature)
-        return finite.adjoint_solve(world, finite.policy(q, config.temperature), b)
+        return finite.adjoint_solve(world, finite.policy(solution, config.temperature), b)
 
     solver = exact if config.with_inv_jac == "exact" else implicit.identity()
-    return loss, implicit.root_hypergradient(optimality, model, q, cotangent, solver)
+    return loss, implicit.root_hypergradient(optimality, model, solution, cotangent, solver)
 
 
 # --- program ----------------------------------------------------------------------------------------------------------
@@ -281,46 +301,53 @@ class Tabular:
         if config.agent_type == "mle":
             loss, gradient = jax.value_and_grad(lambda model: likelihood_loss(config, state.true, model))(state.model)
         else:
-            state, q = self._solve_inner(state, config, t)
-            loss, gradient = hypergradient(config, state.true, state.model, q)
+            state, solution = self._solve_inner(state, config)
+            q = solution + _noise(state, config, NOISE, t)
+            loss, gradient = hypergradient(
+                config, state.true, state.model, q, solution if config.notebook_noise else None
+            )
         updates, optimizer = _adam(config).update(gradient, state.optimizer)
         model = project(optax.apply_updates(state.model, updates), config.temperature, config.norm_bound)
         one = jnp.ones(())
         metrics = {"outer_loss": (loss, one), "model_gradient_norm": (optax.tree.norm(gradient), one)}
         return state.replace(model=model, optimizer=optimizer), metrics
 
-    def _solve_inner(self, state: State, config: Config, t: jax.Array) -> tuple[State, jax.Array]:
+    def _solve_inner(self, state: State, config: Config) -> tuple[State, jax.Array]:
         world = imagined(state.model, state.true, config.temperature)
         values = finite.optimal_values(world, config.temperature, state.values)
-        q = finite.action_values(world, values)
-        key = jax.random.fold_in(jax.random.fold_in(state.key, NOISE), t)
-        noise = config.inner_noise * jax.random.normal(key, q.shape)
-        return state.replace(values=values), q + noise
+        return state.replace(values=values), finite.action_values(world, values)
 
     def evaluate(self, state: State, config: Config, t: jax.Array, is_last: jax.Array) -> dict[str, jax.Array]:
         """Measures the model by its exact (noiseless) optimal Q, in the true MDP.
 
+        With `notebook_noise` the returns and `bellman_error` are those of a noisy Q, as the original notebook plots
+        them; errors and bounds stay those of the exact one.
+
         `omd_bound` is max |B Q - Q| / (1 - discount) with the true Bellman operator B; `mle_bound` is
-        e_r / (1 - discount) + discount * e_p * r_max / (2 (1 - discount)^2) with the largest error e_r of the reward,
-        the largest L1 error e_p of a transition row and the largest true reward r_max. Both bound
-        `q_error` = max |Q* - Q| (Nikishin et al. 2022, section 4; Agarwal et al. 2021, simulation lemma).
+        e_r / (1 - discount) + discount * e_p * (r_max - r_min) / (2 (1 - discount)^2) with the largest error e_r of the
+        reward, the largest L1 error e_p of a transition row and the range of the true rewards: optimal values differ by
+        at most (r_max - r_min) / (1 - discount), at any temperature. Both bound `q_error` = max |Q* - Q| (Nikishin et
+        al. 2022, section 4, where rewards are not negative and r_max stands for the range; Agarwal et al. 2021,
+        simulation lemma).
         """
         true, temperature = state.true, config.temperature
         world = imagined(state.model, true, temperature)
         q = finite.action_values(world, finite.optimal_values(world, temperature, state.values))
-        achieved = finite.expected_return(true, finite.policy(q, temperature))
+        measured = q + _noise(state, config, MEASURED, t) if config.notebook_noise else q
+        achieved = finite.expected_return(true, finite.policy(measured, temperature))
         residual = finite.bellman(true, q, temperature) - q
+        measured_residual = finite.bellman(true, measured, temperature) - measured
         horizon = 1 / (1 - true.discount)
         reward_error = jnp.abs(world.reward - true.reward).max()
         transition_error = jnp.abs(world.transition - true.transition).sum(-1).max()
-        spread = true.discount * transition_error * jnp.abs(true.reward).max() / 2
+        spread = true.discount * transition_error * jnp.ptp(true.reward) / 2
         return {
             "evaluation_return": achieved,
             "optimality_gap": state.optimal_return - achieved,
             "q_error": jnp.abs(state.optimal_q - q).max(),
             "omd_bound": jnp.abs(residual).max() * horizon,
             "mle_bound": reward_error * horizon + spread * horizon**2,
-            "bellman_error": jnp.square(residual).mean(),
+            "bellman_error": jnp.square(measured_residual).mean(),
             "likelihood_loss": likelihood_loss(config, true, state.model),
             "model_norm": norm(state.model, temperature),
         }
@@ -328,6 +355,12 @@ class Tabular:
     def is_finite(self, state: State) -> jax.Array:
         """Whether all learned parameters of a member are finite numbers."""
         return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((state.model, state.values))]).all()
+
+
+def _noise(state: State, config: Config, stream: int, t: jax.Array) -> jax.Array:
+    """Noise on the inner solution of step `t`, `[states, actions]`."""
+    key = jax.random.fold_in(jax.random.fold_in(state.key, stream), t)
+    return config.inner_noise * jax.random.normal(key, state.optimal_q.shape)
 
 
 def _adam(config: Config) -> optax.GradientTransformation:

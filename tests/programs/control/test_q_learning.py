@@ -87,6 +87,7 @@ def test_runs_in_one_compilation(trained: tuple):
     assert np.isfinite(rows["q_loss"]).all()
     played = np.isfinite(rows["final_return"]).sum(-1)
     np.testing.assert_array_equal(played, np.broadcast_to([2, 2, 3], played.shape))
+    assert ("solver_residual" in rows) == (part.config.with_inv_jac != "identity")
 
 
 def test_every_trainable_leaf_moves_and_fixed_ones_do_not(trained: tuple):
@@ -224,6 +225,52 @@ def test_adam_starts_afresh_in_each_inner_problem_unless_warm(warm_opt: bool, co
     batch = replay.Batch(jnp.ones((4, 8)), jnp.ones((2, 8)) / 2, jnp.ones(8), jnp.ones((4, 8)), jnp.zeros(8))
     solved, _ = agents.solve_inner(config, learner, batch, jax.random.key(1))
     assert int(solved.q_optimizer[0].count) == count
+
+
+@pytest.fixture
+def small_problem(float64: Any) -> tuple[Config, agents.Learner, replay.Batch]:
+    """Random networks and a batch, in 64 bits."""
+    config = replace(SMALL, agent_type="omd", hidden_dim=3, model_hidden_dim=3, no_double=True).resolved()
+    config = replace(config, max_hidden_dim=3, max_model_hidden_dim=3, damping=0.01, alpha=1.0)
+    learner = jax.jit(lambda key: agents.init_learner(config, key, 3, 2))(jax.random.key(0))
+    random = np.random.default_rng(0)
+    normal = lambda *shape: jnp.asarray(random.normal(size=shape))  # noqa: E731
+    action = jax.nn.one_hot(random.integers(2, size=16), 2, axis=0, dtype=float)
+    batch = replay.Batch(normal(3, 16), action, normal(16), normal(3, 16), jnp.zeros(16), normal(3, 16))
+    return config, learner, batch
+
+
+def test_solvers_tell_how_well_they_solved(small_problem: tuple):
+    """On the critic's own Hessian: what is not solved is not silent."""
+    config, learner, batch = small_problem
+
+    def found(**changes: Any) -> tuple[agents.Losses, Any]:
+        return jax.jit(lambda: agents.hypergradient_omd(replace(config, **changes), learner, batch)[:2])()
+
+    exact_losses, exact = found(with_inv_jac="dense")
+    assert exact_losses["solver_residual"] < 1e-9
+    losses, gradient = found(with_inv_jac="gmres", solver_steps=100)
+    assert losses["solver_residual"] < 1e-4
+    size = np.sqrt(sum(float((leaf**2).sum()) for leaf in jax.tree.leaves(exact)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3 * size), gradient, exact)
+    assert found(with_inv_jac="gmres", solver_steps=2)[0]["solver_residual"] > 1e-2
+    assert found(with_inv_jac="cg", solver_steps=2)[0]["solver_residual"] > 1e-2
+    assert found(with_inv_jac="neumann", solver_steps=2)[0]["solver_residual"] > 1e-2
+    assert "solver_residual" not in found(with_inv_jac="identity")[0]
+
+
+@pytest.mark.parametrize("agent_type", ["omd", "mle"])
+def test_the_error_of_a_probabilistic_model_is_that_of_its_mean(small_problem: tuple, agent_type: str):
+    """A model that knows nothing but the mean: its samples are 1 off per dimension, its mean is right."""
+    config, learner, batch = small_problem
+    config = replace(config, agent_type=agent_type, prob_model=True)
+    learner = jax.jit(lambda key: agents.init_learner(config, key, 3, 2))(jax.random.key(0))
+    silent = learner.model._replace(next_obs=jax.tree.map(jnp.zeros_like, learner.model.next_obs))
+    batch = batch._replace(next_obs=jnp.full((3, 16), 2.0))
+    learner = learner.replace(model=silent)
+    agent = agents.AGENTS[agent_type]
+    losses = jax.jit(lambda: agent(config, learner, lambda _: batch, jax.random.key(1), jnp.int32(0))[1])()
+    np.testing.assert_allclose(losses["model_error"], 3 * 2.0**2, rtol=1e-12)
 
 
 def test_random_actions_are_uniform_then_the_policys(interrupted: tuple):

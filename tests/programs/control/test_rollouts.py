@@ -53,11 +53,13 @@ def policy(obs: jax.Array, key: jax.Array) -> jax.Array:
     return 10.0 ** obs[1]
 
 
-def evaluated(is_last: bool, limit: int) -> tuple[dict[str, Any], np.ndarray]:
+def evaluated(
+    is_last: bool, limit: int, counts: tuple[int, int] = (EPISODES, FINAL_EPISODES)
+) -> tuple[dict[str, Any], np.ndarray]:
     """The evaluation, and how long its episodes are."""
-    environment, params, counts = Countdown(), Params(limit), (EPISODES, FINAL_EPISODES)
+    environment, params = Countdown(), Params(limit)
     measured = rollouts.evaluate(environment, params, limit, policy, jax.random.key(3), *counts, jnp.bool_(is_last))
-    keys = jax.random.split(jax.random.split(jax.random.key(3))[0], FINAL_EPISODES)
+    keys = jax.random.split(jax.random.split(jax.random.key(3))[0], max(counts))
     return measured, np.minimum(jax.vmap(environment.reset_env, (0, None))(keys, params)[1].length, limit)
 
 
@@ -75,6 +77,16 @@ def test_only_the_last_evaluation_plays_all_episodes():
     np.testing.assert_allclose(measured["final_return"][:EPISODES], returns[:EPISODES], rtol=1e-6)
     assert np.isnan(measured["final_return"][EPISODES:]).all()
     np.testing.assert_allclose(measured["evaluation_return"], returns[:EPISODES].mean(), rtol=1e-6)
+
+
+def test_fewer_episodes_in_the_last_evaluation_are_all_played():
+    """Nothing that was not played stands among the final returns: it would look like a member that failed."""
+    measured, lengths = evaluated(True, LONGEST, (EPISODES, 3))
+    returns = (10.0 ** lengths[:3] - 1) / 9
+    np.testing.assert_allclose(measured["final_return"], returns, rtol=1e-6)
+    np.testing.assert_allclose(measured["evaluation_return"], returns.mean(), rtol=1e-6)
+    measured, lengths = evaluated(False, LONGEST, (EPISODES, 3))
+    np.testing.assert_allclose(measured["evaluation_return"], ((10.0**lengths - 1) / 9).mean(), rtol=1e-6)
 
 
 @pytest.mark.parametrize("limit", [LONGEST, 4])

@@ -302,17 +302,19 @@ def test_regrets_are_those_of_plain_numpy(float64: Any):
         return batch, uniform, result.outer_loss, regression_data.pull_back(window, result.gradient)
 
     step = jax.jit(program.update)
-    hypergradients, own, constant = [], 0.0, np.zeros(3)
+    hypergradients, increments, own, constant = [], [], 0.0, np.zeros(3)
     for t in range(10):
         batch, uniform, outer_loss, hypergradient = look(state, jnp.int32(t))
         hypergradients.append(np.asarray(hypergradient))
         if (t + 1) % 3 == 0:
             own += float(outer_loss)
             constant += [plain_loss(config, state.learner, batch, uniform, c) for c in (0.0, 2.5, 5.0)]
-        state, _ = step(state, config, jnp.int32(t))
+        state, metrics = step(state, config, jnp.int32(t))
+        increments.append(float(metrics["local_regret_increment"][0]))
     row = jax.jit(program.evaluate)(state, config, jnp.int32(9), jnp.bool(False))
     means = [np.mean(hypergradients[max(0, t - 2) : t + 1], axis=0) for t in range(10)]
     np.testing.assert_allclose(row["local_regret"], sum((mean**2).sum() for mean in means), rtol=1e-8)
+    np.testing.assert_allclose(increments, [(mean**2).sum() for mean in means], rtol=1e-8)
     np.testing.assert_allclose(row["static_regret"], own - constant.min(), rtol=1e-8)
     assert row["best_constant"] == (0.0, 2.5, 5.0)[int(constant.argmin())]
 

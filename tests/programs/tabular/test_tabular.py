@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.flatten_util import ravel_pytree
 
 import train_rl
 from purejax_bilevel import members
@@ -187,10 +188,49 @@ def test_logged_bounds_hold_and_are_the_published_formulas(float64: None):
         np.testing.assert_allclose(row["omd_bound"], np.abs(finite.bellman(true, q, 0.01) - q).max() / 0.1, rtol=1e-9)
         e_r = np.abs(world.reward - true.reward).max()
         e_p = np.abs(world.transition - true.transition).sum(-1).max()
-        np.testing.assert_allclose(row["mle_bound"], e_r / 0.1 + 0.9 * e_p * 0.5 / (2 * 0.1**2), rtol=1e-9)
+        np.testing.assert_allclose(row["mle_bound"], e_r / 0.1 + 0.9 * e_p * 0.95 / (2 * 0.1**2), rtol=1e-9)
         assert error <= row["omd_bound"]
         assert error <= row["mle_bound"]
         assert row["optimality_gap"] >= -1e-4  # the softmax policy is optimal up to its temperature
+
+
+def measured_bounds(true: finite.MDP, model: Model, temperature: float) -> dict[str, jax.Array]:
+    """What `evaluate` says of a model in an MDP of any size."""
+    config = replace(Config().resolved(), temperature=temperature)
+    program = tabular.Tabular(config)
+    start = program.init(jax.random.key(0), config)
+    zero = jnp.zeros(true.reward.shape[0])
+    optimal_q = finite.action_values(true, finite.optimal_values(true, temperature, zero))
+    state = start.replace(true=true, optimal_q=optimal_q, model=model, values=zero)
+    return program.evaluate(state, config, jnp.int32(0), jnp.bool_(False))
+
+
+def test_the_bound_by_prediction_errors_holds_for_rewards_of_both_signs(float64: None):
+    """Two states that never change, rewards +-1, and a model that leads to the bad one: |r|_max is not enough."""
+    reward = jnp.array([[1.0], [-1.0]])
+    true = finite.MDP(jnp.eye(2)[None], reward, discount=jnp.asarray(0.3), start=jnp.array([0.5, 0.5]))
+    model = Model(jnp.array([[[0.0, 1.0], [0.0, 1.0]]]), reward)  # softmax(100): 1 in 64 bits
+    row = jax.jit(measured_bounds)(true, model, 0.01)
+    np.testing.assert_allclose(row["q_error"], 0.6 / 0.7, rtol=1e-9)
+    np.testing.assert_allclose(row["mle_bound"], 0.3 * 2 * 2 / (2 * 0.7**2), rtol=1e-9)
+
+    @jax.jit
+    @jax.vmap
+    def random_bounds(key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        mdp_key, reward_key, sizes_key, model_key, which_key = jax.random.split(key, 5)
+        discount, temperature = jax.random.uniform(sizes_key, (2,)) * jnp.array([0.95, 0.5]) + jnp.array([0.0, 0.01])
+        transition = jax.nn.softmax(5.0 * jax.random.normal(mdp_key, (2, 4, 4)))
+        reward = jax.random.uniform(reward_key, (4, 2), minval=-1.0)
+        mdp = finite.MDP(transition, reward, discount=discount, start=jnp.full(4, 0.25))
+        # half of the models have the true reward: their whole error is that of the transition
+        error = jax.random.bernoulli(which_key) * jnp.sin(7.0 * jnp.arange(8.0).reshape(4, 2))
+        logits = 5.0 * temperature * jax.random.normal(model_key, transition.shape)
+        row = measured_bounds(mdp, Model(logits, reward + error), temperature)
+        return row["q_error"], row["mle_bound"]
+
+    error, bound = random_bounds(jax.random.split(jax.random.key(0), 500))
+    assert (error <= bound).all()
+    assert (error > 0.3 * bound).any()  # the bound is not so loose that anything would pass
 
 
 # --- the program ------------------------------------------------------------------------------------------------------
@@ -251,6 +291,35 @@ def test_noise_disturbs_every_inner_solution_anew():
     assert np.ptp(loss[0]) < 1e-6  # the model stands still
     assert len(np.unique(loss[1].round(9))) == 5
     assert np.isfinite(loss).all()
+
+
+def test_noise_as_in_the_notebook_leaves_the_jacobians_exact(float64: None):
+    """The outer gradient is taken at the noisy Q, then pulled back through the exact solution."""
+    true = true_mdp("garnet")
+    config = replace(Config(mdp="garnet", discount=0.9).resolved(), temperature=0.5)
+    model = random_model(true, 0.5)
+    exact = solution(model, true, 0.5)
+    noisy = exact + 0.3 * jax.random.normal(jax.random.key(5), exact.shape)
+    flat, unravel = ravel_pytree(model)
+    own = lambda *at: jax.jit(lambda: ravel_pytree(tabular.hypergradient(config, true, model, *at)[1])[0])()  # noqa: E731
+    cotangent = jax.grad(lambda q: tabular.outer_loss(config, true, q))(noisy)
+    along = lambda x: jnp.vdot(cotangent, solution(unravel(x), true, 0.5))  # noqa: E731
+    direction = jax.random.normal(jax.random.key(6), flat.shape)
+    slope = (along(flat + 1e-5 * direction) - along(flat - 1e-5 * direction)) / 2e-5
+    np.testing.assert_allclose(own(noisy, exact) @ direction, slope, rtol=1e-5)
+    assert abs(own(noisy) @ direction / slope - 1) > 1e-3  # Jacobians where the noisy Q is
+
+
+def test_noise_as_in_the_notebook_is_measured_too():
+    base = Config(num_train_steps=4, eval_frequency=2, lr=1e-12, inner_noise=(0.0, 0.3))
+    rows = [train(replace(base, notebook_noise=flag), num_seeds=1)[1].rows[0] for flag in (False, True)]
+    clean, noisy = ({name: array[1] for name, array in row.items()} for row in rows)  # the member with noise
+    for name in ("evaluation_return", "bellman_error"):
+        assert np.ptp(clean[name]) < 1e-6  # the model stands still
+        assert abs(noisy[name][0] - noisy[name][1]) > 1e-6
+        np.testing.assert_array_equal(rows[0][name][0], rows[1][name][0])  # the member without
+    for name in ("q_error", "omd_bound", "mle_bound"):
+        np.testing.assert_allclose(noisy[name], clean[name], rtol=1e-6)
 
 
 def test_garnets_are_members_of_one_program():
@@ -353,6 +422,7 @@ def test_files_that_are_no_archive(tmp_path: Path):
         ({"temperature": 0.0}, "--temperature must be"),
         ({"agent_type": "funcbo"}, "--agent_type must be one of omd, mle"),
         ({"garnet_seed": (1, 2)}, "--garnet_seed needs --mdp garnet"),
+        ({"agent_type": "mle", "notebook_noise": True}, "--notebook_noise is for --agent_type omd, not mle"),
         ({"mdp": "garnet", "branching": 20}, "--branching 20 is larger than --num_states 10"),
         ({"mdp": "garnet", "mdp_file": "a.npz"}, "--mdp_file a.npz does not go with --mdp garnet"),
         ({"mdp": "file"}, "--mdp file needs --mdp_file"),
