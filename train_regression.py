@@ -5,20 +5,7 @@
 
 import sys
 
-from purejax_bilevel.studies.command_line import main
-
-
-def configuration() -> type:
-    """The class of options; imported once all processes have joined."""
-    from purejax_bilevel import RegressionConfig
-
-    return RegressionConfig
-
+from purejax_bilevel.scripts import train_regression
 
 if __name__ == "__main__":
-    sys.exit(
-        main(
-            configuration,
-            "Non-stationary regression; options with several values give one member per combination.",
-        )
-    )
+    sys.exit(train_regression())
