@@ -74,8 +74,8 @@ def wandb_target(
 class Loggers:
     """Context manager that copies rows to wandb and TensorBoard.
 
-    Leaving it because of an error writes nothing more and marks wandb's runs as failed. A resumed experiment starts with
-    `log_rows` of all earlier rows.
+    Leaving it because of an error writes nothing more and marks wandb's runs as failed. A resumed experiment starts
+    with `log_rows` of all earlier rows.
 
     Args:
         grid: all members of the experiment.

@@ -1,7 +1,8 @@
 """Progress of the chunk loop: steps per second of all members, time left and the headline metric so far.
 
-On a terminal one live line, which keeps what matters most where the terminal is narrow; elsewhere (a log file, a batch job) a plain line now and then. Nothing when quiet. The
-clock of the speed starts when compilation has ended, and steps done before a resume do not count.
+On a terminal one live line, which keeps what matters most where the terminal is narrow; elsewhere (a log file, a batch
+job) a plain line now and then. Nothing when quiet. The clock of the speed starts when compilation has ended, and steps
+done before a resume do not count.
 
     with Progress(50_000, members=64) as progress:
         with progress.compiling():
