@@ -5,7 +5,10 @@
 
 import sys
 
+from purejax_bilevel.scripts import regression_configuration as configuration
 from purejax_bilevel.scripts import train_regression
+
+__all__ = ["configuration"]
 
 if __name__ == "__main__":
     sys.exit(train_regression())
