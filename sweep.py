@@ -6,7 +6,7 @@
 
 import sys
 
-from purejax_bilevel.studies.sweep import main
+from purejax_bilevel.scripts import sweep
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(sweep())

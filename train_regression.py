@@ -5,20 +5,10 @@
 
 import sys
 
-from purejax_bilevel.studies.command_line import main
+from purejax_bilevel.scripts import regression_configuration as configuration
+from purejax_bilevel.scripts import train_regression
 
-
-def configuration() -> type:
-    """The class of options; imported once all processes have joined."""
-    from purejax_bilevel import RegressionConfig
-
-    return RegressionConfig
-
+__all__ = ["configuration"]
 
 if __name__ == "__main__":
-    sys.exit(
-        main(
-            configuration,
-            "Non-stationary regression; options with several values give one member per combination.",
-        )
-    )
+    sys.exit(train_regression())

@@ -6,31 +6,11 @@
 """
 
 import sys
-from collections.abc import Sequence
 
-from purejax_bilevel.studies.command_line import main, named_environment, named_setting
+from purejax_bilevel.scripts import rl_configuration as configuration
+from purejax_bilevel.scripts import train_rl
 
-DISCRETE_AGENTS = ("sql", "funcbo_reward_only")  # only RLConfig has them, and says so when the actions are continuous
-
-
-def configuration(arguments: Sequence[str] | None = None) -> type:
-    """The class of options, by environment and agent; imported once all processes have joined."""
-    from purejax_bilevel import ContinuousConfig, RLConfig, TabularConfig, environments
-
-    environment, agent = named_environment(arguments), named_setting("agent_type", arguments).lower()
-    if environment == "tabular":
-        return TabularConfig
-    if agent in DISCRETE_AGENTS:
-        return RLConfig
-    return ContinuousConfig if agent == "sac" or environments.is_continuous(environment) else RLConfig
-
+__all__ = ["configuration"]
 
 if __name__ == "__main__":
-    sys.exit(
-        main(
-            configuration,
-            "Train bilevel model-based agents; options with several values give one member per combination. "
-            "Finite MDPs and continuous actions have options of their own: --env_name tabular --help, "
-            "--env_name Pendulum-v1 --help.",
-        )
-    )
+    sys.exit(train_rl())

@@ -7,6 +7,7 @@ Samples are drawn by *age* (0 = just written), with replacement, at a cost that 
 
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -64,7 +65,13 @@ def add_block(
         obs, next_obs: `[n, obs]`.
         action: `[n, action]`.
         reward, terminated: `[n]`.
+
+    Raises:
+        AssertionError: the shapes do not fit each other or the storage, told while the program is traced.
     """
+    count = reward.shape[0]
+    chex.assert_shape([obs, next_obs], (count, (storage.shape[1] - action.shape[1] - 2) // 2))
+    chex.assert_shape([action, reward, terminated], [(count, None), (count,), (count,)])
     scalars = jnp.stack([reward.astype(storage.dtype), terminated.astype(storage.dtype)], axis=1)
     rows = jnp.concatenate([obs, next_obs, action, scalars], axis=1)
     return jax.lax.dynamic_update_slice_in_dim(storage, rows, (t * rows.shape[0]) % storage.shape[0], 0)

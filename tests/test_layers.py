@@ -26,6 +26,7 @@ RANKS = {
     "runtime": 4,
     "studies": 5,
     "__init__": 6,
+    "scripts": 7,
 }
 
 

@@ -1,5 +1,6 @@
 """Networks of traced width: the same function, gradients and law of initialisation as a small network."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,6 +36,22 @@ def test_traced_width_initialises_as_the_small_network(width: int):
     small = networks.init_network(jax.random.key(SEED), (4, width, width, 2))
     large = jax.jit(lambda width: networks.init_network(jax.random.key(SEED), (4, LARGEST, LARGEST, 2), width))(width)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), large, embedded(small))
+
+
+def test_all_widths_are_one_program():
+    def init(width: jax.Array) -> networks.Network:
+        return networks.init_network(jax.random.key(SEED), (4, LARGEST, LARGEST, 2), width)
+
+    compiled = jax.jit(chex.assert_max_traces(init, n=1))
+    used = [int((jnp.abs(compiled(jnp.int32(width))[0].kernel) > 0).any(0).sum()) for width in (2, 3, 8)]
+    assert used == [2, 3, 8]
+
+
+@pytest.mark.parametrize("shape", [(12, 4), (4,), (4, 12, 1)])
+def test_inputs_that_are_not_features_first_are_refused(shape: tuple[int, ...]):
+    network = networks.init_network(jax.random.key(SEED), (4, 4, 2))
+    with pytest.raises(AssertionError):
+        networks.apply_network(network, jnp.zeros(shape))
 
 
 @pytest.mark.parametrize("width", [2, 3, 8])

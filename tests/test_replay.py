@@ -2,6 +2,7 @@
 
 from collections import deque
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -46,3 +47,20 @@ def test_time_weights_fall_exponentially_with_age_in_steps(decay: float):
     expected = np.exp(-decay * np.arange(CAPACITY))
     frequency = np.bincount(age, minlength=CAPACITY) / age.size
     np.testing.assert_allclose(frequency, expected / expected.sum(), atol=0.006)
+
+
+@pytest.mark.parametrize("wrong", [{"next_obs": (OBS - 1,)}, {"obs": (OBS, 1)}, {"action": (ACTION + 2,)}])
+def test_a_transition_that_does_not_fit_the_storage_is_refused(wrong: dict[str, tuple[int, ...]]):
+    shapes = {"obs": (OBS,), "action": (ACTION,), "reward": (), "next_obs": (OBS,), "terminated": ()} | wrong
+    with pytest.raises(AssertionError):
+        replay.add(filled(1), jnp.int32(1), **{name: jnp.zeros(shape) for name, shape in shapes.items()})
+
+
+def test_step_since_and_decay_may_change_without_a_new_program():
+    draw = chex.assert_max_traces(lambda *numbers: replay.sample(filled(9), *numbers[:2], 5, OBS, *numbers[2:]), n=1)
+    compiled = jax.jit(draw)
+    drawn = [
+        compiled(jnp.int32(t), jax.random.key(0), jnp.int32(since), jnp.float32(decay)).reward
+        for t, since, decay in ((8, 0, 0.1), (7, 2, 0.3))
+    ]
+    assert not np.array_equal(*drawn)

@@ -9,11 +9,8 @@ import dataclasses
 import difflib
 from typing import Any
 
-import gymnax
-from gymnax.environments import spaces
-from gymnax.environments.environment import Environment
-
 from purejax_bilevel.environments import brax, probes
+from purejax_bilevel.environments._gymnax import Environment, gymnax, spaces
 from purejax_bilevel.environments.continuous import UnitActions
 from purejax_bilevel.errors import UserError
 

@@ -23,10 +23,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from gymnax.environments import spaces
-from gymnax.environments.environment import Environment
 from jax.interpreters import partial_eval
 
+from purejax_bilevel.environments._gymnax import Environment, spaces
 from purejax_bilevel.errors import UserError
 
 BRAX = (

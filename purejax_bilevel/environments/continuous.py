@@ -8,8 +8,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from gymnax.environments import spaces
-from gymnax.environments.environment import Environment
+
+from purejax_bilevel.environments._gymnax import Environment, spaces
 
 # Streams of random numbers of one step or reset: a constant each, so that distractors move nothing else.
 PHYSICS, DISTRACTORS, FINAL_DISTRACTORS = range(3)

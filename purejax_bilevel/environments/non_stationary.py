@@ -10,7 +10,8 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-from gymnax.environments.environment import Environment
+
+from purejax_bilevel.environments._gymnax import Environment
 
 # Pole angle in radians; CartPole ends beyond +-0.2095.
 START_INTERVAL = (-0.2095, 0.06)

@@ -21,8 +21,8 @@ from typing import NamedTuple
 import flax.struct
 import jax
 import jax.numpy as jnp
-from gymnax.environments import spaces
-from gymnax.environments.environment import Environment
+
+from purejax_bilevel.environments._gymnax import Environment, spaces
 
 KINDS = ("constant", "observation", "delay", "action", "observation-action", "truncation")
 CONSTANT, OBSERVATION, DELAY, ACTION, OBSERVATION_ACTION, TRUNCATION = range(len(KINDS))

@@ -2,7 +2,8 @@
 
 The results file is the record; loggers are copies for watching. Neither package is imported unless asked for. With few
 runs every chunk is written as it comes. With many, opening a run costs more than its rows: they are kept and written
-run by run at the end, a few runs at a time.
+run by run at the end, a few runs at a time. To watch many members while they train, there is then one more run per
+setting, with the interquartile mean over its seeds, written as it comes (if the settings are not too many as well).
 
 A logger that fails does not stop an experiment: if the very first run cannot be opened, the user is told at once;
 later failures switch the logger off with one line.
@@ -36,23 +37,53 @@ from purejax_bilevel.results.statistics import iqm
 
 WANDB_MODES = ("disabled", "offline", "online")
 WANDB_RUNS = ("member", "setting")
+# wandb's own older words for its modes; it reads them from WANDB_MODE.
+WANDB_MODE_WORDS = {"dryrun": "offline", "run": "online", **{mode: mode for mode in WANDB_MODES}}
+DEFAULT_PROJECT = "purejax_bilevel"
 STATE_FILE = "logged.json"
 LIVE_RUNS = 32  # with more runs than this, rows are written at the end
 OPEN_RUNS = 4  # runs open at once when written at the end
+
+Rows = tuple[np.ndarray, dict[str, np.ndarray]]  # members, and an array per name
+
+
+def wandb_target(
+    mode: str | None = None, project: str | None = None, environment: Mapping[str, str] = os.environ
+) -> tuple[str, str]:
+    """Where wandb's runs go. What is asked for comes first, then the environment, then the default.
+
+    Args:
+        mode: `disabled`, `offline` or `online`; None: what WANDB_MODE says, else `disabled`.
+        project: wandb's project; None: what WANDB_PROJECT says, else `purejax_bilevel`.
+        environment: variables; one that is empty counts as not set.
+
+    Returns:
+        Mode and project.
+
+    Raises:
+        UserError: a mode that does not exist.
+    """
+    if mode is None:
+        word = environment.get("WANDB_MODE") or "disabled"
+        _check("WANDB_MODE", word, tuple(WANDB_MODE_WORDS))
+        mode = WANDB_MODE_WORDS[word]
+    _check("wandb_mode", mode, WANDB_MODES)
+    return mode, project or environment.get("WANDB_PROJECT") or DEFAULT_PROJECT
 
 
 class Loggers:
     """Context manager that copies rows to wandb and TensorBoard.
 
-    Leaving it because of an error writes nothing more. A resumed experiment starts with `log_rows` of all earlier rows.
+    Leaving it because of an error writes nothing more and marks wandb's runs as failed. A resumed experiment starts
+    with `log_rows` of all earlier rows.
 
     Args:
         grid: all members of the experiment.
         folder: the experiment's folder; logs go below it.
         name: the experiment's name, wandb's group.
         config: the experiment's configuration; each run's own hyper-parameters replace the swept ones.
-        wandb_mode: `disabled`, `offline` or `online`.
-        wandb_project: wandb's project.
+        wandb_mode: `disabled`, `offline` or `online`; None: see `wandb_target`.
+        wandb_project: wandb's project; None: see `wandb_target`.
         runs: one run per `member`, or one per `setting` with a series per seed and their interquartile mean.
         label: what these members have in common and others of the experiment do not, the start of every run's name.
         tensorboard: also write TensorBoard files (needs the extra `tensorboard`).
@@ -60,7 +91,8 @@ class Loggers:
         note: tells the user one line; to standard error by default.
 
     Raises:
-        UserError: an unknown mode, no wandb key, wandb unreachable, or tensorboardX is missing.
+        UserError: an unknown mode, no wandb key, wandb unreachable, several runs under `wandb agent`, or tensorboardX
+            is missing.
     """
 
     def __init__(
@@ -70,27 +102,28 @@ class Loggers:
         name: str,
         config: Any = None,
         *,
-        wandb_mode: str = "disabled",
-        wandb_project: str = "purejax_bilevel",
+        wandb_mode: str | None = "disabled",
+        wandb_project: str | None = None,
         runs: str = "member",
         label: str = "",
         tensorboard: bool = False,
         resume: bool = False,
         note: Callable[[str], None] | None = None,
     ) -> None:
-        _check("wandb_mode", wandb_mode, WANDB_MODES)
+        mode, project = wandb_target(wandb_mode, wandb_project)
         _check("wandb_runs", runs, WANDB_RUNS)
         self._grid, self._folder, self._name, self._label = grid, Path(folder), name, label
         self._note = note or functools.partial(print, file=sys.stderr)
         self._config = as_plain(config) if config is not None else {}
         self._per_setting = runs == "setting"
         self._resume = resume
-        self._rows: list[tuple[np.ndarray, dict[str, np.ndarray]]] = []
-        self._finals: list[tuple[np.ndarray, dict[str, np.ndarray]]] = []
+        self._rows: list[Rows] = []
+        self._finals: list[Rows] = []
         self._sinks: list[Sink] = []
         self._make: list[Callable[[str], Sink]] = []
-        if wandb_mode != "disabled":
-            self._make.append(lambda identifier: WandbSink(wandb_mode, wandb_project, name, self._folder, identifier))
+        if mode != "disabled":
+            _check_agent(self._num_runs)
+            self._make.append(lambda identifier: WandbSink(mode, project, name, self._folder, identifier))
         if tensorboard:
             self._make.append(lambda _: TensorBoardSink(self._folder / "tensorboard"))
         self._identifier = ""
@@ -105,9 +138,22 @@ class Loggers:
         return bool(self._make)
 
     @property
+    def _num_runs(self) -> int:
+        return self._num_settings if self._per_setting else len(self._grid)
+
+    @property
+    def _num_settings(self) -> int:
+        return len(self._grid) // len(self._grid.seeds)
+
+    @property
     def _live(self) -> bool:
-        settings = len(self._grid) // len(self._grid.seeds)
-        return (settings if self._per_setting else len(self._grid)) <= LIVE_RUNS
+        return self._num_runs <= LIVE_RUNS
+
+    @property
+    def _overviews(self) -> range:
+        """Keys of the runs of settings that are live where those of members are not: they follow the members'."""
+        count = 0 if self._live or self._per_setting or self._num_settings > LIVE_RUNS else self._num_settings
+        return range(len(self._grid), len(self._grid) + count)
 
     def __enter__(self) -> "Loggers":
         if self.active:
@@ -129,7 +175,7 @@ class Loggers:
         for sink in self._sinks:
             with self._guarded(sink):
                 for handle in [handle for (name, _), handle in self._open.items() if name == sink.name]:
-                    sink.close(handle)
+                    sink.close(handle, _exit_code(kind))
         self._open.clear()
         self._rows.clear()
         self._sinks.clear()
@@ -153,6 +199,8 @@ class Loggers:
                 raise ValueError(f"{name} has shape {array.shape}; expected {(len(members), len(series[STEP]))} first")
         self._check_beginning(series[STEP])
         self._rows.append((np.asarray(members), series))
+        for key in self._overviews:
+            self._write(key, self._rows[-1:], last=False)
         if self._live:
             self._write_all(last=False)
             self._rows.clear()
@@ -185,14 +233,16 @@ class Loggers:
         keys = sorted({self._key(int(member)) for members, _ in [*self._rows, *self._finals] for member in members})
         if self._live:
             for key in keys:
-                self._write(key, last)
-        else:
-            with ThreadPoolExecutor(OPEN_RUNS) as pool:
-                list(pool.map(lambda key: self._write(key, last), keys))
+                self._write(key, self._rows, last)
+            return
+        for key in self._overviews if last else ():
+            self._write(key, [], last)
+        with ThreadPoolExecutor(OPEN_RUNS) as pool:
+            list(pool.map(lambda key: self._write(key, self._rows, last), keys))
 
-    def _write(self, key: int, last: bool) -> None:
-        """Writes one run's rows that its sinks have not seen; the last time also its final values."""
-        steps, columns = self._columns(key)
+    def _write(self, key: int, rows: Sequence[Rows], last: bool) -> None:
+        """Writes one run's part of rows that its sinks have not seen; the last time also its final values."""
+        steps, columns = self._columns(key, rows)
         finals = self._final_columns(key) if last else {}
         for sink in tuple(self._sinks):
             with self._guarded(sink):
@@ -206,7 +256,8 @@ class Loggers:
             return
         handle = self._open.get(place) or sink.open(self._run(key))
         self._worked = True
-        if self._live:
+        stays_open = self._live or key in self._overviews
+        if stays_open:
             self._open[place] = handle
         fresh = steps > self._seen.setdefault(place, sink.last_step(handle))
         try:
@@ -216,8 +267,8 @@ class Loggers:
             if finals:
                 sink.finals(handle, self._seen[place], finals)
         finally:
-            if not self._live:
-                sink.close(handle)
+            if not stays_open:
+                sink.close(handle, 0)
 
     @contextlib.contextmanager
     def _guarded(self, sink: "Sink") -> Iterator[None]:
@@ -236,19 +287,27 @@ class Loggers:
     def _key(self, member: int) -> int:
         return member // len(self._grid.seeds) if self._per_setting else member
 
+    def _setting(self, key: int) -> int | None:
+        """The setting that a run shows, None where it shows one member."""
+        if key >= len(self._grid):
+            return key - len(self._grid)
+        return key if self._per_setting else None
+
     def _run(self, key: int) -> "Run":
-        member = key * len(self._grid.seeds) if self._per_setting else key
-        settings = self._grid.settings(member)
-        if self._per_setting:
+        setting = self._setting(key)
+        member = key if setting is None else setting * len(self._grid.seeds)
+        settings, words = self._grid.settings(member), self._grid.describe(member)
+        if setting is not None:
             del settings[SEED]
-        words = self._grid.describe(member)
-        label = words.rpartition(f"{SEED}=")[0].rstrip(", ") if self._per_setting else words
-        name = ", ".join(part for part in (self._label, label) if part) or self._name
+            words = words.rpartition(f"{SEED}=")[0].rstrip(", ")
+        if key in self._overviews:
+            words = f"{words}, IQM of {len(self._grid.seeds)} seeds".removeprefix(", ")
+        name = ", ".join(part for part in (self._label, words) if part) or self._name
         return Run(key, name, f"{self._identifier}-{key}", {**self._config, **as_plain(settings)})
 
-    def _columns(self, key: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """All rows kept for one run: `[n]` increasing steps, and `[n]` per column."""
-        blocks = [(rows[STEP], self._block(key, members, rows)) for members, rows in self._rows]
+    def _columns(self, key: int, kept: Sequence[Rows]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """One run's part of the rows: `[n]` increasing steps, and `[n]` per column."""
+        blocks = [(rows[STEP], self._block(key, members, rows)) for members, rows in kept]
         blocks = [(steps, block) for steps, block in blocks if block]
         if not blocks:
             return np.zeros(0, int), {}
@@ -263,18 +322,18 @@ class Loggers:
 
     def _block(self, key: int, members: np.ndarray, rows: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """One call's columns for one run; empty if the run is not in it."""
-        seeds = len(self._grid.seeds)
-        positions = np.flatnonzero(members // seeds == key if self._per_setting else members == key)
+        seeds, setting = len(self._grid.seeds), self._setting(key)
+        positions = np.flatnonzero(members == key if setting is None else members // seeds == setting)
         columns: dict[str, np.ndarray] = {}
         for name, array in rows.items() if len(positions) else ():
             if name == STEP:
                 continue
             parts = {name: array} if array.ndim == 2 else {f"{name}/{i}": array[..., i] for i in range(array.shape[2])}
             for part, values in parts.items():
-                if not self._per_setting:
+                if setting is None:
                     columns[part] = values[positions[0]]
                     continue
-                for position in positions:
+                for position in positions if self._per_setting else ():
                     columns[f"{part}/seed={self._grid.seeds[members[position] % seeds]}"] = values[position]
                 columns[f"{part}/iqm"] = iqm(values[positions].T[..., None])
         return columns
@@ -291,6 +350,22 @@ class Loggers:
 def _check(field: str, value: str, allowed: Sequence[str]) -> None:
     if value not in allowed:
         raise UserError(f"{field} is {value!r}; allowed: {', '.join(allowed)}")
+
+
+def _check_agent(num_runs: int) -> None:
+    """A process that `wandb agent` started is one run for wandb: rows of others would end in the same one."""
+    if os.environ.get("WANDB_SWEEP_ID") and num_runs > 1:
+        raise UserError(
+            f"under `wandb agent` a process is one wandb run, but this experiment has {num_runs}: give every option "
+            "one value and --num_seeds 1 (or, with several seeds, --wandb_runs setting), or let sweep.py run the study."
+        )
+
+
+def _exit_code(kind: type[BaseException] | None) -> int:
+    """wandb's code for how a run ended: 0 finished, 255 stopped by the user, 1 failed."""
+    if kind is None:
+        return 0
+    return 255 if issubclass(kind, KeyboardInterrupt) else 1
 
 
 def _first_line(error: Exception) -> str:
@@ -344,8 +419,8 @@ class Sink(Protocol):
     def finals(self, handle: Any, step: int, values: Mapping[str, float]) -> None:
         """Adds values measured once."""
 
-    def close(self, handle: Any) -> None:
-        """Ends the run's file or upload."""
+    def close(self, handle: Any, exit_code: int) -> None:
+        """Ends the run's file or upload; `exit_code` as of a process, 0 for a run that came to its end."""
 
 
 class WandbSink:
@@ -422,8 +497,8 @@ class WandbSink:
     def finals(self, handle: Any, step: int, values: Mapping[str, float]) -> None:
         handle.summary.update(dict(values))
 
-    def close(self, handle: Any) -> None:
-        handle.finish()
+    def close(self, handle: Any, exit_code: int) -> None:
+        handle.finish(exit_code=exit_code)
 
 
 class TensorBoardSink:
@@ -459,5 +534,5 @@ class TensorBoardSink:
         entries = [self._summary.Value(tag=name, simple_value=value) for name, value in values.items()]
         handle.add_summary(self._summary(value=entries), global_step=step)
 
-    def close(self, handle: Any) -> None:
+    def close(self, handle: Any, exit_code: int) -> None:
         handle.close()

@@ -1,7 +1,8 @@
 """Progress of the chunk loop: steps per second of all members, time left and the headline metric so far.
 
-On a terminal one live line; elsewhere (a log file, a batch job) a plain line now and then. Nothing when quiet. The
-clock of the speed starts when compilation has ended, and steps done before a resume do not count.
+On a terminal one live line, which keeps what matters most where the terminal is narrow; elsewhere (a log file, a batch
+job) a plain line now and then. Nothing when quiet. The clock of the speed starts when compilation has ended, and steps
+done before a resume do not count.
 
     with Progress(50_000, members=64) as progress:
         with progress.compiling():
@@ -18,8 +19,12 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, SpinnerColumn, TextColumn
 from rich.progress import Progress as Bar
+from rich.table import Column
 
 LINE_EVERY_SECONDS = 30.0
+BAR_WIDTH = 10
+AROUND_STATUS = BAR_WIDTH + 8  # columns of a live line beside its text: spinner, bar, percentage and the gaps between
+FIRST_TO_GO = ("steps", "speed", "headline", "left", "phase")  # parts of the text, the first to be left out first
 
 
 class Progress:
@@ -66,12 +71,12 @@ class Progress:
         if not self.quiet and self._console.is_terminal:
             self._bar = Bar(
                 SpinnerColumn(),
-                BarColumn(bar_width=24),
+                BarColumn(bar_width=BAR_WIDTH),
                 TextColumn("{task.percentage:>3.0f}%"),
-                TextColumn("{task.fields[status]}", markup=False),
+                TextColumn("{task.fields[status]}", markup=False, table_column=Column(no_wrap=True)),
                 console=self._console,
             )
-            self._bar.add_task("", total=max(self.total, 1), completed=self._done, status=self.status())
+            self._bar.add_task("", total=max(self.total, 1), completed=self._done, status=self._line())
             self._bar.start()
         return self
 
@@ -120,27 +125,43 @@ class Progress:
         seconds = self._updated - (self._started or 0.0)
         return (self._done - self._first) * self.members / seconds if seconds > 0 else 0.0
 
-    def status(self) -> str:
-        """The text beside the bar."""
+    def status(self, width: int | None = None) -> str:
+        """The text beside the bar.
+
+        Args:
+            width: characters that it may take; what matters least is left out first. None: no limit.
+        """
         if self._phase not in ("running", "finished", "stopped"):
-            return self._phase
+            return self._phase[:width]
+        parts = self._parts()
+        while width is not None and len(", ".join(parts.values())) > width and len(parts) > 1:
+            del parts[min(parts, key=FIRST_TO_GO.index)]
+        return ", ".join(parts.values())[:width]
+
+    def _parts(self) -> dict[str, str]:
+        """What there is to tell, in the order of reading."""
         seconds, speed = self._updated - (self._started or 0.0), self.steps_per_second
-        parts = [self._headline] if self._headline else []
-        if self._phase != "running":
-            parts.append(f"{self._phase} after {_duration(seconds)}")
-        if speed > 0:
-            parts.append(f"{_short(speed)} steps/s")
-        if self._phase == "running" and speed > 0 and self._done < self.total:
-            parts.append(f"{_duration((self.total - self._done) * self.members / speed)} left")
+        is_running = self._phase == "running"
         members = f" x {self.members} members" if self.members > 1 else ""
-        # The longest and dullest part comes last: a narrow terminal cuts the end off.
-        return ", ".join([*parts, f"{_short(self._done)} of {_short(self.total)} {self.unit}{members}"])
+        left = (self.total - self._done) * self.members / speed if speed > 0 else 0.0
+        parts = {
+            "headline": self._headline,
+            "phase": "" if is_running else f"{self._phase} after {_duration(seconds)}",
+            "speed": f"{_short(speed)} steps/s" if speed > 0 else "",
+            "left": f"{_duration(left)} left" if is_running and left > 0 else "",
+            "steps": f"{_short(self._done)} of {_short(self.total)} {self.unit}{members}",
+        }
+        return {name: text for name, text in parts.items() if text}
+
+    def _line(self) -> str:
+        """The text of a live line, as wide as the terminal has room for."""
+        return self.status(max(self._console.width - AROUND_STATUS, 1))
 
     def _show(self, force: bool = False) -> None:
         if self.quiet:
             return
         if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=self._done, status=self.status(), refresh=True)
+            self._bar.update(self._bar.task_ids[0], completed=self._done, status=self._line(), refresh=True)
         elif force or self._clock() - self._printed >= LINE_EVERY_SECONDS:
             self._printed = self._clock()
             percent = f"{100 * self._done / self.total:.0f} %: " if self._phase == "running" and self.total else ""

@@ -8,7 +8,8 @@
 Prints environment steps per second (evaluation off), the time to compile with an empty and a filled cache, MFLOP per
 step, the share of the rate at which the same devices multiply matrices of a layer's shape (256x32 by 32x32 for
 CartPole's networks) in the same run, the memory of a member's state, and the share of a run that evaluation takes in
-the worst case (all episodes last to the time limit; not with --learning_only).
+the worst case (all episodes last to the time limit; not with --learning_only), if that is more than equal runs
+differ by.
 """
 
 import dataclasses
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -59,15 +61,25 @@ def settings(arguments: Arguments, eval_frequency: int = 0) -> Settings:
     return dataclasses.replace(default, num_train_steps=ENDLESS, eval_frequency=eval_frequency)
 
 
-def compiled(arguments: Arguments, members: int, eval_frequency: int = 0, held_up: bool = False) -> CompiledProgram:
-    """The program of a run without end; `held_up`: CartPole's pole never falls, episodes last to their time limit."""
+def compiled(
+    arguments: Arguments, members: int, eval_frequency: int = 0, held_up: bool = False, member_batch: int | None = None
+) -> CompiledProgram:
+    """The program of a run without end.
+
+    Args:
+        arguments: what to measure.
+        members: how many.
+        eval_frequency: steps between evaluations, 0 for none.
+        held_up: CartPole's pole never falls, episodes last to their time limit.
+        member_batch: members trained at once on a device; None: what a run does by itself.
+    """
     part = runs.make_part(settings(arguments, eval_frequency), members, 0)
     if held_up and arguments.env_name == "CartPole-v1":
         task = part.program.task
         params = task.params.replace(theta_threshold_radians=1e9, x_threshold=1e9)
         part.program.task = dataclasses.replace(task, params=params)
     mesh = devices.make_mesh(members)
-    program = CompiledProgram([part], mesh, devices.default_member_batch(mesh))
+    program = CompiledProgram([part], mesh, member_batch or devices.default_member_batch(mesh))
     program.compile()
     return program
 
@@ -173,16 +185,39 @@ def run_baseline(arguments: Arguments, members: int) -> float:
     return float(re.findall(r"(\d+) environment steps/s", output)[-1])
 
 
-def evaluation_share(arguments: Arguments) -> float:
-    """Share of the time of a run with default settings that evaluation takes when no episode ends early."""
+def evaluation_seconds(arguments: Arguments) -> tuple[list[float], list[float]]:
+    """Times of runs with default settings in which no episode ends early: with evaluation, and without.
+
+    They take turns, so that other work on the machine slows both.
+    """
     members = len(jax.devices())
     with_evaluation = compiled(arguments, members, eval_frequency=1000, held_up=True)
     without = compiled(arguments, members, held_up=True)
-    long, short = (
-        min(seconds_per_run(program, 3 * arguments.steps) for _ in range(arguments.repeats))
-        for program in (with_evaluation, without)
-    )
-    return (long - short) / long
+    times = [
+        [seconds_per_run(program, 3 * arguments.steps) for program in (with_evaluation, without)]
+        for _ in range(arguments.repeats)
+    ]
+    long, short = (list(column) for column in zip(*times, strict=True))
+    return long, short
+
+
+def share_in_words(long: Sequence[float], short: Sequence[float]) -> str:
+    """What share of a run evaluation takes, or that this cannot be told.
+
+    Args:
+        long: seconds of runs with evaluation.
+        short: seconds of runs without.
+    """
+    difference = min(long) - min(short)
+    if len(long) < 2:
+        return "evaluation: cannot be told from one run of each; take --repeats 3"
+    noise = max(max(times) - min(times) for times in (long, short))
+    if difference <= noise:
+        return (
+            f"evaluation: cannot be told, equal runs differ by {noise / min(long):.1%} and those with evaluation by "
+            f"{difference / min(long):+.1%}: try again on an idle machine, or with more --steps"
+        )
+    return f"evaluation: at most {difference / min(long):.1%} of a run (equal runs differ by {noise / min(long):.1%})"
 
 
 def main(arguments: Arguments) -> None:
@@ -215,7 +250,7 @@ def main(arguments: Arguments) -> None:
             text += f"; baseline {np.median(rivals):,.0f} steps/s, ratio {ratio:.2f}"
         print(text, flush=True)
     if not arguments.learning_only:
-        print(f"evaluation: at most {evaluation_share(arguments):.1%} of a run")
+        print(share_in_words(*evaluation_seconds(arguments)))
 
 
 if __name__ == "__main__":

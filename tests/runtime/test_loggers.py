@@ -225,6 +225,93 @@ def test_wandb_online_without_a_key_is_one_sentence(tmp_path, monkeypatch):
         make(tmp_path, wandb_mode="online").__enter__()
 
 
+@pytest.mark.parametrize(
+    ("mode", "project", "environment", "target"),
+    [
+        (None, None, {}, ("disabled", "purejax_bilevel")),
+        (None, None, {"WANDB_MODE": "", "WANDB_PROJECT": ""}, ("disabled", "purejax_bilevel")),
+        (None, None, {"WANDB_MODE": "online", "WANDB_PROJECT": "theirs"}, ("online", "theirs")),
+        (None, None, {"WANDB_MODE": "dryrun"}, ("offline", "purejax_bilevel")),
+        ("offline", None, {"WANDB_MODE": "online", "WANDB_PROJECT": "theirs"}, ("offline", "theirs")),
+        ("disabled", "mine", {"WANDB_MODE": "online", "WANDB_PROJECT": "theirs"}, ("disabled", "mine")),
+    ],
+)
+def test_what_is_asked_for_comes_before_the_environment(mode, project, environment, target):
+    assert loggers.wandb_target(mode, project, environment) == target
+
+
+def test_a_wandb_mode_of_the_environment_that_does_not_exist_is_one_sentence():
+    with pytest.raises(UserError, match="WANDB_MODE is 'of'; allowed: dryrun, run, disabled, offline, online"):
+        loggers.wandb_target(environment={"WANDB_MODE": "of"})
+
+
+def test_the_environment_names_the_project_and_the_mode(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_PROJECT", "theirs")
+    with make(tmp_path, wandb_mode=None, runs="setting") as log:
+        log.log_rows(MEMBERS, rows(0, 1))
+    (path, _) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    (run,) = [record.run for record in finished_records(path) if record.WhichOneof("record_type") == "run"]
+    assert run.project == "theirs"
+
+
+def test_several_runs_under_a_wandb_agent_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_SWEEP_ID", "sweep")
+    with pytest.raises(UserError, match="a process is one wandb run, but this experiment has 4"):
+        make(tmp_path, wandb_mode="offline")
+    assert not make(tmp_path, wandb_mode="disabled").active
+    seeds = Grid((), (0, 1))
+    assert Loggers(seeds, tmp_path, "one", wandb_mode="offline", runs="setting").active
+
+
+class Stopped(KeyboardInterrupt):
+    pass
+
+
+@pytest.mark.parametrize(("error", "code"), [(None, 0), (OSError, 1), (KeyboardInterrupt, 255), (Stopped, 255)])
+def test_wandb_is_told_how_the_experiment_ended(tmp_path, error, code):
+    with contextlib.suppress(OSError, KeyboardInterrupt), make(tmp_path, wandb_mode="offline", runs="setting") as log:
+        log.log_rows(MEMBERS, rows(0, 2))
+        if error is not None:
+            raise error
+    for path in tmp_path.glob("wandb/offline-run-*/run-*.wandb"):
+        (end,) = [record.exit for record in finished_records(path) if record.WhichOneof("record_type") == "exit"]
+        assert end.exit_code == code
+
+
+def test_more_members_than_live_runs_have_a_live_run_per_setting(tmp_path, monkeypatch):
+    monkeypatch.setattr(loggers, "LIVE_RUNS", 2)
+    with make(tmp_path, tensorboard=True, wandb_mode="offline") as log:
+        log.log_rows(MEMBERS, rows(0, 2))
+        log.log_rows(MEMBERS, rows(2, 6))
+        assert len(list(tmp_path.glob("wandb/offline-run-*"))) == 2  # those of the settings, already
+        log.log_finals(MEMBERS, FINALS)
+    runs = wandb_runs(tmp_path)
+    names = {f"lr={lr}, IQM of 2 seeds" for lr in (0.001, 0.0003)}
+    assert set(runs) == {GRID.describe(member) for member in MEMBERS} | names
+    second = runs["lr=0.0003, IQM of 2 seeds"]
+    expected = [{"return/iqm": 250.0 + i, "norm/0/iqm": 250.25 + i, "norm/1/iqm": 250.5 + i} for i in range(6)]
+    assert second["rows"] == list(zip(STEPS.tolist(), expected, strict=True))
+    assert second["summary"]["final_return/iqm"] == 254.5
+    assert "seed" not in second["config"]
+    for member in MEMBERS:
+        assert runs[GRID.describe(member)]["rows"] == expected_rows(member)
+    assert len(tensorboard_rows(tmp_path)) == 6
+
+
+def test_an_interrupted_overview_has_every_row_once_after_a_resume(tmp_path, monkeypatch):
+    monkeypatch.setattr(loggers, "LIVE_RUNS", 2)
+    with contextlib.suppress(KeyboardInterrupt), make(tmp_path, wandb_mode="offline") as log:
+        log.log_rows(MEMBERS, rows(0, 4))
+        raise KeyboardInterrupt
+    time.sleep(1.01)  # wandb names folders by second and run
+    with make(tmp_path, wandb_mode="offline", resume=True) as log:
+        log.log_rows(MEMBERS, rows(0, 3))
+        log.log_rows(MEMBERS, rows(2, 6))  # rows that overlap are dropped
+    steps = [step for step, _ in wandb_runs(tmp_path)["lr=0.001, IQM of 2 seeds"]["rows"]]
+    assert steps == STEPS.tolist()
+
+
 # ---------------------------------------------------------------- TensorBoard
 
 
@@ -298,7 +385,7 @@ class BrokenSink:
     def finals(self, handle, step, values):
         pass
 
-    def close(self, handle):
+    def close(self, handle, exit_code):
         pass
 
 

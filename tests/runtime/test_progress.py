@@ -1,6 +1,7 @@
 """Progress: the numbers shown are right by a clock we set, compilation and resumed steps apart; quiet means silent."""
 
 import io
+import re
 
 import pytest
 from rich.console import Console
@@ -16,10 +17,10 @@ class Clock:
         return self.now
 
 
-def make(terminal: bool = False, **options) -> tuple[Progress, Clock, io.StringIO]:
+def make(terminal: bool = False, width: int = 200, members: int = 8, **options) -> tuple[Progress, Clock, io.StringIO]:
     clock, file = Clock(), io.StringIO()
-    console = Console(file=file, force_terminal=terminal, width=200)
-    return Progress(10_000, 8, console=console, clock=clock, **options), clock, file
+    console = Console(file=file, force_terminal=terminal, width=width)
+    return Progress(10_000, members, console=console, clock=clock, **options), clock, file
 
 
 def test_speed_counts_all_members_and_not_the_compilation():
@@ -97,6 +98,55 @@ def test_terminal_shows_one_live_line():
     text = file.getvalue()
     for part in ("compiling 64 members...", " 50%", "IQM return 7 [of 9]", "lr=1, seed=2 failed", "finished"):
         assert part in text
+
+
+def last_line(width: int) -> str:
+    """What a terminal of this width shows after a half of the steps."""
+    progress, clock, file = make(terminal=True, width=width)
+    with progress:
+        clock.now += 3599
+        progress.update(5000, "IQM evaluation return 412.5")
+        shown = file.getvalue()
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown).split("\r")[-1].rstrip("\n")
+
+
+def test_80_columns_have_room_for_bar_percentage_headline_speed_and_time_left():
+    line = last_line(80)
+    assert len(line) <= 80
+    assert "━" * 5 in line  # half of the bar is full
+    assert " 50%" in line
+    assert line.endswith("50% IQM evaluation return 412.5, 11 steps/s, 59 min 59 s left")
+
+
+@pytest.mark.parametrize(
+    ("width", "end"),
+    [
+        (
+            120,
+            "IQM evaluation return 412.5, 11 steps/s, 59 min 59 s left",
+        ),
+        (
+            140,
+            "IQM evaluation return 412.5, 11 steps/s, 59 min 59 s left, 5,000 of 10,000 environment steps x 8 members",
+        ),
+        (70, "IQM evaluation return 412.5, 59 min 59 s left"),
+        (60, "59 min 59 s left"),
+        (32, "59 min 59 s le"),
+    ],
+)
+def test_what_matters_least_goes_first_on_a_narrow_terminal(width, end):
+    line = last_line(width)
+    assert len(line) <= width
+    assert line.endswith(f" 50% {end}")
+    assert "━" * 5 in line
+
+
+def test_one_member_is_not_counted():
+    progress, clock, _ = make(members=1)
+    with progress:
+        clock.now += 1
+        progress.update(5000)
+        assert progress.status().endswith("5,000 of 10,000 environment steps")
 
 
 @pytest.mark.parametrize("terminal", [False, True])

@@ -8,7 +8,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from gymnax.environments.environment import Environment
+
+from purejax_bilevel.environments import Environment
 
 Policy = Callable[[jax.Array, jax.Array], jax.Array]
 

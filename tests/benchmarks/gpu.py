@@ -1,0 +1,224 @@
+"""What a GPU does with this project, in one command of at most half an hour; prints tables in Markdown.
+
+    ./setup/run python tests/benchmarks/gpu.py             # on a machine with a GPU
+    ./setup/run python tests/benchmarks/gpu.py --small     # on any machine, minutes: whether the command itself works
+
+Speed of omd on CartPole: environment steps per second of all members while they learn (evaluation off), seconds to
+compile with an empty cache, the most memory in use; all members at once (vmap) or in batches (--member_batch); with
+and without whole loops as CUDA graphs. Then two checks: sql learns, and a run that is stopped and resumed ends with
+the same bits. Exit status 1 where a measurement or a check fails.
+
+Every measurement is a process of its own, because XLA's flags and the largest use of memory belong to a process; this
+one never touches the GPU.
+"""
+
+import dataclasses
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+GRAPHS = "--xla_gpu_enable_command_buffer=+WHILE,+CONDITIONAL"
+BUDGET_SECONDS = 28 * 60.0
+MOST_SECONDS = 300.0  # of one measurement
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """What to run."""
+
+    small: bool = False
+    measure: str = ""  # used by the script itself, in fresh processes: one measurement as JSON
+
+
+@dataclasses.dataclass(frozen=True)
+class Speed:
+    """One row of the table of speeds."""
+
+    members: int
+    at_once: int  # members trained at once, 0: all
+    graphs: bool
+    steps: int
+    repeats: int
+
+    @property
+    def flags(self) -> str:
+        return GRAPHS if self.graphs else ""
+
+
+def speeds(small: bool) -> Iterator[Speed]:
+    """The rows of the table."""
+    if small:
+        yield Speed(4, 2, graphs=True, steps=20, repeats=1)
+        return
+    for members in (1, 64, 256, 1024, 4096):
+        for graphs in (False, True):
+            yield Speed(members, 0, graphs, steps=1000, repeats=2)
+    for members, at_once in ((1024, 256), (4096, 1024)):
+        for graphs in (False, True):
+            yield Speed(members, at_once, graphs, steps=500, repeats=2)
+
+
+# --- one measurement, in a process of its own -------------------------------------------------------------------------
+# What touches a device is imported here and not above: it would take the GPU's memory from the other processes.
+
+
+def measure_device() -> dict[str, Any]:
+    """What this machine is."""
+    import jax
+
+    device = jax.devices()[0]
+    return {"platform": device.platform, "kind": device.device_kind, "jax": jax.__version__}
+
+
+def measure_speed(members: int, at_once: int, steps: int, repeats: int) -> dict[str, float]:
+    """Steps per second of all members while they learn, seconds to compile, bytes."""
+    import jax
+    import speed
+
+    arguments = speed.Arguments()
+    jax.config.update("jax_enable_compilation_cache", False)
+    program = speed.compiled(arguments, members, member_batch=at_once or members)
+    start = speed.settings(arguments).init_steps
+    seconds = min(speed.seconds_per_run(program, steps, start) for _ in range(repeats))
+    statistics = jax.devices()[0].memory_stats() or {}
+    largest = statistics.get("peak_bytes_in_use", 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    return {"rate": members * steps / seconds, "compile": program.compile_seconds, "bytes": largest}
+
+
+def measure_learning(small: bool) -> dict[str, Any]:
+    """What sql returns in the last evaluation, and the least that is sensible: a random policy has 22."""
+    from purejax_bilevel import RLConfig, run
+    from purejax_bilevel.results import statistics
+
+    seeds, steps, least = (2, 40, 5) if small else (64, 50_000, 400)
+    init_steps = 32 if small else 1000
+    config = RLConfig(agent_type="sql", num_train_steps=steps, init_steps=init_steps, batch_size=32 if small else 256)
+    results = run(config, num_seeds=seeds, seed=100, quiet=True)
+    (row,) = statistics.summary_table(results, "final_return")
+    text = f"sql, {steps} steps, {seeds} seeds: {row.iqm:.0f} ({row.low:.0f} to {row.high:.0f}), expected {least}"
+    return {"passed": bool(row.iqm >= least), "text": text}
+
+
+def measure_resume(small: bool) -> dict[str, Any]:
+    """Whether a run that was stopped half-way and resumed ends with the bits of one that was not."""
+    import jax
+    import numpy as np
+    from rich.console import Console
+
+    from purejax_bilevel import RLConfig
+    from purejax_bilevel.runtime import loop
+    from purejax_bilevel.studies import run as runs
+
+    members, steps = (2, 40) if small else (64, 4000)
+    sizes = {"init_steps": 16, "batch_size": 16} if small else {}
+    config = RLConfig(agent_type="omd", num_train_steps=steps, eval_frequency=steps // 4, **sizes).resolved()
+    part = runs.make_part(config, members, 0)
+    with tempfile.TemporaryDirectory() as folder:
+        whole = loop.train([part], loop.RunOptions(Path(folder) / "whole", quiet=True))
+        options = loop.RunOptions(Path(folder) / "stopped", quiet=True)
+        loop.Run([part], options, Console(), stretch=loop.Stretch(stop=steps // 2)).to_the_end()
+        resumed = loop.train([part], dataclasses.replace(options, resume=True))
+    ours, theirs = (jax.tree.leaves((outcome.rows, outcome.state)) for outcome in (whole, resumed))
+    differing = sum(np.asarray(a).tobytes() != np.asarray(b).tobytes() for a, b in zip(ours, theirs, strict=True))
+    text = (
+        f"omd, {members} members, stopped after {steps // 2} of {steps} steps: {differing} of {len(ours)} arrays differ"
+    )
+    return {"passed": differing == 0, "text": text}
+
+
+MEASUREMENTS: Mapping[str, Callable[..., dict[str, Any]]] = {
+    "device": measure_device,
+    "speed": measure_speed,
+    "learning": measure_learning,
+    "resume": measure_resume,
+}
+
+
+# --- all of them ------------------------------------------------------------------------------------------------------
+
+
+class Failed(Exception):
+    """A measurement that came to no result; the message says why."""
+
+
+def measured(deadline: float, name: str, flags: str = "", **settings: Any) -> dict[str, Any]:
+    """The result of one measurement in a fresh process.
+
+    Raises:
+        Failed: it took too long or ended with an error.
+    """
+    seconds = min(MOST_SECONDS, deadline - time.monotonic())
+    if seconds <= 0:
+        raise Failed("no time left")
+    environment = os.environ | {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()}
+    command = [sys.executable, __file__, "--measure", json.dumps({"name": name, **settings})]
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds)
+    except subprocess.TimeoutExpired as error:
+        raise Failed(f"longer than {seconds:.0f} s") from error
+    if done.returncode != 0:
+        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        raise Failed(lines[-1][:160])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def print_speeds(deadline: float, small: bool) -> int:
+    """Prints the table of speeds, each row as soon as it is there; returns the number of rows that failed."""
+    print("| members | at once | CUDA graphs | steps/s | compiled in | memory |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    failed = 0
+    for row in speeds(small):
+        settings = dataclasses.asdict(row)
+        start = f"| {row.members} | {row.at_once or 'all'} | {'whole loop' if settings.pop('graphs') else 'default'} |"
+        try:
+            found = measured(deadline, "speed", row.flags, **settings)
+        except Failed as error:
+            failed += 1
+            print(f"{start} {error} | | |", flush=True)
+            continue
+        print(f"{start} {found['rate']:,.0f} | {found['compile']:.1f} s | {found['bytes'] / 1e9:.2f} GB |", flush=True)
+    return failed
+
+
+def print_checks(deadline: float, small: bool) -> int:
+    """Prints what the checks say; returns the number of those that failed."""
+    failed = 0
+    for name in ("learning", "resume"):
+        try:
+            found = measured(deadline, name, small=small)
+        except Failed as error:
+            found = {"passed": False, "text": str(error)}
+        failed += not found["passed"]
+        print(f"* {name}: {'passed' if found['passed'] else 'FAILED'}; {found['text']}", flush=True)
+    return failed
+
+
+def main(arguments: Arguments) -> int:
+    """Prints everything; returns the exit status."""
+    if arguments.measure:
+        settings = json.loads(arguments.measure)
+        print(json.dumps(MEASUREMENTS[settings.pop("name")](**settings)))
+        return 0
+    deadline = time.monotonic() + BUDGET_SECONDS
+    device = measured(deadline, "device")
+    if device["platform"] == "cpu" and not arguments.small:
+        print("error: jax sees no GPU here; --small tries the command out on a CPU.", file=sys.stderr)
+        return 2
+    print(f"omd on CartPole-v1, {device['kind']}, jax {device['jax']}:\n")
+    failed = print_speeds(deadline, arguments.small)
+    print()
+    failed += print_checks(deadline, arguments.small)
+    return min(failed, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Arguments, use_underscores=True, config=(tyro.conf.FlagCreatePairsOff,))))
