@@ -101,6 +101,16 @@ def grid_of(config: Any, seeds: tuple[int, ...], axes: tuple[Axis, ...] = ()) ->
     return Grid((*axes, *own), seeds)
 
 
+def count_members(config: Any, num_seeds: int) -> int:
+    """Number of members that a configuration asks for, told before any is listed.
+
+    Raises:
+        UserError: more than MOST_MEMBERS.
+    """
+    lengths = [len(values_of(getattr(config, field.name))) for field in fields(config, is_traced=True)]
+    return check_count(*lengths, num_seeds)
+
+
 def batch_config(config: C, grid: Grid) -> C:
     """The configuration of all members at once: every traced leaf an array `[members]`.
 
