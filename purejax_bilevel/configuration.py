@@ -2,7 +2,7 @@
 
 A *traced* field is a leaf of the configuration's pytree: members of one compiled program may differ in it. A *static*
 field changes the program. The same declaration gives the command line, the checks with their messages and the axes of
-a sweep.
+a sweep. A *task* field is a static one that names what is to be solved, such as the environment.
 
     @configuration
     class Config:
@@ -11,7 +11,9 @@ a sweep.
 """
 
 import dataclasses
+import functools
 import math
+import sys
 import types
 import typing
 from collections.abc import Callable, Iterator
@@ -25,6 +27,8 @@ from purejax_bilevel.errors import UserError
 C = TypeVar("C")
 
 RUN_LENGTH = ("num_train_steps", "T_max")  # static fields that a resumed run may raise
+LARGEST_WHOLE = 2**31 - 1  # whole numbers have 32 bits in a compiled program
+SMALLEST, LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 
 
 class Check(NamedTuple):
@@ -59,7 +63,14 @@ def traced(default: Any, help: str, check: Check = FINITE, group: str = "trainin
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def static(default: Any, help: str, check: Check | None = None, group: str = "training", hidden: bool = False) -> Any:
+def static(
+    default: Any,
+    help: str,
+    check: Check | None = None,
+    group: str = "training",
+    hidden: bool = False,
+    task: bool = False,
+) -> Any:
     """Declares a field that is the same for all members because it changes the program.
 
     Args:
@@ -68,8 +79,10 @@ def static(default: Any, help: str, check: Check | None = None, group: str = "tr
         check: what is allowed; None where the type says it all.
         group: heading in `--help`.
         hidden: not a command line flag.
+        task: names what is to be solved (environment, dataset, level set): statistics go over its values, and none is
+            chosen as the best setting.
     """
-    metadata = {"traced": False, "help": help, "check": check, "group": group, "hidden": hidden}
+    metadata = {"traced": False, "help": help, "check": check, "group": group, "hidden": hidden, "task": task}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -117,7 +130,23 @@ def validate(config: C) -> C:
             _check_value(field, hints[field.name], value)
         if len(set(values)) < len(values):
             raise UserError(f"--{field.name} was given the same value twice: {' '.join(map(str, values))}.")
+        if field.metadata["traced"] and hints[field.name] is float and not getattr(config, "float64", False):
+            _check_single_precision(field.name, values)
     return config
+
+
+def _check_single_precision(name: str, values: tuple) -> None:
+    """Members compute with 32 bits, in which a number may be infinite, 0 or another member's."""
+    known: dict[float, Any] = {}
+    for value in values:
+        if math.isfinite(value) and value and not SMALLEST <= abs(value) <= LARGEST:
+            raise UserError(
+                f"--{name} must be a number that 32 bits can hold, of a size from {SMALLEST:.3g} to "
+                f"{LARGEST:.3g}, got {value!r}."
+            )
+        other = known.setdefault(float(np.float32(value)), value)
+        if other is not value:
+            raise UserError(f"--{name} was given {other!r} and {value!r}, which are the same number in 32 bits.")
 
 
 def _without_none(hint: Any) -> Any:
@@ -136,11 +165,35 @@ def _check_value(field: dataclasses.Field, hint: Any, value: Any) -> None:
         check = check or FINITE
         numeric = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
         whole = hint is float or (numeric and math.isfinite(value) and value == int(value))
-        allowed, fine = check.allowed, numeric and whole and check.accepts(value)
+        allowed, fine = check.allowed, numeric and whole and _accepts(check, value)
+        if fine and hint is int and abs(value) > LARGEST_WHOLE:
+            allowed, fine = f"{allowed} and at most {LARGEST_WHOLE} (32 bits)", False
     else:
         allowed, fine = (check.allowed, check.accepts(value)) if check else ("", True)
     if not fine:
         raise UserError(f"--{field.name} must be {allowed}, got {value!r}.")
+
+
+def _accepts(check: Check, value: Any) -> bool:
+    try:
+        return check.accepts(value)
+    except OverflowError:  # a whole number of more than 308 digits
+        return False
+
+
+@functools.cache
+def warn(sentence: str) -> None:
+    """Prints a warning on standard error, each sentence once."""
+    print(f"warning: {sentence}", file=sys.stderr)
+
+
+def warn_if_idle(config: Any) -> None:
+    """Says that nothing is learned where a run ends before its random start (`init_steps`) does."""
+    if config.num_train_steps <= config.init_steps:
+        warn(
+            f"--num_train_steps {config.num_train_steps} is not above --init_steps {config.init_steps}, the random "
+            "start: nothing will be learned."
+        )
 
 
 def to_dict(config: Any) -> dict[str, Any]:

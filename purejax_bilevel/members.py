@@ -14,6 +14,8 @@ from purejax_bilevel.errors import UserError
 
 C = TypeVar("C")
 
+MOST_MEMBERS = 1_000_000  # what the host keeps of each member, its labels above all, then takes a gigabyte
+
 
 @dataclasses.dataclass(frozen=True)
 class Axis:
@@ -43,10 +45,16 @@ class Grid:
     Args:
         axes: the swept hyper-parameters, in the order of the dimensions.
         seeds: one integer per repetition.
+
+    Raises:
+        UserError: more than MOST_MEMBERS members.
     """
 
     axes: tuple[Axis, ...]
     seeds: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        check_count(*self.shape)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -93,6 +101,16 @@ def grid_of(config: Any, seeds: tuple[int, ...], axes: tuple[Axis, ...] = ()) ->
     return Grid((*axes, *own), seeds)
 
 
+def count_members(config: Any, num_seeds: int) -> int:
+    """Number of members that a configuration asks for, told before any is listed.
+
+    Raises:
+        UserError: more than MOST_MEMBERS.
+    """
+    lengths = [len(values_of(getattr(config, field.name))) for field in fields(config, is_traced=True)]
+    return check_count(*lengths, num_seeds)
+
+
 def batch_config(config: C, grid: Grid) -> C:
     """The configuration of all members at once: every traced leaf an array `[members]`.
 
@@ -102,14 +120,14 @@ def batch_config(config: C, grid: Grid) -> C:
     Raises:
         UserError: a size was fixed below the largest value asked for.
     """
-    settings = [grid.settings(member) for member in range(len(grid))]
+    columns = _columns(grid)
     changes: dict[str, Any] = {}
     float_type = np.float64 if getattr(config, "float64", False) else np.float32
     for field in fields(config, is_traced=True):
         single = values_of(getattr(config, field.name))[0]
-        values = [setting.get(field.name, single) for setting in settings]
+        values, point = columns.get(field.name, ((single,), np.zeros(len(grid), int)))
         whole = all(isinstance(value, int | np.integer) for value in values)
-        changes[field.name] = np.asarray(values, np.int32 if whole and "int" in str(field.type) else float_type)
+        changes[field.name] = np.asarray(values, np.int32 if whole and "int" in str(field.type) else float_type)[point]
         maximum = field.metadata["maximum"]
         if maximum is not None:
             largest, given = int(max(values)), getattr(config, maximum)
@@ -117,3 +135,29 @@ def batch_config(config: C, grid: Grid) -> C:
                 raise UserError(f"{maximum}={given} is smaller than the largest {field.name}, {largest}.")
             changes[maximum] = given or largest
     return replace(config, **changes)
+
+
+def _columns(grid: Grid) -> dict[str, tuple[tuple, np.ndarray]]:
+    """Per swept name its values along the axis, and for each member which of them is its own."""
+    *points, _ = np.unravel_index(np.arange(len(grid)), grid.shape)
+    return {
+        name: (tuple(value[place] for value in axis.values), point)
+        for axis, point in zip(grid.axes, points, strict=True)
+        for place, name in enumerate(axis.names)
+    }
+
+
+def check_count(*lengths: int) -> int:
+    """Number of members of axes with these lengths (one of them the seeds), told before a list of them is made.
+
+    Raises:
+        UserError: more than MOST_MEMBERS.
+    """
+    count = math.prod(lengths)
+    if count > MOST_MEMBERS:
+        product = " x ".join(f"{length:,}" for length in lengths if length != 1)
+        raise UserError(
+            f"{count:,} members ({product}) are more than the {MOST_MEMBERS:,} that one run can have: take fewer "
+            "seeds (--num_seeds) or fewer values per option."
+        )
+    return count

@@ -3,11 +3,22 @@
 `make` gives any gymnax environment that has vector observations and discrete actions, checked, with its sizes at hand;
 `make_continuous` any of gymnax, Brax or MuJoCo Playground with vector observations and bounded continuous actions,
 which become [-1, 1] everywhere.
+
+Your own environment, a gymnax `Environment` with its parameters, goes by a name like every other:
+
+    environments.register("Maze", Maze(), MazeParams())
+    run(RLConfig(env_name="Maze"))
+
+On the command line `--env_name mypackage.envs:make` names a function without arguments that returns it.
 """
 
 import dataclasses
 import difflib
+import functools
+import importlib
 from typing import Any
+
+import jax
 
 from purejax_bilevel.environments import brax, probes
 from purejax_bilevel.environments._gymnax import Environment, gymnax, spaces
@@ -37,11 +48,80 @@ class Continuous:
     max_steps: int  # time limit of an episode
 
 
+_REGISTERED: dict[str, tuple[Environment, Any]] = {}
+
+
+def register(name: str, environment: Environment, params: Any = None) -> None:
+    """Gives an environment of your own a name, by which configurations then know it.
+
+    Args:
+        name: for `env_name`; a name registered before is replaced.
+        environment: with the interface of gymnax >= 1.0.
+        params: of its `reset` and `step`; None: its `default_params`.
+
+    Raises:
+        UserError: the name is taken, or the environment has another interface.
+    """
+    if name in gymnax.registered_envs or name in probes.NAMES or brax.known(name):
+        raise UserError(f"environments.register: {name} is an environment already; choose another name.")
+    _REGISTERED[name] = _checked(name, environment, params)
+
+
+@functools.cache
+def _from_function(name: str) -> tuple[Environment, Any]:
+    """What the function `module:function` returns: an environment, or one with its parameters."""
+    module, _, function = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except ImportError as error:
+        raise UserError(
+            f"--env_name {name}: the module {module} cannot be imported ({error}); install it or set PYTHONPATH."
+        ) from error
+    except (AttributeError, ValueError) as error:
+        raise UserError(f"--env_name {name}: the module {module!r} has no function {function!r}.") from error
+    if not callable(found):
+        raise UserError(f"--env_name {name} must name a function that returns an environment, got {found!r}.")
+    try:
+        made = found()
+    except Exception as error:  # whatever a stranger's code may raise
+        raise UserError(f"--env_name {name}: the function fails ({type(error).__name__}: {error}).") from error
+    environment, params = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+    return _checked(name, environment, params)
+
+
+def _checked(name: str, environment: Any, params: Any) -> tuple[Environment, Any]:
+    if not isinstance(environment, Environment):
+        raise UserError(
+            f"--env_name {name} must be an Environment of gymnax >= 1.0, or one with its parameters, got "
+            f"{type(environment).__name__}."
+        )
+    params = environment.default_params if params is None else params
+
+    def one_step(key: jax.Array) -> Any:
+        reset_key, step_key, action_key = jax.random.split(key, 3)
+        _, state = environment.reset(reset_key, params)
+        return environment.step(step_key, state, environment.action_space(params).sample(action_key), params)
+
+    try:
+        *five, info = jax.eval_shape(one_step, jax.random.key(0))
+        int(params.max_steps_in_episode)
+        environment.observation_space(params)
+    except Exception as error:  # whatever a stranger's code may raise
+        reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+        raise UserError(f"--env_name {name} cannot be reset and stepped as gymnax >= 1.0 does ({reason}).") from error
+    if len(five) != 5 or not isinstance(info, dict) or "final_observation" not in info:
+        raise UserError(
+            f"--env_name {name}: step must return observation, state, reward, terminated, truncated and info with "
+            "final_observation, as in gymnax >= 1.0."
+        )
+    return environment, params
+
+
 def make(name: str) -> Discrete:
     """Looks up an environment with discrete actions.
 
     Args:
-        name: registered name, e.g. "CartPole-v1".
+        name: registered name, e.g. "CartPole-v1", or `module:function`.
 
     Raises:
         UserError: unknown name, continuous actions, or observations that are not vectors.
@@ -60,7 +140,7 @@ def make_continuous(name: str, dim_distract: int = 0) -> Continuous:
     """Looks up an environment with continuous actions; they are clipped to [-1, 1] and scaled to its own bounds.
 
     Args:
-        name: registered name, e.g. "Pendulum-v1".
+        name: registered name, e.g. "Pendulum-v1", or `module:function`.
         dim_distract: standard normal numbers that are appended to every observation, at least 0.
 
     Raises:
@@ -83,7 +163,7 @@ def is_continuous(name: str) -> bool:
     """Whether `name` is an environment with continuous actions; False for unknown names."""
     if brax.known(name):  # without importing a suite that may not be installed
         return True
-    if name not in gymnax.registered_envs and name not in probes.NAMES:
+    if name not in (*gymnax.registered_envs, *probes.NAMES, *_REGISTERED) and ":" not in name:
         return False
     environment, params = _look_up(name)
     return isinstance(environment.action_space(params), spaces.Box)
@@ -94,8 +174,12 @@ def _look_up(name: str) -> tuple[Environment, Any]:
         return brax.make(name)
     if name in probes.NAMES:
         return probes.make(name)
+    if name in _REGISTERED:
+        return _REGISTERED[name]
+    if ":" in name:
+        return _from_function(name)
     if name not in gymnax.registered_envs:
-        names = [*gymnax.registered_envs, *brax.NAMES]
+        names = [*gymnax.registered_envs, *brax.NAMES, *_REGISTERED]
         close = difflib.get_close_matches(name, [*names, *probes.NAMES], n=1, cutoff=0.4)
         hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(names)}."
         raise UserError(f"--env_name {name} is not an environment; {hint}")

@@ -7,7 +7,6 @@ Everything is written as sums of products rather than matrix calls: with a handf
 costs far more than its arithmetic, and LAPACK under vmap may deadlock on a CPU with two threads.
 """
 
-import zipfile
 from pathlib import Path
 
 import flax.struct
@@ -22,6 +21,7 @@ UNROLLED = 6  # most states for which the elimination is written out
 SUM_TOLERANCE = 1e-6  # of probabilities in a file
 NEWTON_TOLERANCE = 1e-9  # the next step would be about its square over the temperature: rounding level
 NEWTON_STEPS = 100
+ARRAYS = ("P", "R", "gamma", "start")  # of a file
 
 
 class MDP(flax.struct.PyTreeNode):
@@ -74,7 +74,7 @@ def load(path: str) -> MDP:
         UserError: naming the array, what it holds and what is allowed.
     """
     arrays = _read(path)
-    transition, reward, discount, start = (arrays[name] for name in ("P", "R", "gamma", "start"))
+    transition, reward, discount, start = (arrays[name] for name in ARRAYS)
     if transition.ndim != 3 or transition.shape[1] != transition.shape[2] or 0 in transition.shape:
         raise UserError(f"--mdp_file {path}: P must have shape [actions, states, states], got {transition.shape}.")
     num_actions, num_states, _ = transition.shape
@@ -97,20 +97,29 @@ def _read(path: str) -> dict[str, np.ndarray]:
     if not Path(path).is_file():
         raise UserError(f"--mdp_file {path}: there is no such file.")
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            if missing := [name for name in ("P", "R", "gamma", "start") if name not in archive]:
-                found = ", ".join(archive.files) or "nothing"
-                raise UserError(f"--mdp_file {path}: there is no {missing[0]} among its arrays ({found}).")
-            return {name: np.asarray(archive[name], np.float64) for name in ("P", "R", "gamma", "start")}
-    except (OSError, ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
-        if isinstance(error, UserError):
-            raise
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
+            names = archive.files
+            arrays = {name: archive[name] for name in ARRAYS if name in names}
+    except Exception as error:  # a damaged archive fails in a dozen ways, in zipfile, zlib, ast and numpy
         reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
         raise UserError(f"--mdp_file {path}: it must be a numpy archive (.npz) of numbers ({reason}).") from error
+    for name in ARRAYS:
+        if name not in arrays:
+            found = ", ".join(map(repr, names)) or "nothing"
+            raise UserError(f"--mdp_file {path}: there is no {name} among its arrays ({found}).")
+        if not isinstance(arrays[name], np.ndarray) or arrays[name].dtype.kind not in "fiub":
+            kind = getattr(arrays[name], "dtype", "no array")
+            raise UserError(
+                f"--mdp_file {path}: it must be a numpy archive (.npz) of numbers; {name} holds real numbers, got "
+                f"{kind}."
+            )
+    with np.errstate(all="ignore"):  # larger than 64 bits hold: not finite, which is said later
+        return {name: array.astype(np.float64) for name, array in arrays.items()}
 
 
 def _check_distributions(path: str, name: str, array: np.ndarray) -> None:
-    sums = array.sum(-1)
+    with np.errstate(over="ignore"):
+        sums = array.sum(-1)
     wrong = np.argwhere((array < 0).any(-1) | (np.abs(sums - 1) > SUM_TOLERANCE))
     if len(wrong):
         index = tuple(int(i) for i in wrong[0])

@@ -9,16 +9,22 @@ stops can then tell the others why, and they stop with that sentence.
     python train_rl.py --coordinator node1:1234 --num_processes 2 --process_id 1      on another host
     srun python train_rl.py                                                           under Slurm; Open MPI: mpirun
 
+Process 0 listens at the coordinator's address only, where that is its own. With PUREJAX_BILEVEL_JOIN_TOKEN set, the
+same for all, nobody else can take a process's place when they meet.
+
 With a single process everything here returns what it was given.
 """
 
 import contextlib
 import dataclasses
+import hmac
 import io
+import ipaddress
 import itertools
 import json
 import os
 import re
+import secrets
 import socket
 import time
 import zlib
@@ -40,6 +46,8 @@ HEARTBEAT_SECONDS = (
 POLL_MILLISECONDS = 500  # between two looks whether another process has stopped
 FIRST_PORT, PORTS = 61440, 4096  # above those that Linux gives to outgoing connections
 STORE = "purejax_bilevel"
+TOKEN = "PUREJAX_BILEVEL_JOIN_TOKEN"  # who does not know it cannot join; jax.distributed itself asks for none
+LONGEST_LINE = 10_000
 
 T = TypeVar("T")
 Tree = Any
@@ -91,9 +99,10 @@ def join(coordinator: str | None = None, num_processes: int | None = None, proce
     if jax.distributed.is_initialized():
         return
     place = _given(coordinator, num_processes, process_id) or started_by(os.environ)
-    if place is None or place.num_processes == 1:
-        return
     devices.prepare()
+    if place is None or place.num_processes == 1:
+        devices.check_platforms()
+        return
     _meet(place)
     # Slurm's job variables must not fill in what was found here, a proxy must not stand between the processes, and
     # the warning about proxies is then out of place.
@@ -108,10 +117,11 @@ def join(coordinator: str | None = None, num_processes: int | None = None, proce
             cluster_detection_method="deactivate",
             initialization_timeout=JOIN_SECONDS,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            coordinator_bind_address=_bind_address(place) if place.process_id == 0 else None,
         )
     except RuntimeError as error:
         raise UserError(f"this process cannot join the others: {str(error).splitlines()[0]}") from error
-    jax.devices()  # here, where all processes are: jax asks all of them for their devices and waits for the answers
+    devices.available()  # here, where all processes are: jax asks all of them for their devices and waits for answers
 
 
 def _given(coordinator: str | None, num_processes: int | None, process_id: int | None) -> Place | None:
@@ -136,13 +146,13 @@ def started_by(environment: Mapping[str, str]) -> Place | None:
     size. JAX_COORDINATOR_ADDRESS replaces the coordinator found.
 
     Raises:
-        UserError: there are several processes, but nothing says where the first is.
+        UserError: there are several processes, but nothing says where the first is, or a variable is no number.
     """
     # Open MPI first: within a Slurm job its processes inherit the variables of the step that launched it.
-    if int(environment.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
+    if _number(environment, "OMPI_COMM_WORLD_SIZE", 1, 1) > 1:
         return _open_mpi(environment)
     # Not SLURM_NTASKS, which is the allocation's: an interactive step has it too.
-    if int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+    if _number(environment, "SLURM_STEP_NUM_TASKS", 1, 1) > 1:
         return _slurm(environment)
     return None
 
@@ -155,13 +165,14 @@ def _slurm(environment: Mapping[str, str]) -> Place:
         if first is None:
             raise UserError("Slurm does not say on which hosts it started (no SLURM_STEP_NODELIST).")
         coordinator = f"{''.join(filter(None, first.groups()))}:{_port(step)}"
-    count = int(environment["SLURM_STEP_NUM_TASKS"])
-    local_id, alone = int(environment["SLURM_LOCALID"]), environment.get("SLURM_STEP_NUM_NODES") == str(count)
-    return Place(coordinator, count, int(environment["SLURM_PROCID"]), _own_accelerators(environment, local_id, alone))
+    count = _number(environment, "SLURM_STEP_NUM_TASKS", 1)
+    local_id, alone = _number(environment, "SLURM_LOCALID"), environment.get("SLURM_STEP_NUM_NODES") == str(count)
+    own = _own_accelerators(environment, local_id, alone)
+    return Place(coordinator, count, _number(environment, "SLURM_PROCID", most=count - 1), own)
 
 
 def _open_mpi(environment: Mapping[str, str]) -> Place:
-    count, local_count = (int(environment[f"OMPI_COMM_WORLD_{name}"]) for name in ("SIZE", "LOCAL_SIZE"))
+    count, local_count = (_number(environment, f"OMPI_COMM_WORLD_{name}", 1) for name in ("SIZE", "LOCAL_SIZE"))
     launcher = environment.get("OMPI_MCA_orte_hnp_uri", "")  # 3674406912.0;tcp://10.0.0.1,10.1.0.1:36789
     address = re.search(r"tcp://([^,:]+)", launcher)
     coordinator = environment.get("JAX_COORDINATOR_ADDRESS")
@@ -173,9 +184,20 @@ def _open_mpi(environment: Mapping[str, str]) -> Place:
             )
         host = "localhost" if address is None or count == local_count else address.group(1)
         coordinator = f"{host}:{_port(launcher or environment.get('PMIX_NAMESPACE', ''))}"
-    local_id, alone = int(environment["OMPI_COMM_WORLD_LOCAL_RANK"]), local_count == 1
+    local_id, alone = _number(environment, "OMPI_COMM_WORLD_LOCAL_RANK"), local_count == 1
     own = _own_accelerators(environment, local_id, alone)
-    return Place(coordinator, count, int(environment["OMPI_COMM_WORLD_RANK"]), own)
+    return Place(coordinator, count, _number(environment, "OMPI_COMM_WORLD_RANK", most=count - 1), own)
+
+
+def _number(
+    environment: Mapping[str, str], name: str, least: int = 0, default: int | None = None, most: int | None = None
+) -> int:
+    """A whole number that a scheduler has set."""
+    text = environment.get(name, "" if default is None else str(default))
+    if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) < least or (most is not None and int(text) > most):
+        allowed = f"of at least {least}" if most is None else f"from {least} to {most}"
+        raise UserError(f"the scheduler's {name} must be a whole number {allowed}, got {text!r}.")
+    return int(text)
 
 
 def _port(job: str) -> int:
@@ -220,8 +242,10 @@ def _await_others(place: Place) -> None:
                 break
             stack.enter_context(connection)
             connection.settimeout(10)
-            with contextlib.suppress(OSError, ValueError, TypeError):  # whoever knocks at a port: none of us
-                other = Place(**json.loads(connection.makefile().readline()))
+            with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # a stranger at the port: none of us
+                other = _welcome(connection)
+                if other is None:
+                    continue
                 problem = _mismatch(place, other, arrived)
                 arrived.setdefault(other.process_id, connection)
         for connection in arrived.values():
@@ -229,6 +253,23 @@ def _await_others(place: Place) -> None:
                 connection.sendall(f"{problem}\n".encode())
     if problem:
         raise UserError(problem)
+
+
+def _welcome(connection: socket.socket) -> Place | None:
+    """Who came; None for one that does not know the token, which is told so and never sent over the network."""
+    nonce = secrets.token_hex(16)
+    connection.sendall(f"{nonce}\n".encode())
+    told = json.loads(connection.makefile().readline(LONGEST_LINE))
+    if hmac.compare_digest(_proof(nonce, told["place"]), str(told["proof"])):
+        return Place(**told["place"])
+    connection.sendall(f"process 0 does not know this process: {TOKEN} must be the same for all.\n".encode())
+    return None
+
+
+def _proof(nonce: str, place: Mapping[str, Any]) -> str:
+    """Of knowing the token; without one, of coming from the same program."""
+    message = json.dumps([nonce, place], sort_keys=True).encode()
+    return hmac.new(os.environ.get(TOKEN, "").encode(), message, "sha256").hexdigest()
 
 
 def _mismatch(place: Place, other: Place, arrived: Mapping[int, Any]) -> str:
@@ -243,15 +284,50 @@ def _mismatch(place: Place, other: Place, arrived: Mapping[int, Any]) -> str:
 
 
 def _listen(place: Place) -> socket.socket:
-    port = int(place.coordinator.rpartition(":")[2])
+    host, _, port = _bind_address(place).rpartition(":")
     try:
-        if socket.has_dualstack_ipv6():
-            return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
-        return socket.create_server(("", port))
+        if host == "[::]" and not socket.has_dualstack_ipv6():
+            return socket.create_server(("", int(port)))
+        family = socket.AF_INET6 if host.startswith("[") else socket.AF_INET
+        return socket.create_server((host.strip("[]"), int(port)), family=family, dualstack_ipv6=host == "[::]")
     except OSError as error:
         raise UserError(
             f"process 0 cannot listen at {place.coordinator} ({error.strerror}); take a free port."
         ) from error
+
+
+def _bind_address(place: Place) -> str:
+    """Where process 0 listens: the coordinator's address alone, if it is one of this host.
+
+    A host's own name may mean its loopback address on the host itself; others could not come there. Then, and where
+    the address belongs to something in front of this host, it listens at all addresses.
+    """
+    name, _, port = place.coordinator.rpartition(":")
+    name = name.strip("[]")
+    try:
+        found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+    except OSError:
+        found = []
+    for family, _, _, _, address in found:
+        host = str(address[0])
+        if (_means_loopback(name) or not _means_loopback(host)) and _is_own(family, host):
+            return f"[{host}]:{port}" if family == socket.AF_INET6 else f"{host}:{port}"
+    return f"[::]:{port}"
+
+
+def _is_own(family: int, host: str) -> bool:
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.bind((host, 0))
+    except OSError:
+        return False
+    return True
+
+
+def _means_loopback(name: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(name).is_loopback
+    return name == "localhost"
 
 
 def _go_to_first(place: Place) -> None:
@@ -261,9 +337,11 @@ def _go_to_first(place: Place) -> None:
     while (left := deadline - time.monotonic()) > 0:
         try:
             with socket.create_connection((host.strip("[]"), int(port)), timeout=left) as connection:
-                connection.sendall(json.dumps(dataclasses.asdict(place)).encode() + b"\n")
                 connection.settimeout(left + 5)  # process 0 says who is missing
-                answer = connection.makefile().readline()
+                lines, told = connection.makefile(), dataclasses.asdict(place)
+                proof = _proof(lines.readline().strip(), told)
+                connection.sendall(json.dumps({"place": told, "proof": proof}).encode() + b"\n")
+                answer = lines.readline()
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             answer = ""

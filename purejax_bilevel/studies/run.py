@@ -7,11 +7,11 @@ import xarray
 from rich.console import Console
 
 from purejax_bilevel.configuration import to_dict
-from purejax_bilevel.members import batch_config, grid_of
+from purejax_bilevel.members import batch_config, count_members, grid_of
 from purejax_bilevel.programs.regression import figures as regression_figures
 from purejax_bilevel.results import dataset as datasets
 from purejax_bilevel.results import plots, statistics
-from purejax_bilevel.runtime import processes
+from purejax_bilevel.runtime import processes, sizes
 from purejax_bilevel.runtime.compiled import Part
 from purejax_bilevel.runtime.loop import RunOptions, make_seeds, to_dataset, train
 from purejax_bilevel.studies import video as videos
@@ -54,7 +54,8 @@ def run(
     config = config.resolved()
     run_options = RunOptions(folder=None if folder is None else Path(folder), **options)
     part = make_part(config, num_seeds, seed)
-    outcome = train([part], run_options)
+    with sizes.explained():
+        outcome = train([part], run_options, watcher=sizes.Limits())
     dataset = to_dataset(part, outcome, 0, config, {"command": datasets.command_line()})
     if run_options.folder is not None and processes.is_first():
         write_outputs(dataset, run_options.folder)
@@ -66,10 +67,17 @@ def run(
 
 
 def make_part(config: Any, num_seeds: int, seed: int) -> Part:
-    """The program and all members of a resolved configuration."""
+    """The program and all members of a resolved configuration.
+
+    Raises:
+        UserError: more members than one run can have, or than the memory can hold.
+    """
+    count_members(config, num_seeds)
     grid = grid_of(config, make_seeds(seed, num_seeds))
     batched = batch_config(config, grid)
-    return Part(batched.program(), batched, grid)
+    part = Part(batched.program(), batched, grid)
+    sizes.check([part])
+    return part
 
 
 def write_outputs(dataset: xarray.Dataset, folder: Path) -> None:

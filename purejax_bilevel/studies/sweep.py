@@ -24,10 +24,11 @@ from rich.console import Console
 
 from purejax_bilevel.configuration import fields
 from purejax_bilevel.errors import UserError
+from purejax_bilevel.members import check_count
 from purejax_bilevel.programs.tabular.figures import FIGURES
 from purejax_bilevel.results import dataset as datasets
 from purejax_bilevel.results.statistics import SettingRow, lower_is_better, render_table
-from purejax_bilevel.runtime import devices, loop, processes
+from purejax_bilevel.runtime import devices, loop, processes, sizes
 from purejax_bilevel.runtime.compiled import CompiledProgram, Part, num_rows
 from purejax_bilevel.runtime.loggers import Loggers
 from purejax_bilevel.runtime.progress import _duration as duration
@@ -36,7 +37,6 @@ from purejax_bilevel.studies import search as searches
 from purejax_bilevel.studies.presets import PRESETS, preset
 from purejax_bilevel.studies.study import PROGRAMS, Agent, Study, config_class, make_agents, override, parse, read
 
-SAFE_SHARE = 0.9  # of the free memory that a sweep may plan with
 ROUND_SETTINGS = {
     "search": "method",
     "halving": "halving",
@@ -104,6 +104,8 @@ def read_arguments(arguments: Sequence[str]) -> tuple[Options, Study]:
         changes["seeds.first"] = options.seed
     if options.num_seeds is not None:
         changes["seeds.count"] = options.num_seeds
+    if isinstance(count := changes.get("seeds.count"), int):
+        check_count(count)  # before the seeds are listed
     if options.resume is not None:
         return options, _resumed(options, changes)
     if not options.sweep:
@@ -187,6 +189,7 @@ def run(study: Study, options: Options, console: Console) -> list[xarray.Dataset
         Interrupted: on Ctrl-C, after a checkpoint was written.
     """
     devices.prepare()
+    check_count(study.seeds.count, study.search.samples if study.search.method == "random" else 1)
     agents = make_agents(study)
     _check_names(agents)
     check_report(study, agents)
@@ -274,7 +277,8 @@ def _at_once(
 ) -> list[xarray.Dataset]:
     """All members in one go."""
     parts = [agent.parts() for agent in agents]
-    outcome = loop.train([part for own in parts for part in own], options, console, plan)
+    with sizes.explained():
+        outcome = loop.train([part for own in parts for part in own], options, console, plan)
     datasets, first = [], 0
     for agent, own in zip(agents, parts, strict=True):
         span = slice(first, first + len(own))
@@ -294,7 +298,8 @@ def _in_rounds(
     study: Study, agents: Sequence[Agent], options: loop.RunOptions, console: Console, plan: "Plan"
 ) -> list[xarray.Dataset]:
     """The finalists of a search."""
-    found = searches.search(study, agents, options, console, plan)
+    with sizes.explained():
+        found = searches.search(study, agents, options, console, plan)
     datasets = []
     for agent, finding in zip(agents, found.findings, strict=True):
         template = agent.templates[0]
@@ -424,17 +429,14 @@ class Plan:
             f"{self.study.name}: {members} members{rounds} in {report.count(len(parts), 'sub-program')} ({names}), "
             f"{steps} each, on {report.count(self.num_devices, f'{device.platform} device')}"
         )
-        states = sum(
-            -(-len(part.grid) // self.num_devices) * size
-            for part, size in zip(parts, program.bytes_per_member, strict=True)
-        )
-        self._check(program, states, "the states of their members alone")
+        sizes.check_states(parts, program.bytes_per_member, program.mesh, self._free)
 
     def compiled(self, program: CompiledProgram, state: Any, steps: int, total: int) -> Any:
         """Prints memory and time of the compiled program; refuses what does not fit."""
         needed = program.device_bytes
         if needed is not None:
-            self._check(program, needed, "the compiled program")
+            what = "the compiled program"
+            sizes.check_fits(program.parts, program.bytes_per_member, program.mesh, needed, what, self._free)
             free = self._free(program.mesh.local_devices[0])
             shared = " (all devices share it)" if self._shared(program) and self.num_devices > 1 else ""
             of = "" if free is None else f" of {report.bytes_in_words(free)} free{shared}"
@@ -455,25 +457,6 @@ class Plan:
 
     def _shared(self, program: CompiledProgram) -> bool:
         return program.mesh.devices.flat[0].platform == "cpu"
-
-    def _check(self, program: CompiledProgram, needed: int, what: str) -> None:
-        free = self._free(program.mesh.local_devices[0])
-        wanted = needed * len(program.mesh.local_devices) if self._shared(program) else needed
-        if free is None or wanted <= SAFE_SHARE * free:
-            return
-        members = sum(len(part.grid) for part in program.parts)
-        fitting = int(members * SAFE_SHARE * free / wanted)
-        sizes = dict(zip([part.label for part in program.parts], program.bytes_per_member, strict=True))
-        largest = max(sizes, key=lambda label: sizes[label])
-        where = (
-            "this machine has" if self._shared(program) else f"each {program.mesh.devices.flat[0].platform} device has"
-        )
-        text = report.bytes_in_words
-        raise UserError(
-            f"{members} members do not fit: {what} would need {text(wanted)}, {where} {text(free)} free. "
-            f"About {fitting} members fit: take fewer seeds (--num_seeds) or settings, or make members smaller (the "
-            f"largest: {largest} with {text(sizes[largest])}, by its capacity, widths and windows), or use more memory."
-        )
 
     def _say(self, text: str) -> None:
         if not self.quiet:

@@ -130,6 +130,23 @@ def test_wrong_places_get_one_sentence(words, sentence, capsys):
     assert all(line.startswith("error: ") and sentence in line for line in told)
 
 
+@pytest.mark.parametrize(
+    ("environment", "sentence"),
+    [
+        (SLURM | {"SLURM_STEP_NUM_TASKS": "many"}, "SLURM_STEP_NUM_TASKS must be a whole number of at least 1, got 'm"),
+        (SLURM | {"SLURM_PROCID": "-1"}, "SLURM_PROCID must be a whole number from 0 to 7, got '-1'"),
+        (SLURM | {"SLURM_PROCID": "8"}, "SLURM_PROCID must be a whole number from 0 to 7, got '8'"),
+        (SLURM | {"SLURM_LOCALID": ""}, "SLURM_LOCALID must be a whole number of at least 0, got ''"),
+        (OPEN_MPI | {"OMPI_COMM_WORLD_SIZE": "4.0"}, "OMPI_COMM_WORLD_SIZE must be"),
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, "OMPI_COMM_WORLD_LOCAL_SIZE must be"),
+        (OPEN_MPI | {"OMPI_COMM_WORLD_RANK": "4"}, "OMPI_COMM_WORLD_RANK must be a whole number from 0 to 3, got '4'"),
+    ],
+)
+def test_wrong_variables_of_a_scheduler_are_named(environment, sentence):
+    with pytest.raises(UserError, match=sentence):
+        processes.started_by(environment)
+
+
 # ---------------------------------------------------------------- meeting
 
 
@@ -193,6 +210,45 @@ def test_processes_that_do_not_belong_together_are_told(monkeypatch, others, sen
     told = meet(monkeypatch, 2, Place(address, 3, 0), *(Place(address, *other) for other in others))
     assert sentence in told[0]
     assert sentence in told[1:]
+
+
+def test_only_the_coordinators_address_is_listened_at(monkeypatch):
+    for host in ("localhost", "127.0.0.1", "127.0.0.2"):
+        with processes._listen(Place(f"{host}:{free_port()}", 2, 0)) as server:
+            assert processes._means_loopback(server.getsockname()[0]), host
+    answers = {"own": "127.0.1.1", "proxy": "192.0.2.1"}  # as in Debian's /etc/hosts; an address of nobody
+    look_up = lambda name, *_, **__: [(socket.AF_INET, socket.SOCK_STREAM, 0, "", (answers[name], 0))]  # noqa: E731
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    assert [processes._bind_address(Place(f"{name}:7", 2, 0)) for name in answers] == ["[::]:7", "[::]:7"]
+    monkeypatch.setattr(processes, "_means_loopback", lambda name: False)
+    assert processes._bind_address(Place("own:7", 2, 0)) == "127.0.1.1:7"
+
+
+def test_who_does_not_know_the_token_cannot_join(monkeypatch):
+    address = f"localhost:{free_port()}"
+    script = (
+        "from purejax_bilevel.runtime import processes\n"
+        "processes.JOIN_SECONDS = 60\n"
+        "try:\n"
+        f"    processes._meet(processes.Place({address!r}, 2, 1))\n"
+        "except ValueError as error:\n"
+        "    print(error)"
+    )
+
+    def other(token: str) -> str:
+        environment = os.environ | {processes.TOKEN: token}
+        found = subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, env=environment
+        )
+        return found.stdout
+
+    monkeypatch.setenv(processes.TOKEN, "of all")
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(meet, monkeypatch, 60, Place(address, 2, 0))
+        told = "process 0 does not know this process: PUREJAX_BILEVEL_JOIN_TOKEN must be the same for all.\n"
+        assert other("of nobody") == told
+        assert other("of all") == ""
+        assert first.result() == [""]
 
 
 def test_a_taken_port_is_named(monkeypatch):
@@ -363,6 +419,38 @@ def test_devices_that_cannot_be_shared_are_refused(monkeypatch, asked):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(UserError, match="--devices"):
         devices.make_mesh(99, asked)
+
+
+@pytest.mark.parametrize(
+    ("files", "cores"),
+    [
+        ({}, 4),
+        ({"job/step/cpu.max": "max 100000"}, 4),
+        ({"job/step/cpu.max": "150000 100000"}, 2),
+        ({"job/cpu.max": "100000 100000", "job/step/cpu.max": "max 100000"}, 1),
+        ({"cpu.max": "10000 100000"}, 1),
+        ({"cpu/slice/cpu.cfs_quota_us": "300000", "cpu/slice/cpu.cfs_period_us": "100000"}, 3),
+        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 4),
+    ],
+)
+def test_quotas_of_control_groups_limit_the_host_devices(files, cores, tmp_path, monkeypatch):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    (tmp_path / "own").write_text("2:cpu,cpuacct:/slice\n0::/job/step\n")
+    (tmp_path / "cpu").mkdir(exist_ok=True)
+    monkeypatch.setattr(devices, "GROUPS", tmp_path)
+    monkeypatch.setattr(devices, "OWN_GROUPS", tmp_path / "own")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
+    assert devices.usable_cores() == cores
+
+
+def test_a_platform_that_is_not_here_is_named():
+    words = [sys.executable, "train_rl.py", "--num_train_steps", "10"]
+    found = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "tpux"})
+    assert found.returncode == 2
+    assert found.stderr.startswith("error: jax finds no device for JAX_PLATFORMS=tpux (")
+    assert len(found.stderr.splitlines()) == 1
 
 
 # ---------------------------------------------------------------- two processes on this machine

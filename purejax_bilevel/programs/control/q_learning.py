@@ -29,6 +29,7 @@ from purejax_bilevel.configuration import (
     static,
     traced,
     validate,
+    warn_if_idle,
 )
 from purejax_bilevel.environments import non_stationary
 from purejax_bilevel.errors import UserError
@@ -61,7 +62,7 @@ class Config:
         "omd", "who trains the model (smoothfbo = funcbo with --smoothing window)", group="agent"
     )
     env_name: str = static(
-        "CartPole-v1", "gymnax environment with vector observations, discrete actions", group="environment"
+        "CartPole-v1", "gymnax environment with vector observations, discrete actions", group="environment", task=True
     )
     num_train_steps: int = static(50_000, "environment steps of each member", at_least(1), "schedule")
     init_steps: int = static(1000, "steps with uniform actions before learning starts", at_least(1), "schedule")
@@ -163,6 +164,7 @@ class Config:
             config = replace(config, transition_steps=config.num_train_steps)
         validate(config)
         _check_together(config)
+        warn_if_idle(config)
         return config
 
 

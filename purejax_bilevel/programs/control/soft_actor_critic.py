@@ -30,6 +30,7 @@ from purejax_bilevel.configuration import (
     static,
     traced,
     validate,
+    warn_if_idle,
 )
 from purejax_bilevel.errors import UserError
 from purejax_bilevel.program import Metrics
@@ -71,7 +72,7 @@ class Config:
         "omd", "who trains the model (smoothfbo = funcbo with --smoothing window; sac has none)", group="agent"
     )
     env_name: str = static(
-        "Pendulum-v1", "environment with vector observations, continuous actions", group="environment"
+        "Pendulum-v1", "environment with vector observations, continuous actions", group="environment", task=True
     )
     dim_distract: int = static(0, "standard normal numbers appended to every observation", at_least(0), "environment")
     num_envs: int = static(1, "copies of the environment of each member", at_least(1), "environment")
@@ -170,6 +171,7 @@ class Config:
         capacity = config.capacity or min(config.num_train_steps * config.num_envs, LARGEST_CAPACITY)
         config = replace(config, capacity=-(-capacity // config.num_envs) * config.num_envs)
         _check_together(config)
+        warn_if_idle(config)
         return config
 
 
