@@ -12,7 +12,7 @@ import signal
 import sys
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -92,11 +92,10 @@ def main(configuration: type | Callable[[], type], description: str, arguments: 
 def exit_status(action: Callable[[Console], None], arguments: Sequence[str]) -> int:
     """Joins the other processes and runs a script's work; tells what stopped it and returns the exit status."""
     try:
-        with contextlib.suppress(ValueError):  # not the main thread; docker stop and scancel send SIGTERM
-            signal.signal(signal.SIGTERM, signal.default_int_handler)
-        _join(arguments)
-        with processes.together():
-            action(processes.console())
+        with _stopped_by_sigterm():
+            _join(arguments)
+            with processes.together():
+                action(processes.console())
     except UserError as error:
         if processes.should_tell(error):
             text = f"error: {error}"
@@ -109,6 +108,20 @@ def exit_status(action: Callable[[Console], None], arguments: Sequence[str]) -> 
         Console(stderr=True).print("stopped before anything was written.")
         return 130
     return 0
+
+
+@contextlib.contextmanager
+def _stopped_by_sigterm() -> Iterator[None]:
+    """What docker stop and scancel send is a Ctrl-C."""
+    try:
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    except ValueError:  # not the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _join(arguments: Sequence[str]) -> None:

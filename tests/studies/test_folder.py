@@ -11,7 +11,7 @@ import yaml
 
 from purejax_bilevel.errors import UserError
 from purejax_bilevel.runtime import checkpoint, loop
-from purejax_bilevel.studies import command_line, folder
+from purejax_bilevel.studies import command_line, folder, search
 from purejax_bilevel.studies import run as runs
 from tests import toy
 from tests.studies.test_command_line import parse
@@ -161,3 +161,17 @@ def test_sigterm_before_the_loop_is_an_interrupt():
         os.kill(os.getpid(), 15)
 
     assert command_line.exit_status(work, []) == 130
+
+
+def test_cleaning_up_after_a_search_leaves_what_is_not_its_own(tmp_path: Path):
+    for name in ("rung-1", "finals-1"):
+        (tmp_path / search.ROUNDS / name).mkdir(parents=True)
+        (tmp_path / search.ROUNDS / name / search.SCORES).write_text("")
+        (tmp_path / search.ROUNDS / name / checkpoint.FILE_NAME).write_text("")
+    note = tmp_path / search.ROUNDS / "finals-1" / "note.txt"
+    note.write_text("mine")
+    search.clean(tmp_path)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [note]
+    note.unlink()
+    search.clean(tmp_path)
+    assert not (tmp_path / search.ROUNDS).exists()
