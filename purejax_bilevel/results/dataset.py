@@ -11,6 +11,7 @@ import datetime
 import json
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -181,8 +182,8 @@ def save(dataset: xarray.Dataset, path: str | Path) -> Path:
         variable.encoding = {}
         variable.attrs = {key: value for key, value in variable.attrs.items() if value is not None}
     compressed = {str(name): {"zlib": True, "complevel": 1} for name, array in encoded.data_vars.items() if array.ndim}
-    with replacing(path) as temporary:
-        encoded.to_netcdf(temporary, engine="h5netcdf", encoding=compressed)
+    # In memory first: HDF5 crashes the process when the disk is full.
+    write_bytes(path, encoded.to_netcdf(engine="h5netcdf", encoding=compressed))
     return path
 
 
@@ -261,6 +262,17 @@ def replacing(path: Path) -> Iterator[str]:
             os.unlink(temporary)
 
 
+def delete_torn(folder: Path) -> None:
+    """Deletes what `replacing` left in a folder and the folders in it when its process was killed.
+
+    Args:
+        folder: where nobody writes now.
+    """
+    for left in [*folder.glob(".*.part"), *folder.glob("*/.*.part")]:
+        if re.fullmatch(r"\..+\.\w{8}\.part", left.name):
+            left.unlink(missing_ok=True)
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
@@ -309,7 +321,7 @@ def write_text(path: str | Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
-def write_bytes(path: str | Path, content: bytes) -> None:
+def write_bytes(path: str | Path, content: bytes | memoryview) -> None:
     """Writes a file in one step: whole or not at all.
 
     Raises:

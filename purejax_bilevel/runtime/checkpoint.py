@@ -11,6 +11,7 @@ is whole; shards left behind are of no use and deleted at the next start.
 
 import json
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,13 +46,29 @@ def save(path: Path, checkpoint: Checkpoint, fingerprint: dict[str, Any]) -> Non
         fingerprint: what the run must have in common with the one that loads it; JSON values.
 
     Raises:
-        UserError: the place is not writable.
+        UserError: the place is not writable; in all processes, if it is not for one.
     """
     if processes.count() == 1:
         _write_members(path, checkpoint, fingerprint)
         return
-    _write_members(_shard(path, checkpoint.steps, processes.index()), checkpoint, fingerprint)
-    processes.from_first(lambda: _merge(path, checkpoint.steps))
+    shard = _shard(path, checkpoint.steps, processes.index())
+    try:
+        problem = _attempt(lambda: _write_members(shard, checkpoint, fingerprint))
+        if processes.any_of(bool(problem)):
+            raise UserError(problem or f"cannot write {path}: another process could not write its members")
+        if problem := processes.from_first(lambda: _attempt(lambda: _merge(path, checkpoint.steps))):
+            raise UserError(problem)
+    finally:
+        shard.unlink(missing_ok=True)
+
+
+def _attempt(write: Callable[[], None]) -> str:
+    """What went wrong, or ""; all processes must agree on it before one of them leaves."""
+    try:
+        write()
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def _write_members(path: Path, checkpoint: Checkpoint, fingerprint: dict[str, Any]) -> None:
@@ -62,7 +79,13 @@ def _write_members(path: Path, checkpoint: Checkpoint, fingerprint: dict[str, An
         arrays |= {f"{part}/state/{name}": leaf for name, leaf in _named(state).items()}
         arrays |= {f"{part}/rows/{name}": array for name, array in rows.items()}
         arrays[f"{part}/failed"] = failed
-    about = {"format": FORMAT, "steps": checkpoint.steps, "seconds": checkpoint.seconds, "fingerprint": fingerprint}
+    about = {
+        "format": FORMAT,
+        "steps": checkpoint.steps,
+        "seconds": checkpoint.seconds,
+        "fingerprint": fingerprint,
+        "arrays": sorted(arrays),
+    }
     _write(path, arrays, about)
 
 
@@ -77,13 +100,11 @@ def _shard(path: Path, steps: int, process: int) -> Path:
 
 
 def _merge(path: Path, steps: int) -> None:
-    """Puts the shards of all processes together and deletes them."""
+    """Puts the shards of all processes together."""
     shards = [_shard(path, steps, process) for process in range(processes.count())]
     read = [_read(shard) for shard in shards]
     arrays = {name: np.concatenate([own[name] for own, _ in read]) for name in read[0][0]}
     _write(path, arrays, read[0][1])
-    for shard in shards:
-        shard.unlink()
 
 
 def begin(path: Path) -> None:
@@ -139,6 +160,7 @@ def load(path: Path, structure: list[Tree], fingerprint: dict[str, Any]) -> Chec
         prefix = f"{part}/rows/"
         rows.append({name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)})
         failed.append(arrays[f"{part}/failed"])
+        _check_members(path, len(leaves[0]), {**rows[-1], "failed": failed[-1]})
     return Checkpoint(about["steps"], state, rows, failed, tuple(about["seconds"]))
 
 
@@ -159,10 +181,31 @@ def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         about = json.loads(arrays.pop("about").tobytes())
         if about["format"] != FORMAT:
             raise ValueError(f"format {about['format']!r}")
-    except (OSError, ValueError, KeyError, EOFError, AttributeError, zipfile.BadZipFile, NotImplementedError) as error:
+        _check(arrays, about)
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        EOFError,
+        AttributeError,
+        TypeError,
+        zipfile.BadZipFile,
+        NotImplementedError,
+    ) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{path} is not a whole checkpoint ({reason}); delete it to start again.") from error
     return arrays, about
+
+
+def _check(arrays: dict[str, np.ndarray], about: dict[str, Any]) -> None:
+    """Whether what the file says about itself can be true."""
+    if type(about["steps"]) is not int or about["steps"] < 0:
+        raise ValueError(f"it says that it has done {about['steps']!r} steps")
+    if missing := set(about.get("arrays", ())) - arrays.keys():  # older files do not list their arrays
+        raise ValueError(f"{min(missing)} is missing")
+    compiling, running = map(float, about["seconds"])
+    if min(compiling, running) < 0 or not isinstance(about["fingerprint"], dict):
+        raise ValueError("its description is damaged")
 
 
 def _named(tree: Tree) -> dict[str, Any]:
@@ -179,6 +222,14 @@ def _same_experiment(path: Path, stored: dict[str, Any], expected: dict[str, Any
 def _short(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _check_members(path: Path, members: int, arrays: dict[str, np.ndarray]) -> None:
+    """Whether there are results of all members, and as many of one metric as of another."""
+    lengths = {array.shape[1] for name, array in arrays.items() if name != "failed"}
+    wrong = [name for name, array in arrays.items() if len(array) != members]
+    if wrong or len(lengths) > 1:
+        raise UserError(f"{path} is not a whole checkpoint (results are missing{': ' + wrong[0] if wrong else ''}).")
 
 
 def _same_array(path: Path, name: str, stored: Any, expected: Any) -> None:

@@ -29,8 +29,9 @@ def prepare() -> None:
         with contextlib.suppress(RuntimeError):  # the backend is already in use, as in a notebook: it stays as it is
             jax.config.update("jax_num_cpu_devices", usable_cores())
     if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "purejax_bilevel" / "compilations"
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, RuntimeError):  # not writable; no HOME and a user without a name
+            cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+            folder = cache / "purejax_bilevel" / "compilations"
             folder.mkdir(parents=True, exist_ok=True)
             jax.config.update("jax_compilation_cache_dir", str(folder))
 

@@ -172,6 +172,7 @@ class Run:
         self.run_seconds = 0.0
         self._state: Any = None
         self._saved_at = -float("inf")
+        self._unsaved = ""  # why the latest checkpoint was not written
 
     def _member_batch(self, mesh: Any) -> int | None:
         given = self.options.member_batch
@@ -211,7 +212,7 @@ class Run:
             while self.steps < self.stop:
                 seconds = self._advance(min(chunk, self.stop - self.steps), loggers, progress)
                 stopping = processes.any_of(stopped())
-                self._save_if_due(force=stopping or self.steps == self.stop)
+                self._save_if_due(progress, force=stopping or self.steps == self.stop)
                 if stopping and self.steps < self.stop:
                     raise Interrupted(self._how_to_resume())
                 chunk = self._next_chunk(chunk, seconds)
@@ -356,7 +357,7 @@ class Run:
         ]
         self._state = self.program.scatter(saved.state)
 
-    def _save_if_due(self, force: bool) -> None:
+    def _save_if_due(self, progress: Progress, force: bool) -> None:
         if self._path is None:
             return
         if not force and not processes.from_first(lambda: time.monotonic() - self._saved_at >= CHECKPOINT_SECONDS):
@@ -369,13 +370,18 @@ class Run:
         rows = [{name: array[own] for name, array in rows.items()} for rows, own in zip(self.rows, here, strict=True)]
         failed = [failed[own] for failed, own in zip(self.failed, here, strict=True)]
         saved = checkpoints.Checkpoint(self.steps, self.program.gather(self._state), rows, failed, seconds)
-        checkpoints.save(self._path, saved, self._fingerprint)
+        try:
+            checkpoints.save(self._path, saved, self._fingerprint)
+            self._unsaved = ""
+        except UserError as error:  # hours of training are worth more than a checkpoint: tried again when next due
+            self._unsaved = str(error).rstrip(".")
+            progress.note(f"no checkpoint after {self.steps} steps: {self._unsaved}")
         self._saved_at = time.monotonic()
 
     def _final_state(self) -> list[Any]:
         if processes.count() == 1:
             return self.program.gather(self._state)
-        if self._path is None or not processes.is_first():
+        if self._path is None or self._unsaved or not processes.is_first():
             return []
         return checkpoints.load(self._path, self.program.structure, self._fingerprint).state
 
@@ -383,7 +389,10 @@ class Run:
         done = f"stopped after {self.steps} of {self.total} steps"
         if self.options.folder is None:
             return f"{done}; nothing was written because no output folder was given."
-        return f"{done}; go on with --resume {self.options.folder}"
+        if not self._unsaved:
+            return f"{done}; go on with --resume {self.options.folder}"
+        earlier = checkpoints.load_steps(self._path) if self._path is not None and self._path.exists() else 0
+        return f"{done}, of which {earlier} are kept ({self._unsaved}); go on with --resume {self.options.folder}"
 
 
 def file_name(label: str) -> str:
@@ -446,25 +455,26 @@ def _default_member_batch(parts: Sequence[Part], mesh: Any) -> int | None:
 
 @contextlib.contextmanager
 def _stop_on_interrupt(progress: Progress) -> Iterator[Callable[[], bool]]:
-    """Ctrl-C asks to stop after the chunk in progress; a second one stops at once."""
+    """Ctrl-C or SIGTERM asks to stop after the chunk in progress; a second Ctrl-C stops at once."""
     asked = False
 
     def handler(number: int, frame: FrameType | None) -> None:
         nonlocal asked
-        if asked:
+        if asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         asked = True
         progress.note("stopping after this chunk; press Ctrl-C again to stop at once and lose it")
 
     try:
-        earlier = signal.signal(signal.SIGINT, handler)
+        earlier = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     except ValueError:  # not the main thread
         yield lambda: False
         return
     try:
         yield lambda: asked
     finally:
-        signal.signal(signal.SIGINT, earlier)
+        for number, before in earlier.items():
+            signal.signal(number, before)
 
 
 def to_dataset(part: Part, outcome: Outcome, number: int, config: Any, attrs: dict[str, Any]) -> xarray.Dataset:
@@ -520,13 +530,3 @@ def steps_done(folder: Path) -> int:
     """Steps that a folder's checkpoint has done; 0 without one."""
     path = folder / checkpoints.FILE_NAME
     return checkpoints.load_steps(path) if path.exists() else 0
-
-
-def check_writable(folder: Path) -> None:
-    """Makes the folder and tries to write in it.
-
-    Raises:
-        UserError: it cannot be written.
-    """
-    datasets.write_text(folder / ".writable", "")
-    (folder / ".writable").unlink()

@@ -4,14 +4,15 @@ Every traced field takes several values; groups and explanations come from the f
 its folder, so that `--resume` needs nothing else.
 """
 
+import contextlib
 import dataclasses
-import datetime
 import itertools
 import re
+import signal
 import sys
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,10 +20,11 @@ import tyro
 import yaml
 from rich.console import Console
 
-from purejax_bilevel.configuration import RUN_LENGTH, fields, from_dict, to_dict, validate
+from purejax_bilevel.configuration import fields
 from purejax_bilevel.errors import UserError
 from purejax_bilevel.results import statistics
 from purejax_bilevel.runtime import loop, processes
+from purejax_bilevel.studies import folder as folders
 from purejax_bilevel.studies import run as runs
 
 MARKERS = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
@@ -30,44 +32,43 @@ MARKERS = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
 RUNNER_OPTIONS = ("devices", "member_batch", "chunks", "wandb_mode", "wandb_runs", "tensorboard", "quiet")
 
 
+def explained(text: str, metavar: str | None = None) -> Any:
+    """An option's line in `--help`; where the text says what happens by default, tyro's own words would repeat it."""
+    return tyro.conf.arg(help=text, metavar=metavar, help_behavior_hint="" if "(default:" in text else None)
+
+
 @dataclasses.dataclass(frozen=True)
 class Run:
     """How and where to run; the same for all scripts."""
 
-    output_dir: Annotated[Path, tyro.conf.arg(help="folder of all runs")] = Path("runs")
-    name: Annotated[
-        str, tyro.conf.arg(help="folder of this run inside output_dir (default: made from what runs and when)")
-    ] = ""
-    seed: Annotated[int, tyro.conf.arg(help="first seed")] = 0
-    num_seeds: Annotated[int, tyro.conf.arg(help="members per setting, with seeds seed, seed + 1, ...")] = 1
-    devices: Annotated[int | None, tyro.conf.arg(help="number of devices (default: all cores or accelerators)")] = None
+    output_dir: Annotated[Path, explained("folder of all runs")] = Path("runs")
+    name: Annotated[str, explained("folder of this run inside output_dir (default: made from what runs and when)")] = ""
+    seed: Annotated[int, explained("first seed")] = 0
+    num_seeds: Annotated[int, explained("members per setting, with seeds seed, seed + 1, ...")] = 1
+    devices: Annotated[int | None, explained("number of devices (default: all cores or accelerators)")] = None
     coordinator: Annotated[
         str | None,
-        tyro.conf.arg(
-            help="host:port of process 0, where several processes share the members (default: what Slurm or Open MPI "
+        explained(
+            "host:port of process 0, where several processes share the members (default: what Slurm or Open MPI "
             "say); all need the same output_dir, and --devices counts the devices of all"
         ),
     ] = None
-    num_processes: Annotated[int | None, tyro.conf.arg(help="how many processes, with --coordinator")] = None
-    process_id: Annotated[int | None, tyro.conf.arg(help="which one this is, from 0")] = None
+    num_processes: Annotated[int | None, explained("how many processes, with --coordinator")] = None
+    process_id: Annotated[int | None, explained("which one this is, from 0")] = None
     member_batch: Annotated[
         int | None,
-        tyro.conf.arg(help="members trained at once on a device, 0: all (default: 1 on a CPU, all elsewhere)"),
+        explained("members trained at once on a device, 0: all (default: 1 on a CPU, all elsewhere)"),
     ] = None
     chunks: Annotated[
         int | None,
-        tyro.conf.arg(help="calls of the compiled program (default: one every few seconds); changes no number"),
+        explained("calls of the compiled program (default: one every few seconds); changes no number"),
     ] = None
-    resume: Annotated[Path | None, tyro.conf.arg(help="go on with the run in this folder")] = None
-    wandb_mode: Annotated[Literal["disabled", "offline", "online"], tyro.conf.arg(help="Weights and Biases")] = (
-        "disabled"
-    )
-    wandb_runs: Annotated[
-        Literal["member", "setting"], tyro.conf.arg(help="one wandb run per member or per setting")
-    ] = "member"
-    tensorboard: Annotated[bool, tyro.conf.arg(help="write TensorBoard files (extra: tensorboard)")] = False
-    video: Annotated[bool, tyro.conf.arg(help="write a GIF of the median member's policy")] = False
-    quiet: Annotated[bool, tyro.conf.arg(help="no progress bar, no table")] = False
+    resume: Annotated[Path | None, explained("go on with the run in this folder")] = None
+    wandb_mode: Annotated[Literal["disabled", "offline", "online"], explained("Weights and Biases")] = "disabled"
+    wandb_runs: Annotated[Literal["member", "setting"], explained("one wandb run per member or per setting")] = "member"
+    tensorboard: Annotated[bool, explained("write TensorBoard files (extra: tensorboard)")] = False
+    video: Annotated[bool, explained("write a GIF of the median member's policy")] = False
+    quiet: Annotated[bool, explained("no progress bar, no table")] = False
 
 
 def main(configuration: type | Callable[[], type], description: str, arguments: Sequence[str] | None = None) -> int:
@@ -91,9 +92,10 @@ def main(configuration: type | Callable[[], type], description: str, arguments: 
 def exit_status(action: Callable[[Console], None], arguments: Sequence[str]) -> int:
     """Joins the other processes and runs a script's work; tells what stopped it and returns the exit status."""
     try:
-        _join(arguments)
-        with processes.together():
-            action(processes.console())
+        with _stopped_by_sigterm():
+            _join(arguments)
+            with processes.together():
+                action(processes.console())
     except UserError as error:
         if processes.should_tell(error):
             text = f"error: {error}"
@@ -103,9 +105,23 @@ def exit_status(action: Callable[[Console], None], arguments: Sequence[str]) -> 
         processes.console().print(str(message), markup=False, highlight=False, soft_wrap=True)
         return 130
     except KeyboardInterrupt:
-        Console(stderr=True).print("stopped at once; the last checkpoint remains.")
+        Console(stderr=True).print("stopped before anything was written.")
         return 130
     return 0
+
+
+@contextlib.contextmanager
+def _stopped_by_sigterm() -> Iterator[None]:
+    """What docker stop and scancel send is a Ctrl-C."""
+    try:
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    except ValueError:  # not the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _join(arguments: Sequence[str]) -> None:
@@ -121,38 +137,23 @@ def execute(run: Run, config: Any, console: Console) -> None:
     from purejax_bilevel.runtime import devices
 
     devices.prepare()
-    folder = Path(processes.from_first(lambda: str(_folder(run, config))))
-    how = {name: getattr(run, name) for name in RUNNER_OPTIONS}
-    loop.RunOptions(**how)  # bad input shows before anything is written
-    part = runs.make_part(config, run.num_seeds, run.seed)
-    devices.make_mesh(len(part.grid), run.devices)
-    if run.video and not hasattr(part.program, "episode"):
-        raise UserError(f"--video: {type(part.program).__name__} has no policy to show.")
-    seeds = {"seed": run.seed, "num_seeds": run.num_seeds}
-    if processes.is_first():
-        loop.check_writable(folder)
-        runs.save_description(folder, config, seeds, resumed=run.resume is not None)
-    dataset = runs.run(config, **seeds, folder=folder, video=run.video, resume=run.resume is not None, **how)
+    resume = run.resume is not None
+    options = loop.RunOptions(resume=resume, **{name: getattr(run, name) for name in RUNNER_OPTIONS})
+    with folders.opened(lambda: folders.choose(run.output_dir, run.name, run.resume, config.title), resume) as folder:
+        seeds = {"seed": run.seed, "num_seeds": run.num_seeds}
+        dataset = runs.run_in(folder, config, **seeds, video=run.video, options=options)
+    if run.quiet or not processes.is_first():
+        return
     final = next(
         (str(name) for name in dataset.data_vars if "episode" in dataset[name].dims), dataset.attrs["headline"]
     )
-    if not run.quiet and processes.is_first():
-        for variable in dataset.attrs.get("tables") or [final]:
-            runs.print_summary(dataset, variable, Console())
-        failed = int(statistics.failed_members(dataset).sum())
-        note = f"; {failed} members diverged" if failed else ""
-        seconds = f"compiled in {dataset.attrs['compile_seconds']:.1f} s, ran {dataset.attrs['run_seconds']:.1f} s"
-        console.print(f"{seconds}{note}. Results, figures and checkpoint: {folder}", markup=False, highlight=False)
-
-
-def _folder(run: Run, config: Any) -> Path:
-    if run.resume is not None:
-        return run.resume
-    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    folder = run.output_dir / (run.name or f"{config.title}-{stamp}")
-    if (folder / "config.yaml").exists():
-        raise UserError(f"{folder} holds a run already: choose another --name, or go on with it by --resume {folder}.")
-    return folder
+    for variable in dataset.attrs.get("tables") or [final]:
+        runs.print_summary(dataset, variable, Console())
+    failed = int(statistics.failed_members(dataset).sum())
+    note = f"; {failed} {'member' if failed == 1 else 'members'} diverged" if failed else ""
+    seconds = f"compiled in {dataset.attrs['compile_seconds']:.1f} s, ran {dataset.attrs['run_seconds']:.1f} s"
+    text = f"{seconds}{note}. Results, figures and checkpoint: {folder}"
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 # --- parsing ----------------------------------------------------------------------------------------------------------
@@ -169,12 +170,13 @@ def named_setting(name: str, arguments: Sequence[str] | None = None) -> str:
     Nothing is checked here: where nothing is found ("" then), the usual reading of the command line says what is wrong.
     """
     words = sys.argv[1:] if arguments is None else list(arguments)
-    if value := _option(words, name):
+    folder = _option(words, "resume")
+    if (value := _option(words, name)) or not folder:
         return value
     try:
-        saved = yaml.safe_load((Path(_option(words, "resume")) / "config.yaml").read_text())
+        saved = yaml.safe_load((Path(folder) / folders.CONFIG).read_text(encoding="utf-8"))
         return str(saved["config"][name])
-    except (OSError, yaml.YAMLError, KeyError, TypeError):
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
         return ""
 
 
@@ -196,53 +198,68 @@ def parse(config_class: type, description: str, arguments: Sequence[str] | None 
     """
     words = _lower_agent_type(sys.argv[1:] if arguments is None else list(arguments))
     parser = _arguments_class(config_class)
-    run, config = _split(
-        tyro.cli(parser, description=description, args=words, use_underscores=True, config=MARKERS), config_class
-    )
-    if run.resume is None:
-        return run, config.resolved()
-    folder = run.resume
-    saved_run, saved = load_description(folder, config_class)
-    default = _defaults(parser, Run(**saved_run), saved)  # not `run`: a flag given twice is unknown to tyro
-    again = tyro.cli(parser, description=description, args=words, use_underscores=True, config=MARKERS, default=default)
-    run, config = _split(again, config_class)
-    config = config.resolved()
-    _check_unchanged(run, saved_run, to_dict(config), to_dict(saved))
-    done = loop.steps_done(folder)
-    name = next(name for name in RUN_LENGTH if hasattr(config, name))
-    if getattr(config, name) < done:
-        raise UserError(f"--{name} {getattr(config, name)} is less than the {done} steps that {run.resume} has done.")
-    return run, config
+    _check_single(parser, words)
+    words, flags = _take_flags(parser, words)
+
+    def read(**default: Any) -> tuple[Run, Any]:
+        read = tyro.cli(parser, description=description, args=words, use_underscores=True, config=MARKERS, **default)
+        return _split(read, config_class, flags)
+
+    run, config = read()
+    if run.resume is not None:
+        told = folders.read_description(run.resume, config_class)
+        before: dict[str, Any] = {**told.run, **told.options}
+        run, config = read(default=_defaults(parser, Run(**before), told.config))
+    return run, config.resolved()
 
 
-def load_description(folder: Path, config_class: type) -> tuple[dict[str, Any], Any]:
-    """What the run in a folder was told: `(seed and num_seeds, resolved configuration)`.
+def _declared(parser: type) -> dict[str, Any]:
+    """The type of every option."""
+    declared: dict[str, Any] = typing.get_type_hints(Run)
+    for section in dataclasses.fields(parser):
+        if section.name != "run":
+            declared |= typing.get_type_hints(section.type)
+    return declared
+
+
+def _check_single(parser: type, words: Sequence[str]) -> None:
+    """What takes one value must not get several: tyro would call the second an unrecognized option.
 
     Raises:
-        UserError: there is no run, or it is one of another script.
+        UserError: it does.
     """
-    path = folder / "config.yaml"
-    if not path.is_file():
-        raise UserError(f"--resume {folder}: there is no run in that folder (no config.yaml).")
-    try:
-        saved = yaml.safe_load(path.read_text())
-        return dict(saved["run"]), validate(from_dict(config_class, saved["config"]))
-    except (yaml.YAMLError, KeyError, TypeError, AttributeError, UserError) as error:
-        raise UserError(f"--resume {folder}: its config.yaml is not of this script ({error}).") from error
-
-
-def _check_unchanged(run: Run, saved_run: dict[str, Any], config: dict[str, Any], saved: dict[str, Any]) -> None:
-    now = {**config, **{name: getattr(run, name) for name in saved_run}}
-    for name, before in {**saved, **saved_run}.items():
-        if now[name] != before and name not in RUN_LENGTH:
+    declared = _declared(parser)
+    for place, word in enumerate(words):
+        name = word.removeprefix("--").replace("-", "_")
+        values = list(itertools.takewhile(lambda value: not value.startswith("--"), words[place + 1 :]))
+        if not word.startswith("--") or name not in declared or declared[name] is bool or len(values) < 2:
+            continue
+        if name in {field.name for field in dataclasses.fields(Run)}:
+            raise UserError(f"--{name} takes one value, got {' '.join(values)}.")
+        if not any(typing.get_origin(hint) is tuple for hint in (declared[name], *typing.get_args(declared[name]))):
             raise UserError(
-                f"--resume goes on with --{name} {_words(before)}, got {_words(now[name])}; "
-                "start a new run for another value."
+                f"--{name} takes one value, got {' '.join(values)}: it changes the compiled program, which all members "
+                "share; start a run for each value, or a sweep."
             )
 
 
-def _words(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+def _take_flags(parser: type, words: Sequence[str]) -> tuple[list[str], dict[str, bool]]:
+    """Separates `--flag`, `--flag=True` and `--flag=False`: tyro knows the first alone, and only where it is news.
+
+    Raises:
+        UserError: another value.
+    """
+    declared, rest, flags = _declared(parser), [], {}
+    for word in words:
+        option, equals, value = word.partition("=")
+        name = option.removeprefix("--").replace("-", "_")
+        if not option.startswith("--") or declared.get(name) is not bool:
+            rest.append(word)
+        elif value.lower() in ("true", "false") or not equals:
+            flags[name] = value.lower() != "false"
+        else:
+            raise UserError(f"--{name} must be True or False, got {value!r}.")
+    return rest, flags
 
 
 def _lower_agent_type(words: list[str]) -> list[str]:
@@ -270,7 +287,7 @@ def _arguments_class(config_class: type) -> type:
             element: Any = typing.get_args(hint)[0] if optional else hint
             metavar = f"{element.__name__.upper()} [{element.__name__.upper()} ...]"
             hint, default = (tuple[element, ...] | None, None) if optional else (tuple[element, ...], (default,))
-        argument: Any = Annotated[hint, tyro.conf.arg(help=field.metadata["help"], metavar=metavar)]
+        argument: Any = Annotated[hint, explained(field.metadata["help"], metavar)]
         entry = (field.name, argument, dataclasses.field(default=default))
         groups.setdefault(field.metadata["group"], []).append(entry)
     made: list[tuple[str, Any, Any]] = []
@@ -286,7 +303,7 @@ def _builder(section: type) -> Callable[[], Any]:
     return lambda: section()
 
 
-def _split(parsed: Any, config_class: type) -> tuple[Run, Any]:
+def _split(parsed: Any, config_class: type, flags: dict[str, bool]) -> tuple[Run, Any]:
     values: dict[str, Any] = {}
     for section in dataclasses.fields(parsed):
         if section.name != "run":
@@ -295,7 +312,9 @@ def _split(parsed: Any, config_class: type) -> tuple[Run, Any]:
     single = {
         name: value[0] if isinstance(value, tuple) and len(value) == 1 else value for name, value in values.items()
     }
-    return parsed.run, config_class(**single)
+    own = {name: value for name, value in flags.items() if name in single}
+    rest = {name: value for name, value in flags.items() if name not in single}
+    return dataclasses.replace(parsed.run, **rest), config_class(**{**single, **own})
 
 
 def _defaults(parser: type, run: Run, config: Any) -> Any:

@@ -11,7 +11,6 @@ import html
 import itertools
 import json
 import math
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -216,8 +215,7 @@ def write(folder: Path, study: Study, agents: Sequence[str]) -> list[AgentResult
     """
     select = datasets.load(folder / file_name(agents[0])).attrs["selection_seeds"]
     found = [analyse(label, datasets.load(folder / file_name(label)), select, study.report) for label in agents]
-    shutil.rmtree(folder / FIGURES, ignore_errors=True)
-    (folder / FIGURES).mkdir()
+    (folder / FIGURES).mkdir(exist_ok=True)
     blocks = _Report(folder, study, found).blocks()
     datasets.write_text(folder / MARKDOWN, as_markdown(blocks, folder))
     datasets.write_text(folder / HTML, as_html(blocks, study.name))

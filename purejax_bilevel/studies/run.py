@@ -1,19 +1,22 @@
 """One experiment: a configuration with axes, seeds, and a folder that tells everything about it afterwards."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import xarray
 from rich.console import Console
 
-from purejax_bilevel.configuration import to_dict
+from purejax_bilevel.errors import UserError
 from purejax_bilevel.members import batch_config, count_members, grid_of
 from purejax_bilevel.programs.regression import figures as regression_figures
 from purejax_bilevel.results import dataset as datasets
 from purejax_bilevel.results import plots, statistics
 from purejax_bilevel.runtime import processes, sizes
 from purejax_bilevel.runtime.compiled import Part
+from purejax_bilevel.runtime.devices import make_mesh
 from purejax_bilevel.runtime.loop import RunOptions, make_seeds, to_dataset, train
+from purejax_bilevel.studies import folder as folders
 from purejax_bilevel.studies import video as videos
 
 CURVES = "learning_curves.png"
@@ -39,7 +42,8 @@ def run(
         config: a configuration such as `RLConfig`; a traced field may hold a tuple of values, an axis each.
         num_seeds: members per setting; they have seeds `seed`, `seed` + 1, ...
         seed: first seed.
-        folder: where to write results, figures and checkpoints, seen by all processes; None: nowhere.
+        folder: where to write results, figures, checkpoints and what `--resume` needs, seen by all processes; it must
+            be new or empty, or hold the run that `resume` goes on with. None: nowhere.
         video: also write a GIF of the median member's policy to the folder.
         options: further fields of `RunOptions`: devices, member_batch, chunks, resume, wandb_mode, quiet...
 
@@ -51,18 +55,40 @@ def run(
         UserError: bad input, in one sentence.
         Interrupted: Ctrl-C, after a checkpoint was written to the folder.
     """
-    config = config.resolved()
-    run_options = RunOptions(folder=None if folder is None else Path(folder), **options)
+    run_options = RunOptions(**options)
+    if folder is None:
+        config = config.resolved()
+        return train_part(make_part(config, num_seeds, seed), config, run_options)
+    with folders.opened(lambda: Path(folder), run_options.resume) as place:
+        return run_in(place, config, num_seeds=num_seeds, seed=seed, video=video, options=run_options)
+
+
+def run_in(folder: Path, config: Any, *, num_seeds: int, seed: int, video: bool, options: RunOptions) -> xarray.Dataset:
+    """Trains as `run` does, in a folder that this run holds (`folder.opened`)."""
+    config, seeds = config.resolved(), {"seed": seed, "num_seeds": num_seeds}
     part = make_part(config, num_seeds, seed)
+    make_mesh(len(part.grid), options.devices)  # bad input shows before anything is written
+    if video and not hasattr(part.program, "episode"):
+        raise UserError(f"--video: {type(part.program).__name__} has no policy to show.")
+    if processes.is_first():
+        if options.resume and (folder / folders.CONFIG).exists():
+            folders.check_unchanged(folder, config, seeds)
+        kept = {name: getattr(options, name) for name in folders.KEPT_OPTIONS if name != "video"}
+        folders.describe(folder, config, seeds, {"video": video, **kept}, options.resume)
+    return train_part(part, config, dataclasses.replace(options, folder=folder), video)
+
+
+def train_part(part: Part, config: Any, options: RunOptions, video: bool = False) -> xarray.Dataset:
+    """Trains the members of a part and writes results and figures to the options' folder, if there is one."""
     with sizes.explained():
-        outcome = train([part], run_options, watcher=sizes.Limits())
+        outcome = train([part], options, watcher=sizes.Limits())
     dataset = to_dataset(part, outcome, 0, config, {"command": datasets.command_line()})
-    if run_options.folder is not None and processes.is_first():
-        write_outputs(dataset, run_options.folder)
-        if video:
+    if options.folder is not None and processes.is_first():
+        write_outputs(dataset, options.folder)
+        if video and outcome.state:
             final = outcome.rows[0][next(iter(part.program.finals))][:, -1].mean(-1)
             member = videos.median_member(final)
-            videos.write_video(part, outcome.state[0], member, outcome.steps, run_options.folder / VIDEO)
+            videos.write_video(part, outcome.state[0], member, outcome.steps, options.folder / VIDEO)
     return dataset
 
 
@@ -96,9 +122,4 @@ def print_summary(dataset: xarray.Dataset, variable: str, console: Console) -> N
     statistics.render_table(statistics.summary_table(dataset, variable), console, text, lower)
 
 
-def save_description(folder: Path, config: Any, run: dict[str, Any], resumed: bool) -> None:
-    """Writes what is needed to repeat or resume the run."""
-    datasets.write_config(folder, {"config": to_dict(config), "run": run}, resumed=resumed)
-
-
-__all__ = ["make_part", "print_summary", "run", "save_description", "write_outputs"]
+__all__ = ["make_part", "print_summary", "run", "run_in", "write_outputs"]

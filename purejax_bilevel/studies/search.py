@@ -22,7 +22,6 @@ import dataclasses
 import itertools
 import json
 import math
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,6 +42,7 @@ from purejax_bilevel.runtime.compiled import CompiledProgram, Part, Program
 from purejax_bilevel.studies.study import Agent, Interval, Search, Study, Template, listed_grid
 
 ROUNDS, HISTORY = "rounds", "search.json"
+SCORES = "scores.json"  # of a round
 Setting = dict[str, Any]
 Member = tuple[Setting, int]  # setting and seed
 
@@ -194,7 +194,7 @@ class Rounds:
         Returns:
             Per sub-program `[members]`, NaN where failed.
         """
-        path = self.folder(name) / "scores.json"
+        path = self.folder(name) / SCORES
         stop = self.total if stop is None else stop
         if not processes.from_first(path.is_file):
             outcome = self.run(name, members, start, stop, state)
@@ -620,5 +620,10 @@ def _state_getter(
 
 
 def clean(folder: Path) -> None:
-    """Deletes the rounds of a finished search; scores stay in search.json."""
-    shutil.rmtree(folder / ROUNDS, ignore_errors=True)
+    """Deletes what the rounds of a finished search wrote, and nothing else; scores stay in search.json."""
+    for place in (folder / ROUNDS).glob("*/"):
+        for name in (SCORES, checkpoints.FILE_NAME):
+            (place / name).unlink(missing_ok=True)
+    for place in [*(folder / ROUNDS).glob("*/"), folder / ROUNDS]:
+        with contextlib.suppress(OSError):  # not there, or it holds what is not ours
+            place.rmdir()

@@ -10,7 +10,6 @@ Before it starts, a sweep tells its members, sub-programs, memory and time; what
 """
 
 import dataclasses
-import datetime
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -33,6 +32,7 @@ from purejax_bilevel.runtime.compiled import CompiledProgram, Part, num_rows
 from purejax_bilevel.runtime.loggers import Loggers
 from purejax_bilevel.runtime.progress import _duration as duration
 from purejax_bilevel.studies import command_line, report
+from purejax_bilevel.studies import folder as folders
 from purejax_bilevel.studies import search as searches
 from purejax_bilevel.studies.presets import PRESETS, preset
 from purejax_bilevel.studies.study import PROGRAMS, Agent, Study, config_class, make_agents, override, parse, read
@@ -59,8 +59,8 @@ class Options(command_line.Run):
     samples: Annotated[int | None, tyro.conf.arg(help="settings that --search random draws")] = None
     population: Annotated[int | None, tyro.conf.arg(help="settings per generation of --search es")] = None
     generations: Annotated[int | None, tyro.conf.arg(help="generations of --search es")] = None
-    seed: Annotated[int | None, tyro.conf.arg(help="first seed (default: the sweep's)")] = None  # type: ignore[assignment]
-    num_seeds: Annotated[int | None, tyro.conf.arg(help="number of seeds (default: the sweep's)")] = None  # type: ignore[assignment]
+    seed: Annotated[int | None, command_line.explained("first seed (default: the sweep's)")] = None  # type: ignore[assignment]
+    num_seeds: Annotated[int | None, command_line.explained("number of seeds (default: the sweep's)")] = None  # type: ignore[assignment]
     video: tyro.conf.Suppress[bool] = False
 
 
@@ -193,10 +193,19 @@ def run(study: Study, options: Options, console: Console) -> list[xarray.Dataset
     agents = make_agents(study)
     _check_names(agents)
     check_report(study, agents)
-    folder = Path(processes.from_first(lambda: str(_folder(study, options))))
     devices.make_mesh(1, options.devices)
+
+    def chosen() -> Path:
+        return folders.choose(options.output_dir, options.name, options.resume, loop.file_name(study.name))
+
+    with folders.opened(chosen, options.resume is not None) as folder:
+        return _run_in(folder, study, agents, options, console)
+
+
+def _run_in(
+    folder: Path, study: Study, agents: Sequence[Agent], options: Options, console: Console
+) -> list[xarray.Dataset]:
     if processes.is_first():
-        loop.check_writable(folder)
         datasets.write_config(folder, {"sweep": study.description}, resumed=options.resume is not None)
     run_options = loop.RunOptions(
         folder=folder,
@@ -260,16 +269,6 @@ def _check_names(agents: Sequence[Agent]) -> None:
             raise UserError(
                 f"agents: {agent.label!r} cannot name a folder of its own ({name!r}); choose another label."
             )
-
-
-def _folder(study: Study, options: Options) -> Path:
-    if options.resume is not None:
-        return options.resume
-    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    folder = options.output_dir / (options.name or f"{loop.file_name(study.name)}-{stamp}")
-    if (folder / "config.yaml").exists():
-        raise UserError(f"{folder} holds a run already: choose another --name, or go on with it by --resume {folder}.")
-    return folder
 
 
 def _at_once(

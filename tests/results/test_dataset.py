@@ -3,7 +3,10 @@
 import dataclasses
 import itertools
 import json
+import multiprocessing
+import resource
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -119,11 +122,39 @@ def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     def full_disk(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(xarray.Dataset, "to_netcdf", full_disk)
+    monkeypatch.setattr(Path, "write_bytes", full_disk)
     with pytest.raises(UserError, match="No space left on device"):
         datasets.save(make_dataset(program="new"), path)
     assert datasets.load(path).attrs["program"] == "old"
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def save_with_a_full_disk(path: Path) -> None:
+    """In another process: files may not grow beyond a few bytes, as on a disk that fills up."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+    try:
+        datasets.save(make_dataset(program="new"), path)
+    except UserError as error:
+        sys.exit(7 if "cannot write" in str(error) else 8)
+
+
+def test_a_disk_that_fills_up_is_one_sentence_and_no_crash(tmp_path):
+    path = datasets.save(make_dataset(program="old"), tmp_path / "results.nc")
+    child = multiprocessing.get_context("spawn").Process(target=save_with_a_full_disk, args=(path,))
+    child.start()
+    child.join()
+    assert child.exitcode == 7
+    assert datasets.load(path).attrs["program"] == "old"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_only_torn_files_of_ours_are_deleted(tmp_path):
+    (tmp_path / "omd").mkdir()
+    for name in (".results.nc.ab_12xyz.part", "omd/.results.nc.ab_12xyz.part", "book.part", ".film.part", "results.nc"):
+        (tmp_path / name).write_text("")
+    datasets.delete_torn(tmp_path)
+    assert {entry.name for entry in tmp_path.iterdir()} == {"omd", "book.part", ".film.part", "results.nc"}
+    assert not list((tmp_path / "omd").iterdir())
 
 
 def test_missing_torn_and_foreign_files_are_refused(tmp_path):

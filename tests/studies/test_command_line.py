@@ -13,7 +13,7 @@ from purejax_bilevel.errors import UserError
 from purejax_bilevel.programs.control.q_learning import Config
 from purejax_bilevel.results import dataset as datasets
 from purejax_bilevel.runtime import loop
-from purejax_bilevel.studies import command_line
+from purejax_bilevel.studies import command_line, folder
 
 ROOT = Path(__file__).parents[2]
 TINY = (
@@ -69,6 +69,9 @@ def test_several_values_are_an_axis():
         ("--chunks 0", "--chunks must be at least 1"),
         ("--resume {folder}/nowhere", "there is no run in that folder"),
         ("--output_dir {folder}/file", "cannot write"),
+        ("--batch_size 16 32", "--batch_size takes one value, got 16 32: it changes the compiled program"),
+        ("--seed 1 2", "--seed takes one value, got 1 2"),
+        ("--video=maybe", "--video must be True or False, got 'maybe'"),
     ],
 )
 def test_bad_input_is_one_sentence_and_status_2(
@@ -93,7 +96,7 @@ def test_unparsable_words_exit_with_status_2(words: str, capsys: pytest.CaptureF
 def test_a_run_leaves_everything_behind_and_resumes(tmp_path: Path, capsys: pytest.CaptureFixture):
     arguments = f"{TINY} --output_dir {tmp_path} --name run --num_seeds 2 --inner_lr 1e-3 3e-3 --seed 5 --video"
     assert main(arguments) == 0
-    folder = tmp_path / "run"
+    place = tmp_path / "run"
     for name in (
         "results.nc",
         "config.yaml",
@@ -103,13 +106,13 @@ def test_a_run_leaves_everything_behind_and_resumes(tmp_path: Path, capsys: pyte
         "learning_curves.png",
         "policy.gif",
     ):
-        assert (folder / name).stat().st_size > 0
-    dataset = datasets.load(folder)
+        assert (place / name).stat().st_size > 0
+    dataset = datasets.load(place)
     assert dict(dataset.sizes) == {"inner_lr": 2, "seed": 2, "step": 2, "episode": 2}
     assert dataset.seed.values.tolist() == [5, 6]
     assert "IQM" in capsys.readouterr().out
 
-    assert main(arguments) == 2  # the folder is taken
+    assert main(arguments) == 2  # the place is taken
     assert "holds a run already" in " ".join(capsys.readouterr().err.split())
 
     for words, sentence in (
@@ -118,14 +121,14 @@ def test_a_run_leaves_everything_behind_and_resumes(tmp_path: Path, capsys: pyte
         ("--inner_lr 1e-3", "--resume goes on with --inner_lr 0.001 0.003, got 0.001"),
         ("--num_train_steps 20", "--num_train_steps 20 is less than the 40 steps"),
     ):
-        assert main(f"--resume {folder} {words}") == 2
+        assert main(f"--resume {place} {words}") == 2
         assert sentence in " ".join(capsys.readouterr().err.split())
 
-    assert main(f"--resume {folder} --num_train_steps 60 --quiet") == 0
-    longer = datasets.load(folder)
+    assert main(f"--resume {place} --num_train_steps 60 --quiet") == 0
+    longer = datasets.load(place)
     assert longer.step.values.tolist() == [20, 40, 60]
     np.testing.assert_array_equal(longer.q_loss[..., :2], dataset.q_loss)
-    assert len((folder / "command.txt").read_text().splitlines()) == 2
+    assert len((place / "command.txt").read_text().splitlines()) == 2
 
 
 @pytest.mark.parametrize(
@@ -150,11 +153,45 @@ def test_a_foreign_config_is_refused(tmp_path: Path):
         parse(f"--resume {tmp_path}")
 
 
+def test_flags_may_be_given_a_value():
+    run, config = parse("--video=True --tensorboard=false --warm_opt=true")
+    assert (run.video, run.tensorboard, config.warm_opt) == (True, False, True)
+
+
+def test_a_resumed_run_does_again_what_it_was_told_unless_told_anew(tmp_path: Path):
+    _, config = parse("--warm_opt")
+    told = {"video": True, "tensorboard": True, "wandb_mode": "offline", "wandb_runs": "setting"}
+    folder.describe(tmp_path, config, {"seed": 3, "num_seeds": 2}, told, False)
+    run, again = parse(f"--resume {tmp_path}")
+    assert {name: getattr(run, name) for name in told} == told
+    assert (run.seed, run.num_seeds, again) == (3, 2, config)
+    run, again = parse(f"--resume {tmp_path} --warm_opt --video=False --wandb_mode disabled")
+    assert (run.video, run.tensorboard, run.wandb_mode, again.warm_opt) == (False, True, "disabled", True)
+
+
+def test_help_says_once_what_happens_by_default(capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit):
+        parse("--help")
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "(default: tuned per agent)" in text
+    assert "agent) (default:" not in text
+    assert "accelerators) (default:" not in text
+
+
+def test_only_a_named_folder_chooses_the_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"config": {"env_name": "tabular"}}))
+    monkeypatch.chdir(tmp_path)
+    assert command_line.named_environment(["--help"]) == ""
+    assert command_line.named_environment(["--resume", "."]) == "tabular"
+    (tmp_path / "config.yaml").write_bytes(b"config: \xff\xfe")
+    assert command_line.named_environment(["--resume", "."]) == ""
+
+
 @pytest.mark.parametrize(
     ("stopped", "sentence"),
     [
         (loop.Interrupted("stopped after 5 of 9 steps; go on with --resume runs/x"), "go on with --resume runs/x"),
-        (KeyboardInterrupt(), "the last checkpoint remains"),
+        (KeyboardInterrupt(), "stopped before anything was written"),
     ],
 )
 def test_an_interrupted_run_says_so_and_exits_with_130(stopped: BaseException, sentence: str, capsys):

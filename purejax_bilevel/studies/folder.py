@@ -1,0 +1,264 @@
+"""The folder of a run or a sweep: its name, that one run alone has it, and what it says about how to go on.
+
+Whoever writes to a folder holds a lock on a file in it, which the system takes back when the process ends in whatever
+way. A new run needs a folder that is empty, so that no file of somebody else is ever overwritten or removed.
+"""
+
+import contextlib
+import datetime
+import errno
+import fcntl
+import itertools
+import os
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from purejax_bilevel.configuration import RUN_LENGTH, from_dict, to_dict, validate
+from purejax_bilevel.errors import UserError
+from purejax_bilevel.results import dataset as datasets
+from purejax_bilevel.runtime import checkpoint as checkpoints
+from purejax_bilevel.runtime import loop, processes
+
+CONFIG = "config.yaml"
+LOCK = ".lock"
+LONGEST_NAME = 200  # bytes; file systems allow 255, and temporary names are longer
+KEPT_OPTIONS: dict[str, tuple] = {
+    "video": (False, True),
+    "tensorboard": (False, True),
+    "wandb_mode": ("disabled", "offline", "online"),
+    "wandb_runs": ("member", "setting"),
+}  # what --resume does again without being told, and the values allowed
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+class Description(NamedTuple):
+    """What a run was told."""
+
+    config: Any  # resolved
+    run: dict[str, int]  # seed and num_seeds
+    options: dict[str, Any]  # some of KEPT_OPTIONS
+
+
+# --- which folder -----------------------------------------------------------------------------------------------------
+
+
+def choose(output_dir: Path, name: str, resume: Path | None, title: str) -> Path:
+    """The folder that a command line asks for.
+
+    Args:
+        output_dir: folder of all runs.
+        name: of this run; "": made from `title` and the time, and the folder made at once.
+        resume: the folder of a run to go on with.
+        title: what runs.
+
+    Raises:
+        UserError: the name cannot be that of a folder inside `output_dir`, or is given beside `resume`.
+    """
+    if resume is not None and name:
+        raise UserError(f"--name {name!r} does not go with --resume {resume}, which goes on in that folder.")
+    if resume is not None:
+        return resume
+    if not name:
+        return _make_unused(output_dir, f"{title}-{datetime.datetime.now():%Y%m%d-%H%M%S}")
+    parts = Path(name).parts
+    if Path(name).is_absolute() or not name.strip() or not parts or ".." in parts or not name.isprintable():
+        raise UserError(f"--name must be a folder inside --output_dir, without .. and line breaks, got {name!r}.")
+    if max(len(os.fsencode(part)) for part in parts) > LONGEST_NAME:
+        raise UserError(f"--name must have at most {LONGEST_NAME} bytes, got {len(os.fsencode(name))}.")
+    return output_dir / name
+
+
+def _make_unused(output_dir: Path, name: str) -> Path:
+    """Runs that start in the same second get -2, -3, ..."""
+    for suffix in itertools.chain([""], (f"-{number}" for number in itertools.count(2))):
+        folder = output_dir / f"{name}{suffix}"
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise UserError(f"cannot write {folder}: {error.strerror}.") from error
+    raise AssertionError("unreachable: the numbers do not end")
+
+
+# --- one run alone ----------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def opened(chosen: Callable[[], Path], resume: bool) -> Iterator[Path]:
+    """Makes a folder and holds it for this run alone. All processes call it; process 0 chooses and locks.
+
+    Args:
+        chosen: says which folder.
+        resume: whether there may be a run in it already.
+
+    Raises:
+        UserError: another run has it, it is not empty, it holds no run to go on with, or it cannot be written.
+        Interrupted: instead of KeyboardInterrupt; says what is left in the folder.
+    """
+    with contextlib.ExitStack() as stack:
+        folder = Path(processes.from_first(lambda: str(stack.enter_context(_held(chosen(), resume)))))
+        try:
+            yield folder
+        except KeyboardInterrupt as error:
+            raise loop.Interrupted(f"stopped at once; {_what_remains(folder)}") from error
+
+
+@contextlib.contextmanager
+def _held(folder: Path, resume: bool) -> Iterator[Path]:
+    handle = _lock(folder)
+    try:
+        _check_content(folder, resume)
+        datasets.delete_torn(folder)
+        yield folder
+    finally:
+        with contextlib.suppress(OSError):
+            if os.listdir(folder) == [LOCK]:  # nothing came of it
+                (folder / LOCK).unlink()
+                folder.rmdir()
+        os.close(handle)
+
+
+def _lock(folder: Path) -> int:
+    """An open file that carries the lock."""
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise UserError(f"cannot write {folder}: {error.strerror}.") from error
+        try:
+            _take(handle, folder)
+            if _is_in_place(handle, folder / LOCK):
+                return handle
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)  # a run that came to nothing has just removed this file
+
+
+def _take(handle: int, folder: Path) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        who = os.pread(handle, 300, 0).decode(errors="replace").strip() or "unknown"
+        raise UserError(f"another run ({who}) is writing to {folder}: choose another folder or wait for it.") from error
+    except OSError as error:
+        if error.errno not in NO_LOCKS:  # a file system without locks still serves one user at a time
+            raise UserError(f"cannot lock {folder}: {error.strerror}.") from error
+    with contextlib.suppress(OSError):  # for people only; a full disk shows at the next file
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+
+
+def _is_in_place(handle: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except OSError:
+        return False
+
+
+def _check_content(folder: Path, resume: bool) -> None:
+    names = set(os.listdir(folder)) - {LOCK}
+    holds_run = not names.isdisjoint((CONFIG, checkpoints.FILE_NAME))
+    if names and resume and not holds_run:
+        raise UserError(f"--resume {folder}: there is no run in that folder (no {CONFIG}).")
+    if holds_run and not resume:
+        raise UserError(
+            f"{folder} holds a run already: choose another folder (--name), or go on with it by --resume {folder} "
+            "(from Python: resume=True)."
+        )
+    if names and not resume:
+        raise UserError(
+            f"{folder} is not empty (it holds {min(names)}): a run needs a folder of its own; choose another --name."
+        )
+
+
+def _what_remains(folder: Path) -> str:
+    if any(folder.rglob(checkpoints.FILE_NAME)):
+        return f"the last checkpoint remains: go on with --resume {folder}"
+    if (folder / CONFIG).exists():
+        return f"there is no checkpoint yet: --resume {folder} starts from the first step"
+    return "nothing was written."
+
+
+# --- what it says -----------------------------------------------------------------------------------------------------
+
+
+def describe(folder: Path, config: Any, run: Mapping[str, int], options: Mapping[str, Any], resumed: bool) -> None:
+    """Writes what is needed to repeat or resume a run.
+
+    Args:
+        folder: of the run.
+        config: resolved configuration.
+        run: seed and num_seeds.
+        options: those of KEPT_OPTIONS that the run was given.
+        resumed: whether the run was begun before.
+
+    Raises:
+        UserError: the folder is not writable.
+    """
+    told = {"config": to_dict(config), "run": dict(run), "options": dict(options)}
+    datasets.write_config(folder, told, resumed=resumed)
+
+
+def read_description(folder: Path, config_class: type) -> Description:
+    """What the run in a folder was told.
+
+    Raises:
+        UserError: there is no run, its file cannot be read, or it is one of another script.
+    """
+    path = folder / CONFIG
+    if not path.is_file():
+        raise UserError(f"--resume {folder}: there is no run in that folder (no {CONFIG}).")
+    try:
+        saved = yaml.safe_load(path.read_text(encoding="utf-8"))
+        config: Any = validate(from_dict(config_class, saved["config"]))
+        run = {name: int(saved["run"][name]) for name in ("seed", "num_seeds")}
+        return Description(config, run, _kept(saved.get("options") or {}))
+    except OSError as error:
+        raise UserError(f"--resume {folder}: its {CONFIG} cannot be read ({error.strerror}).") from error
+    except (yaml.YAMLError, KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split()).rstrip(".")
+        raise UserError(f"--resume {folder}: its {CONFIG} is not of this script ({reason}).") from error
+
+
+def _kept(options: Mapping[str, Any]) -> dict[str, Any]:
+    for name, value in options.items():
+        if name not in KEPT_OPTIONS or value not in KEPT_OPTIONS[name]:
+            raise ValueError(f"options: {name} is {value!r}")
+    return dict(options)
+
+
+def check_unchanged(folder: Path, config: Any, run: Mapping[str, int]) -> None:
+    """Whether a run may go on with these settings: those it began with, and no fewer steps than it has done.
+
+    Args:
+        folder: of the run.
+        config: resolved configuration.
+        run: seed and num_seeds.
+
+    Raises:
+        UserError: a setting differs, or the run has done more steps.
+    """
+    saved = read_description(folder, type(config))
+    now = {**to_dict(config), **run}
+    for name, before in {**to_dict(saved.config), **saved.run}.items():
+        if now[name] != before and name not in RUN_LENGTH:
+            raise UserError(
+                f"--resume goes on with --{name} {_words(before)}, got {_words(now[name])}; "
+                "start a new run for another value."
+            )
+    done = loop.steps_done(folder)
+    for name in RUN_LENGTH:
+        if name in now and now[name] < done:
+            raise UserError(f"--{name} {now[name]} is less than the {done} steps that {folder} has done.")
+
+
+def _words(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
