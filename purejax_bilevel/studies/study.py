@@ -19,8 +19,10 @@ of the configuration become members of one sub-program; values that change the p
 """
 
 import dataclasses
+import functools
 import importlib
 import math
+import sys
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -41,6 +43,8 @@ PROGRAMS = {
     "regression": "purejax_bilevel.programs.regression.program",
     "tabular": "purejax_bilevel.programs.tabular.program",
 }
+MOST = 1_000_000  # seeds, settings or generations
+LARGEST_WHOLE = 2**31 - 1  # 32 bits
 SECTIONS = ("name", "program", "settings", "agents", "axes", "seeds", "search", "report")
 
 
@@ -180,12 +184,41 @@ def read(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     try:
-        content = yaml.safe_load(path.read_text())
+        text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the sweep file {path}: {getattr(error, 'strerror', None) or error}.") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}.") from error
-    return {"name": path.stem, **_mapping(content, f"{path}")}
+    return {"name": path.stem, **_mapping(load_yaml(text, f"{path}"), f"{path}")}
+
+
+def load_yaml(text: str, where: str) -> Any:
+    """The plain content of YAML text.
+
+    Args:
+        text: to be read.
+        where: what the text is, for messages.
+
+    Raises:
+        UserError: it is not YAML, states a key twice or contains itself.
+    """
+    try:
+        return _copy(yaml.load(text, _UniqueKeys))
+    except RecursionError as error:
+        raise UserError(f"{where} contains itself or is nested too deeply.") from error
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date or a number that cannot be
+        raise UserError(f"{where} is not YAML: {' '.join(str(error).split())}.") from error
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML lets the last of several equal keys win, silently."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict:
+        stated: set[tuple[str, str]] = set()
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if (key.tag, str(key.value)) in stated:
+                problem = f"the key {key.value!r} is stated twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            stated.add((key.tag, str(key.value)))
+        return super().construct_mapping(node, deep)
 
 
 def parse(description: Mapping[str, Any]) -> Study:
@@ -223,10 +256,11 @@ def override(description: Mapping[str, Any], changes: Mapping[str, Any]) -> dict
     these sections.
 
     Raises:
-        UserError: no such field, or one that varies together with others.
+        UserError: no such field, one that varies together with others, or the content itself is wrong.
     """
+    parse(description)
     result = {key: _copy(value) for key, value in description.items()}
-    known = {field.name for field in fields(config_class(_choice(result.get("program"), tuple(PROGRAMS), "program")))}
+    known = {field.name for field in fields(config_class(result["program"]))}
     for name, value in changes.items():
         section, _, entry = name.partition(".")
         if entry and section in ("search", "report", "seeds"):
@@ -244,25 +278,27 @@ def override(description: Mapping[str, Any], changes: Mapping[str, Any]) -> dict
 
 def _chosen_agents(given: Any, chosen: Any) -> dict[str, Any]:
     stated = {label: {} for label in given} if isinstance(given, list) else dict(given or {})
-    return {str(label): stated.get(label, {}) for label in (chosen if isinstance(chosen, list) else [chosen])}
+    labels = [str(label) for label in (chosen if isinstance(chosen, list) else [chosen])]
+    return {label: stated.get(label, {}) for label in labels}
 
 
 def _override_field(description: dict[str, Any], name: str, value: Any) -> None:
     stated = False
     for axes in description.get("axes") or []:
-        for kind, content in axes.items():
-            if name in content and kind != "grid":
+        for kind, content in (axes or {}).items():
+            if name not in (content or {}):
+                continue
+            if kind != "grid":
                 raise UserError(
                     f"{name} varies together with others ({kind}) in this sweep: edit the sweep file instead."
                 )
-            if name in content:
-                stated = True
-                if isinstance(value, list):
-                    content[name] = value
-                else:
-                    del content[name]
-                    description["settings"] = {**(description.get("settings") or {}), name: value}
-    description["axes"] = [axes for axes in description.get("axes") or [] if any(axes.values())]
+            stated = True
+            if isinstance(value, list):
+                content[name] = value
+            else:
+                del content[name]
+                description["settings"] = {**(description.get("settings") or {}), name: value}
+    description["axes"] = [axes for axes in description.get("axes") or [] if axes and any(axes.values())]
     agents = description.get("agents")
     for own in agents.values() if isinstance(agents, dict) else []:
         if own and name in own:
@@ -302,9 +338,17 @@ def _choice(value: Any, allowed: Sequence[str], where: str) -> str:
     return value
 
 
-def _whole(value: Any, least: int, where: str) -> int:
+def _whole(value: Any, least: int, where: str, most: int = MOST) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise UserError(f"{where} must be a whole number of at least {least}, got {value!r}.")
+    if value > most:
+        raise UserError(f"{where} must be at most {most}, got {value}.")
+    return value
+
+
+def _text(value: Any, where: str) -> str:
+    if not isinstance(value, str) or not value:
+        raise UserError(f"{where} must be text, got {value!r}.")
     return value
 
 
@@ -316,7 +360,9 @@ def _number(value: Any, where: str) -> float:
 
 
 def _as_number(value: Any) -> Any:
-    """YAML 1.1 reads 1e-3 as text."""
+    """YAML 1.1 reads 1e-3 as text; whole numbers may be too large for a float."""
+    if isinstance(value, int) and abs(value) > sys.float_info.max:
+        return math.inf if value > 0 else -math.inf
     if isinstance(value, str):
         try:
             return float(value)
@@ -329,14 +375,38 @@ def _settings(cls: type, given: Any, where: str) -> dict[str, Any]:
     """Values by field, in the fields' own types."""
     visible = [field.name for field in fields(cls) if not field.metadata.get("hidden")]
     mapping = _known(given, visible, where)
-    return {name: _typed(cls, name, value) for name, value in mapping.items()}
+    return {name: _checked(cls, name, value) for name, value in mapping.items()}
 
 
-def _typed(cls: type, name: str, value: Any) -> Any:
+def _checked(cls: type, name: str, value: Any) -> Any:
+    """A value, or each of a list, as its field declares it; None is what fields without a default hold."""
     if isinstance(value, list | tuple):
         if not value:
             raise UserError(f"{name} needs at least one value.")
-        return [_typed(cls, name, entry) for entry in value]
+        if any(isinstance(entry, list | tuple) for entry in value):
+            raise UserError(f"{name} must be a value or a list of values, got {value!r}.")
+        return [_checked_value(cls, name, entry) for entry in value]
+    default = next(field.default for field in fields(cls) if field.name == name)
+    return None if value is None and default is None else _checked_value(cls, name, value)
+
+
+def _checked_value(cls: type, name: str, value: Any) -> Any:
+    value = _typed(cls, name, value)
+    if typing.get_type_hints(cls)[name] is str and value != "":  # `validate` leaves texts to the program
+        _text(value, name)
+    elif isinstance(value, int) and abs(value) > LARGEST_WHOLE:
+        raise UserError(f"{name} must fit 32 bits, got {value}.")
+    validate(replace(_valid(cls), **{name: value}))
+    return value
+
+
+@functools.cache
+def _valid(cls: type) -> Any:
+    """Some configuration in which everything is allowed, to check single values in."""
+    return cls().resolved()
+
+
+def _typed(cls: type, name: str, value: Any) -> Any:
     hint = typing.get_type_hints(cls)[name]
     kinds = {hint, *typing.get_args(hint)}
     if name == "agent_type" and isinstance(value, str):
@@ -354,6 +424,7 @@ def _agents(cls: type, given: Any, settings: dict[str, Any]) -> dict[str, dict[s
         default = next(field.default for field in fields(cls) if field.name == "agent_type")
         given = [settings.get("agent_type", default)]
     if isinstance(given, list) and all(isinstance(label, str) for label in given):
+        _distinct("agents", given)
         given = {label: {} for label in given}
     agents = {}
     for label, own in _mapping(given, "agents").items():
@@ -394,7 +465,7 @@ def _zip_axes(cls: type, content: Any) -> list[Axis]:
 def _random_axes(cls: type, content: Any) -> list[Axis]:
     mapping = _mapping(content, "axes: random")
     count = _whole(mapping.pop("count", None), 1, "axes: random: count")
-    seed = _whole(mapping.pop("seed", 0), 0, "axes: random: seed")
+    seed = _whole(mapping.pop("seed", 0), 0, "axes: random: seed", LARGEST_WHOLE)
     space = intervals(cls, mapping, "axes: random")
     if not space:
         raise UserError("axes: random needs at least one name with [low, high].")
@@ -431,8 +502,10 @@ def intervals(cls: type, content: Any, where: str) -> tuple[Interval, ...]:
         if low >= high or (scale == "log" and low <= 0):
             needed = "0 < low < high" if scale == "log" else "low < high"
             raise UserError(f"{where}: {name} needs {needed}, got [{format_value(low)}, {format_value(high)}].")
-        kinds = {hints[name], *typing.get_args(hints[name])}
-        found.append(Interval(name, low, high, scale, float not in kinds))
+        whole = float not in {hints[name], *typing.get_args(hints[name])}
+        for end in (low, high):
+            _checked_value(cls, name, round(end) if whole else end)
+        found.append(Interval(name, low, high, scale, whole))
     return tuple(found)
 
 
@@ -441,7 +514,7 @@ def _seeds(given: Any) -> Seeds:
         given = {"count": given}
     values = _known(given, [field.name for field in dataclasses.fields(Seeds)], "seeds")
     seeds = Seeds(**values)
-    _whole(seeds.first, 0, "seeds: first")
+    _whole(seeds.first, 0, "seeds: first", 2**32)
     _whole(seeds.count, 1, "seeds: count")
     make_seeds(seeds.first, seeds.count)
     if seeds.select is not None:
@@ -458,15 +531,15 @@ def _search(cls: type, given: Any) -> Search:
     search = Search(**{**values, "space": _mapping(values.get("space"), "search: space")})
     _choice(search.method, ("grid", "random", "es"), "search: method")
     _choice(search.algorithm, ("cma_es", "open_es"), "search: algorithm")
-    for name, least in {
-        "samples": 1,
-        "population": 3,
-        "generations": 1,
-        "halving": 0,
-        "finalists": 1,
-        "seed": 0,
-    }.items():
-        _whole(getattr(search, name), least, f"search: {name}")
+    for name, least, most in (
+        ("samples", 1, MOST),
+        ("population", 3, MOST),
+        ("generations", 1, MOST),
+        ("halving", 0, 30),
+        ("finalists", 1, MOST),
+        ("seed", 0, LARGEST_WHOLE),
+    ):
+        _whole(getattr(search, name), least, f"search: {name}", most)
     if search.algorithm == "open_es" and search.population % 2:
         raise UserError(f"search: population must be even for open_es, got {search.population}.")
     if search.method == "es" and search.halving:
@@ -476,23 +549,30 @@ def _search(cls: type, given: Any) -> Search:
 
 
 def _report(given: Any) -> Reporting:
-    values = _known(given, [field.name for field in dataclasses.fields(Reporting)], "report")
+    stated = _known(given, [field.name for field in dataclasses.fields(Reporting)], "report")
+    values = {name: value for name, value in stated.items() if value not in (None, "")}
+    for name in ("variable", "select_by"):
+        _text(values.get(name, "the default"), f"report: {name}")
     for name in ("over", "select_over", "solved"):
-        if values.get(name) is not None:
+        if name in values:
             values[name] = _number(values[name], f"report: {name}")
     for name in ("over", "select_over"):
-        if not 0 <= (values.get(name) or 0) <= 1:
+        if not 0 <= values.get(name, 0) <= 1:
             raise UserError(f"report: {name} must be a share of the run from 0 to 1, got {values[name]!r}.")
-    figures = values.get("figures") or []
+    figures = values.get("figures", [])
     if not isinstance(figures, list | tuple):
         raise UserError(f"report: figures must be a list, got {figures!r}.")
-    for figure in figures:
-        needed_by = {"sensitivity": "axis", "curves": "variable", "tabular": "figure"}
-        kind = _choice(_mapping(figure, "a figure").get("kind"), tuple(needed_by), "the kind of a figure")
-        needed = needed_by[kind]
-        if needed not in _known(figure, ("kind", needed, "title"), f"a figure of kind {kind}"):
-            raise UserError(f"a figure of kind {kind} needs {needed}.")
-    return Reporting(**{**values, "figures": tuple(figures)})
+    return Reporting(**{**values, "figures": tuple(_figure(figure) for figure in figures)})
+
+
+def _figure(given: Any) -> dict[str, str]:
+    needed_by = {"sensitivity": "axis", "curves": "variable", "tabular": "figure"}
+    kind = _choice(_mapping(given, "a figure").get("kind"), tuple(needed_by), "the kind of a figure")
+    needed = needed_by[kind]
+    figure = _known(given, ("kind", needed, "title"), f"a figure of kind {kind}")
+    if needed not in figure:
+        raise UserError(f"a figure of kind {kind} needs {needed}.")
+    return {name: _text(value, f"{name} of a figure of kind {kind}") for name, value in figure.items()}
 
 
 def _distinct(name: str, value: Any) -> list:

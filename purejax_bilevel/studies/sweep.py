@@ -34,7 +34,17 @@ from purejax_bilevel.runtime.progress import _duration as duration
 from purejax_bilevel.studies import command_line, report
 from purejax_bilevel.studies import search as searches
 from purejax_bilevel.studies.presets import PRESETS, preset
-from purejax_bilevel.studies.study import PROGRAMS, Agent, Study, config_class, make_agents, override, parse, read
+from purejax_bilevel.studies.study import (
+    PROGRAMS,
+    Agent,
+    Study,
+    config_class,
+    load_yaml,
+    make_agents,
+    override,
+    parse,
+    read,
+)
 
 SAFE_SHARE = 0.9  # of the free memory that a sweep may plan with
 ROUND_SETTINGS = {
@@ -146,12 +156,9 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]
 
 
 def _value(text: str, name: str) -> Any:
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{name}={text} cannot be read: {' '.join(str(error).split())}.") from error
+    value = load_yaml(text, f"{name}={text}")
     if isinstance(value, str) and "," in value:
-        return [yaml.safe_load(entry) for entry in value.split(",") if entry]
+        return [load_yaml(entry, f"{name}={text}") for entry in value.split(",") if entry]
     return value
 
 
