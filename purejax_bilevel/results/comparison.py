@@ -199,10 +199,9 @@ def improvement(labels: Sequence[str], probabilities: np.ndarray, path: Path) ->
             if np.isfinite(value):
                 color = "white" if abs(value - 0.5) > 0.35 else "black"
                 panel.text(column, row, f"{value:.2f}", ha="center", va="center", color=color)
-        panel.set_xticks(
-            range(count), labels, rotation=30 if longest > 8 else 0, ha="right" if longest > 8 else "center"
-        )
-        panel.set_yticks(range(count), labels)
+        turned = {"rotation": 30, "ha": "right"} if longest > 8 else {}
+        panel.set_xticks(range(count), labels, parse_math=False, **turned)
+        panel.set_yticks(range(count), labels, parse_math=False)
         for spine in panel.spines.values():
             spine.set_visible(False)
         panel.tick_params(length=0)

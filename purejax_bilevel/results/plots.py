@@ -21,6 +21,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.text import Text
 from matplotlib.ticker import EngFormatter, FixedLocator, NullLocator
 
 from purejax_bilevel.errors import UserError
@@ -348,7 +349,7 @@ def _other_labels(dataset: xarray.Dataset, dimension: str) -> list[str]:
 def _value_scale(panel: Axes, values: np.ndarray) -> np.ndarray:
     """Positions of the values on the horizontal axis, which is made logarithmic, linear or a list of names."""
     if not np.issubdtype(values.dtype, np.number):
-        panel.set_xticks(range(len(values)), [_text(value) for value in values])
+        panel.set_xticks(range(len(values)), [_text(value) for value in values], parse_math=False)
         panel.set_xlim(-0.5, len(values) - 0.5)
         return np.arange(len(values), dtype=float)
     if values.min() > 0 and values.max() >= 10 * values.min():
@@ -469,9 +470,24 @@ def _write(figure: Figure, path: str | Path) -> Path:
     ending = path.suffix.lower().lstrip(".")
     if ending not in known:
         raise UserError(f"cannot draw {path.name}: the ending has to be one of {', '.join(sorted(known))}")
+    _show_as_written(figure)
     figure.savefig(content, format=ending)
     write_bytes(path, content.getvalue())
     return path
+
+
+def _show_as_written(figure: Figure) -> None:
+    """A dollar in a label or title is a dollar, no mathematics; numbers at the axes need theirs for powers of ten."""
+    numbers = {
+        text
+        for panel in figure.axes
+        for line in (panel.xaxis, panel.yaxis)
+        for text in line.findobj(Text)
+        if text is not line.label
+    }
+    for text in figure.findobj(Text):
+        if text not in numbers:
+            text.set_parse_math(False)
 
 
 def _text(value: Any) -> str:

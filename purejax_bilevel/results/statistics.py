@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import xarray
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from purejax_bilevel.errors import UserError
@@ -412,9 +413,9 @@ def render_table(
         shown = order[:limit]
     finite = [row for row in rows if math.isfinite(row.iqm)]
     best = best_row(finite, lower) if len(finite) > 1 else None
-    table = Table(title=title, title_justify="left", title_style="bold")
+    table = Table(title=title and escape(title), title_justify="left", title_style="bold")
     for name in rows[0].setting if rows else ():
-        table.add_column(name, justify="right", overflow="fold")
+        table.add_column(escape(name), justify="right", overflow="fold")
     for name in ("IQM", "95 % interval", "runs", "failed"):
         table.add_column(name, justify="right", no_wrap=True)
     digits = _decimals(rows)
@@ -422,7 +423,7 @@ def render_table(
         interval = f"{row.low:.{digits}f} to {row.high:.{digits}f}" if math.isfinite(row.low) else "unknown"
         score = f"{row.iqm:.{digits}f}" if math.isfinite(row.iqm) else "none"
         failed = f"[red]{row.failed}[/red]" if row.failed else "0"
-        values = [format_value(value) for value in row.setting.values()]
+        values = [escape(format_value(value)) for value in row.setting.values()]
         table.add_row(*values, score, interval, str(row.runs), failed, style="bold" if row is best else None)
     console.print(table)
     if len(shown) < len(rows):

@@ -11,6 +11,7 @@ import html
 import itertools
 import json
 import math
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -599,23 +600,30 @@ def as_markdown(blocks: Sequence[Block], folder: Path) -> str:
     for block in blocks:
         match block:
             case Heading(text, level):
-                parts.append(f"{'#' * level} {text}")
+                parts.append(f"{'#' * level} {_literal(text)}")
             case Paragraph(text):
-                parts.append(text)
+                parts.append(_literal(text))
             case Code(text):
-                parts.append(f"```\n{text}\n```")
+                fence = "`" * max(3, 1 + max((len(ticks) for ticks in re.findall("`+", text)), default=0))
+                parts.append(f"{fence}\n{text}\n{fence}")
             case Table(columns, rows, bold):
-                lines = [columns, tuple("---" for _ in columns)]
-                lines += [
-                    tuple(f"**{cell}**" if number == bold and cell else cell for cell in row)
-                    for number, row in enumerate(rows)
-                ]
-                parts.append(
-                    "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-                )
+                parts.append(_markdown_table(columns, rows, bold))
             case Picture(path, caption):
-                parts.append(f"![{caption}]({path.relative_to(folder).as_posix()})")
+                parts.append(f"![{_literal(caption)}]({path.relative_to(folder).as_posix()})")
     return "\n\n".join(parts) + "\n"
+
+
+def _markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]], bold: int | None) -> str:
+    lines = [[_literal(cell).replace("|", "\\|") for cell in line] for line in (columns, *rows)]
+    if bold is not None:
+        lines[bold + 1] = [f"**{cell}**" if cell else cell for cell in lines[bold + 1]]
+    lines.insert(1, ["---" for _ in columns])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _literal(text: str) -> str:
+    """Text on one line that Markdown takes neither for HTML nor for a link."""
+    return re.sub(r"([\[\]`])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
 
 
 STYLE = """

@@ -258,6 +258,12 @@ def test_table_shows_settings_scores_and_failures():
     assert "nan" not in text
 
 
+def test_table_shows_markup_as_written():
+    row = statistics.SettingRow({"[/agent]": "omd [/x]"}, (), 1.0, 0.0, 2.0, 3, 0)
+    text = rendered([row], title="score [/b]")
+    assert all(word in text for word in ("[/agent]", "omd [/x]", "score [/b]"))
+
+
 def test_long_table_shows_the_best():
     rows = statistics.summary_table(make_dataset(SCORES), "final_return")
     text = rendered(rows, limit=1)

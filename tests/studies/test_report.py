@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from matplotlib.image import imread
+from matplotlib.text import Text
 
 from purejax_bilevel.members import Axis, Grid
 from purejax_bilevel.results import comparison, plots, statistics
@@ -180,8 +181,8 @@ def test_numbers_of_the_report(two):
     assert "on the seeds 0 to 2, reported on the others, 3 to 5" in text
     # omd: seeds 3 and 4 of the second setting, 1 and 2; the failed fifth is left out.
     assert "| omd | lr=0.01 | 1.5 (1 to 2) | 498.5 | 2 | 1 of 12 |" in text
-    assert "| **mle <&\\|>** | **lr=0.01** | **102 (101 to 103)** | **398** | **3** | **0 of 12** |" in text
-    assert "| omd | mle <&\\|> | 0.00 (0.00 to 0.00) |" in text
+    assert "| **mle &lt;&amp;\\|&gt;** | **lr=0.01** | **102 (101 to 103)** | **398** | **3** | **0 of 12** |" in text
+    assert "| omd | mle &lt;&amp;\\|&gt; | 0.00 (0.00 to 0.00) |" in text
     assert "1 of 24 members diverged" in text
     assert "omd: lr=0.01, seed=5" in text
     for fact in (
@@ -217,6 +218,38 @@ def test_the_page_is_complete_in_one_file(two):
     assert "mle <&|>" in reader.text
     assert "python sweep.py <b>&" in reader.text
     assert "my study" in reader.text
+
+
+HOSTILE = r"omd $\nothing$ [/x] `<script>alert(1)</script>"
+
+
+def test_labels_and_titles_are_shown_as_written(tmp_path, monkeypatch):
+    """A dollar is no mathematics, a tag no HTML, a bracket no link: also where the label is a tick of an axis."""
+    figures = drawn(monkeypatch)
+    shown = [
+        {"kind": "sensitivity", "axis": "lr", "title": HOSTILE},
+        {"kind": "curves", "variable": "error", "title": HOSTILE},
+    ]
+    name = Axis(("smoothing",), ((HOSTILE,), ("none",)))
+    agents = {HOSTILE: make(CROSSED, (name,)), "mle": make(CROSSED)}
+    text, page = write(tmp_path, agents, report={"figures": shown})
+    assert "<script>" not in text.replace("```", "").split("## Failed")[0]
+    assert "\\[/x\\] \\`&lt;script&gt;" in text
+    assert "<script>" not in page
+    assert len(figures) >= 5
+    for figure in figures:
+        texts = [found for found in figure.findobj(Text) if "$" in found.get_text() and "omd" in found.get_text()]
+        assert not any(found.get_parse_math() for found in texts)
+
+
+def test_powers_of_ten_are_still_drawn_as_such(monkeypatch, tmp_path):
+    figures = drawn(monkeypatch)
+    wide = np.array([[1.0, 10.0, 1e5]] * 3)
+    comparison.curves(STEPS[:3], [("omd", wide), ("mle", wide)], "steps", "regret", tmp_path / "a.png")
+    (panel,) = figures[0].axes
+    ticks = [label for label in panel.get_yticklabels() if "$" in label.get_text()]
+    assert ticks
+    assert all(label.get_parse_math() for label in ticks)
 
 
 def test_figures_of_an_earlier_report_are_removed(two):
