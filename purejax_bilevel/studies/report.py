@@ -26,9 +26,10 @@ from purejax_bilevel.programs.tabular import figures as tabular_figures
 from purejax_bilevel.results import comparison, plots, statistics
 from purejax_bilevel.results import dataset as datasets
 from purejax_bilevel.results.comparison import Line, Score, score_of
-from purejax_bilevel.results.dataset import SEED, STEP, setting_dimensions, setting_labels
+from purejax_bilevel.results.dataset import SEED, STEP, setting_dimensions
+from purejax_bilevel.results.statistics import ranking, setting_scores
 from purejax_bilevel.runtime.loop import file_name
-from purejax_bilevel.studies.search import HISTORY, member_scores, ranking, setting_scores
+from purejax_bilevel.studies.search import HISTORY
 from purejax_bilevel.studies.study import Reporting, Study
 
 HTML, MARKDOWN, FIGURES = "report.html", "report.md", "figures"
@@ -47,8 +48,8 @@ class AgentResult:
     Args:
         label: the agent.
         dataset: its results.
-        settings: hyper-parameters of each setting.
-        scores: `[settings, seeds]` of the reported variable; NaN for failed members.
+        settings: hyper-parameters of each setting, without the task.
+        scores: `[settings, seeds, tasks]` of the reported variable; NaN for failed members.
         quality: `[settings]`, by which settings are chosen, higher is better; NaN where a choosing seed failed.
         order: settings from best to worst.
         chosen_on: positions of the seeds that chose; none if they are not in these results.
@@ -69,7 +70,7 @@ class AgentResult:
         return int(self.order[0])
 
     def runs(self, setting: int) -> np.ndarray:
-        """Scores of a setting on the seeds that are reported."""
+        """Scores of a setting on the seeds that are reported, `[seeds, tasks]`."""
         return self.scores[setting, self.reported]
 
     @property
@@ -91,7 +92,7 @@ def analyse(label: str, dataset: xarray.Dataset, select: Sequence[int], report: 
     scores = scores_of(dataset, variable, report.over)
     seeds = dataset[SEED].values
     every = np.arange(len(seeds))
-    settings = setting_labels(dataset)
+    settings = statistics.settings_without_tasks(dataset)
     if SELECTION in dataset:
         lower = statistics.lower_is_better(dataset, SELECTION)
         given = dataset[SELECTION].transpose(*setting_dimensions(dataset), SEED).values.reshape(len(settings), -1)[:, 0]
@@ -114,27 +115,15 @@ def analyse(label: str, dataset: xarray.Dataset, select: Sequence[int], report: 
 
 def _order(choosing: np.ndarray, quality: np.ndarray, lower: bool) -> np.ndarray:
     """From best to worst; a setting with fewer failed seeds comes before one with more."""
-    failed = np.isnan(choosing).sum(axis=1)
-    partial = statistics.iqm(choosing[..., None]) * (-1 if lower else 1)
+    failed = np.isnan(choosing).sum(axis=(1, 2))
+    partial = statistics.iqm(choosing) * (-1 if lower else 1)
     value = np.where(np.isnan(quality), partial, quality)
     return np.lexsort((np.where(np.isnan(value), np.inf, -value), failed))
 
 
 def scores_of(dataset: xarray.Dataset, variable: str, over: float) -> np.ndarray:
-    """One number per member, `[settings, seeds]`: see `search.member_scores`.
-
-    Raises:
-        UserError: there is no such variable.
-    """
-    array = statistics.require_variable(dataset, variable)
-    members = (*setting_dimensions(dataset), SEED)
-    rest = [name for name in array.dims if name not in members]
-    rest.sort(key=lambda name: name != STEP)
-    values = array.transpose(*members, *rest).values
-    values = values.reshape(-1, *values.shape[len(members) :])
-    values = values if STEP in array.dims else values[:, None]
-    failed = statistics.failed_members(dataset).reshape(-1)
-    return member_scores({variable: values}, failed, variable, over).reshape(-1, dataset.sizes[SEED])
+    """One number per member, `[settings, seeds, tasks]`: see `statistics.member_scores`."""
+    return statistics.by_task(dataset, statistics.member_scores(dataset, variable, over))
 
 
 def reported_variable(dataset: xarray.Dataset, report: Reporting) -> str:
@@ -146,25 +135,20 @@ def reported_variable(dataset: xarray.Dataset, report: Reporting) -> str:
 
 
 def along(agent: AgentResult, axis: str) -> Line:
-    """The agent's score at each value of an axis, with the best of its other hyper-parameters at each.
-
-    Where there is a choice among the others, the reported seeds are not those that chose; else all seeds are reported.
-    """
+    """The agent's score at each value of an axis, with the best of its other hyper-parameters at each, on the seeds
+    that are reported."""
     values = [setting.get(axis) for setting in agent.settings]
     different = list(dict.fromkeys(value for value in values if value is not None))
-    everywhere = np.arange(agent.scores.shape[1])
     if not different:
         return Line(agent.label, (), (score_of(agent.best_runs),))
-    alternatives = max(values.count(value) for value in different)
-    together = _varies_together(agent.dataset, axis)
-    if together:  # points of a random search: every setting is shown
+    if _varies_together(agent.dataset, axis):  # points of a random search: every setting is shown
         return Line(
-            agent.label, tuple(values), tuple(score_of(agent.scores[i]) for i in range(len(values))), joined=False
+            agent.label, tuple(values), tuple(score_of(agent.runs(i)) for i in range(len(values))), joined=False
         )
     scores = []
     for value in different:
         best = next(int(number) for number in agent.order if values[number] == value)
-        scores.append(score_of(agent.scores[best, agent.reported if alternatives > 1 else everywhere]))
+        scores.append(score_of(agent.runs(best)))
     return Line(agent.label, tuple(different), tuple(scores))
 
 
@@ -235,7 +219,8 @@ class _Report:
         self.score_name = self.variable.replace("_", " ")
         self.solved = study.report.solved
         if self.solved is None and not self.lower:
-            self.solved = SOLVED.get(str(self.about.get("environment")))
+            levels = {SOLVED.get(name) for name in self._environments()}
+            self.solved = levels.pop() if len(levels) == 1 else None
         self.succeeded = [agent for agent in agents if np.isfinite(agent.best_runs).any()]
 
     def blocks(self) -> list[Block]:
@@ -257,7 +242,7 @@ class _Report:
 
     def _what(self) -> str:
         members = sum(agent.scores.size for agent in self.agents)
-        environment = self.about.get("environment")
+        environment = ", ".join(self._environments())
         steps = int(self.agents[0].dataset[STEP].values[-1])
         seeds = len(self.agents[0].dataset[SEED])
         settings = sum(len(agent.settings) for agent in self.agents)
@@ -271,6 +256,11 @@ class _Report:
         meaning = f" ({long_name})" if long_name not in ("", self.score_name) else ""
         measured = f"{self.score_name}{meaning}{self._span(self.study.report.over)}"
         return f"{text} Measured: {measured}, {'lower' if self.lower else 'higher'} is better."
+
+    def _environments(self) -> list[str]:
+        tasks = [words(task) for task in statistics.tasks_of(self.agents[0].dataset)]
+        alone = str(self.about.get("environment") or "")
+        return [task.partition("=")[2] for task in tasks] if any(tasks) else [alone] if alone else []
 
     def _span(self, over: float) -> str:
         return "" if over == 0 else f" (mean over the last {100 * over:.0f} % of the run)"
@@ -431,8 +421,9 @@ class _Report:
         names = []
         for agent in self.agents:
             seeds = agent.dataset[SEED].values
-            for setting, seed in zip(*np.nonzero(np.isnan(agent.scores)), strict=True):
-                member = {**agent.settings[setting], "seed": seeds[seed].item()}
+            tasks = statistics.tasks_of(agent.dataset)
+            for setting, seed, task in np.argwhere(np.isnan(agent.scores)):
+                member = {**tasks[task], **agent.settings[setting], "seed": seeds[seed].item()}
                 names.append(f"{agent.label}: {words(member)}")
         total = sum(agent.scores.size for agent in self.agents)
         for entry in self._history():
@@ -524,11 +515,11 @@ class _Report:
     def _tabular(self, figure: str, name: str, title: str) -> list[Block]:
         axis = tabular_figures.AXES[figure]
         fitting = [agent for agent in self.succeeded if setting_dimensions(agent.dataset) == (axis,)]
-        datasets = {agent.label: agent.dataset for agent in fitting}
+        datasets = {agent.label: agent.dataset.isel({SEED: agent.reported}) for agent in fitting}
         if not datasets:  # an override or a search swept something else
             return []
         path = tabular_figures.FIGURES[figure](datasets, self._path(name))
-        return [Picture(path, f"{title or figure.replace('_', ' ')}: means over all seeds.")]
+        return [Picture(path, f"{title or figure.replace('_', ' ')}: means over the reported seeds.")]
 
     def _curves(self, variable: str, name: str, title: str) -> list[Block]:
         usable = [
@@ -544,14 +535,14 @@ class _Report:
 
 
 def _curve(agent: AgentResult, variable: str) -> np.ndarray:
-    """A series of the best setting on the seeds that are reported, `[seeds, steps]`; NaN for failed members."""
-    dims = setting_dimensions(agent.dataset)
-    point = np.unravel_index(agent.best, [agent.dataset.sizes[name] for name in dims]) if dims else ()
-    array = agent.dataset[variable].isel(dict(zip(dims, point, strict=True)))
-    rest = [name for name in array.dims if name not in (SEED, STEP)]
-    values = array.mean(rest).transpose(SEED, STEP).values[agent.reported]
-    failed = statistics.failed_members(agent.dataset)[agent.best, agent.reported]
-    return np.where(failed[:, None], np.nan, values)
+    """A series of the best setting on the seeds that are reported, `[seeds, steps, tasks]`; NaN for failed members."""
+    dims = (*setting_dimensions(agent.dataset), SEED, STEP)
+    array = agent.dataset[variable]
+    array = array.mean([name for name in array.dims if name not in dims]).transpose(*dims)
+    failed = statistics.failed_members(agent.dataset).reshape(array.shape[:-1])
+    values = np.where(failed[..., None], np.nan, array.values)
+    rows = [statistics.by_task(agent.dataset, values[..., step])[agent.best] for step in range(values.shape[-1])]
+    return np.stack(rows, axis=1)[agent.reported]
 
 
 # ---------------------------------------------------------------- words

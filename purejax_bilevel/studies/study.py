@@ -34,6 +34,7 @@ import yaml
 from purejax_bilevel.configuration import fields, replace, validate
 from purejax_bilevel.errors import UserError
 from purejax_bilevel.members import Axis, Grid, batch_config, format_value
+from purejax_bilevel.results.statistics import TASKS
 from purejax_bilevel.runtime.compiled import Part, Program
 from purejax_bilevel.runtime.loop import make_seeds
 
@@ -177,17 +178,20 @@ def config_class(program: str) -> type:
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """The plain content of a sweep file.
+    """The plain content of a sweep file, or of the config.yaml in a sweep's folder.
 
     Raises:
-        UserError: there is no such file or it is not YAML.
+        UserError: there is no such file, it is not YAML or of a run.
     """
     path = Path(path)
     try:
         text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the sweep file {path}: {getattr(error, 'strerror', None) or error}.") from error
-    return {"name": path.stem, **_mapping(load_yaml(text, f"{path}"), f"{path}")}
+    content = _mapping(load_yaml(text, f"{path}"), f"{path}")
+    if "config" in content and "run" in content:
+        raise UserError(f"{path} describes a run, not a sweep: go on with it by --resume of its script.")
+    return {"name": path.stem, **_mapping(content.get("sweep", content), f"{path}")}
 
 
 def load_yaml(text: str, where: str) -> Any:
@@ -668,6 +672,7 @@ def make_agents(study: Study) -> list[Agent]:
         UserError: a value that is not allowed, or agents that cannot run in one program.
     """
     agents = [_make_agent(study, label) for label in study.agents]
+    _check_tasks(study, agents)
     configs = [template.config for agent in agents for template in agent.templates]
     for name in ("num_steps", "eval_frequency"):
         found = sorted({getattr(config.program(), name) for config in configs})
@@ -677,6 +682,22 @@ def make_agents(study: Study) -> list[Agent]:
                 f"all agents and settings of a sweep need the same {steps}, got {', '.join(map(str, found))}."
             )
     return agents
+
+
+def _check_tasks(study: Study, agents: Sequence[Agent]) -> None:
+    """Scores are compared task by task."""
+    for name in TASKS:
+        axes = [[axis for axis in agent.grid.axes if name in axis.names] for agent in agents]
+        values = {
+            agent.label: [value for axis in own for value in axis.values]
+            for agent, own in zip(agents, axes, strict=True)
+        }
+        if any(len(axis.names) > 1 for own in axes for axis in own):
+            raise UserError(f"axes: {name} says what is solved and is no setting: give it in grid, not in zip.")
+        if any(values.values()) and study.search.in_rounds:
+            raise UserError(f"search: es and halving compare settings on one {name}; give one, not an axis.")
+        if len({repr(listed) for listed in values.values()}) > 1:
+            raise UserError(f"{name}: agents that are compared need the same ones, in the same order.")
 
 
 def _make_agent(study: Study, label: str) -> Agent:

@@ -19,7 +19,6 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import tyro
 import xarray
-import yaml
 from rich.console import Console
 
 from purejax_bilevel.configuration import fields
@@ -170,8 +169,8 @@ def _resumed(options: Options, changes: Mapping[str, Any]) -> Study:
     if not path.is_file():
         raise UserError(f"--resume {folder}: there is no sweep in that folder (no config.yaml).")
     try:
-        description = yaml.safe_load(path.read_text())["sweep"]
-    except (yaml.YAMLError, KeyError, TypeError) as error:
+        description = load_yaml(path.read_text(), f"{path}")["sweep"]
+    except (UserError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise UserError(f"--resume {folder}: its config.yaml is not of a sweep.") from error
     study = parse(description)
     if options.sweep and Path(options.sweep).stem != study.name:

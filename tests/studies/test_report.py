@@ -70,13 +70,13 @@ CROSSED = np.array([[10, 20, 30, 90, 80, 70], [40, 50, 60, 1, 2, 3]])
 def test_the_best_setting_is_chosen_on_seeds_that_are_not_reported():
     agent = analyse(make(CROSSED))
     assert agent.settings[agent.best] == {"lr": 1e-2}
-    np.testing.assert_array_equal(agent.best_runs, [1, 2, 3])
+    np.testing.assert_array_equal(agent.best_runs[:, 0], [1, 2, 3])
     np.testing.assert_array_equal(agent.quality, [20, 50])
 
 
 def test_one_setting_is_reported_on_all_seeds():
     agent = analyse(make(CROSSED[:1], ()))
-    np.testing.assert_array_equal(agent.best_runs, CROSSED[0])
+    np.testing.assert_array_equal(agent.best_runs[:, 0], CROSSED[0])
     assert len(agent.chosen_on) == 0
 
 
@@ -85,18 +85,18 @@ def test_another_variable_may_choose_and_lower_may_be_better():
     assert agent.best == 1  # error is minus the return
     agent = analyse(make(-CROSSED, selected_by="error"), variable="error")
     assert agent.best == 0
-    np.testing.assert_array_equal(agent.best_runs, [90, 80, 70])
+    np.testing.assert_array_equal(agent.best_runs[:, 0], [90, 80, 70])
 
 
 def test_series_are_averaged_over_the_last_part():
     agent = analyse(make(CROSSED), variable="evaluation_return", over=0.5)
-    np.testing.assert_allclose(agent.scores, CROSSED * (0.75 + 1.0) / 2)
+    np.testing.assert_allclose(agent.scores[..., 0], CROSSED * (0.75 + 1.0) / 2)
 
 
 def test_a_setting_that_failed_while_choosing_loses():
     agent = analyse(make(CROSSED, failed=(6,)))
     assert agent.best == 0
-    assert np.isnan(agent.scores[1, 0])
+    assert np.isnan(agent.scores[1, 0, 0])
     assert np.isnan(agent.quality[1])
     everywhere = analyse(make(CROSSED, failed=(0, 1, 6)))
     assert everywhere.best == 1  # fewer failures
@@ -107,7 +107,22 @@ def test_a_search_has_chosen_already():
     dataset[report.SELECTION] = (("lr", "seed"), np.repeat([[3.0], [1.0]], 6, 1), {"better": "lower"})
     agent = analyse(dataset)
     assert agent.best == 1
-    np.testing.assert_array_equal(agent.best_runs, CROSSED[1])
+    np.testing.assert_array_equal(agent.best_runs[:, 0], CROSSED[1])
+
+
+def test_a_task_is_never_a_best_setting(tmp_path):
+    """The second environment pays more whatever the setting: it must not decide."""
+    levels = np.stack([CROSSED, CROSSED[::-1] * 0 + np.array([[2000], [1000]])], axis=1)
+    names = Axis(("env_name",), (("Acrobot-v1",), ("CartPole-v1",)))
+    dataset = make(levels, (LR, names), failed=(11,))
+    agent = analyse(dataset)
+    assert agent.settings == [{"lr": 1e-3}, {"lr": 1e-2}]
+    assert agent.best == 0
+    np.testing.assert_array_equal(agent.best_runs, np.stack([CROSSED[0, 3:], [2000, 2000, np.nan]], axis=1))
+    text, _ = write(tmp_path, {"omd": dataset, "mle": make(levels + 1, (LR, names))})
+    assert "on Acrobot-v1, CartPole-v1, 40 environment steps" in text
+    assert "omd: env_name=CartPole-v1, lr=0.001, seed=5" in text
+    assert "| env_name=" not in text
 
 
 def test_sensitivity_takes_the_best_of_the_others():
@@ -120,9 +135,9 @@ def test_sensitivity_takes_the_best_of_the_others():
     assert [score.iqm for score in line.scores] == [6.0, 3.0]
     assert [score.iqm for score in report.along(agent, "tau").scores] == [1.0, 6.0, 3.0]
     assert report.along(agent, "beta").values == ()
-    # Without a choice all seeds are reported.
+    # As in the table: the seeds that did not choose.
     alone = report.along(analyse(make(CROSSED)), "lr")
-    assert [score.iqm for score in alone.scores] == [float(statistics.iqm(row)) for row in CROSSED]
+    assert [score.iqm for score in alone.scores] == [float(statistics.iqm(row[3:])) for row in CROSSED]
 
 
 def test_settings_of_a_random_search_are_all_shown():
@@ -245,7 +260,9 @@ def test_labels_and_titles_are_shown_as_written(tmp_path, monkeypatch):
 def test_powers_of_ten_are_still_drawn_as_such(monkeypatch, tmp_path):
     figures = drawn(monkeypatch)
     wide = np.array([[1.0, 10.0, 1e5]] * 3)
-    comparison.curves(STEPS[:3], [("omd", wide), ("mle", wide)], "steps", "regret", tmp_path / "a.png")
+    comparison.curves(
+        STEPS[:3], [("omd", wide[..., None]), ("mle", wide[..., None])], "steps", "regret", tmp_path / "a.png"
+    )
     (panel,) = figures[0].axes
     ticks = [label for label in panel.get_yticklabels() if "$" in label.get_text()]
     assert ticks
@@ -324,7 +341,9 @@ def test_curves_over_decades_are_logarithmic(monkeypatch, tmp_path):
     figures = drawn(monkeypatch)
     narrow, wide = np.array([[1.0, 2.0, np.nan]] * 3), np.array([[1.0, 10.0, 1e5]] * 3)
     for series in (narrow, wide, -wide):
-        comparison.curves(STEPS[:3], [("omd", series), ("mle", series)], "steps", "regret", tmp_path / "a.png")
+        comparison.curves(
+            STEPS[:3], [("omd", series[..., None]), ("mle", series[..., None])], "steps", "regret", tmp_path / "a.png"
+        )
     assert [figure.axes[0].get_yscale() for figure in figures] == ["linear", "log", "linear"]
     assert len(figures[0].axes[0].lines) == 2
 
