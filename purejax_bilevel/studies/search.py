@@ -36,13 +36,14 @@ from rich.console import Console
 from purejax_bilevel.errors import UserError
 from purejax_bilevel.members import Grid
 from purejax_bilevel.results import dataset as datasets
+from purejax_bilevel.results.report import HISTORY
 from purejax_bilevel.results.statistics import ranking, row_scores, setting_scores
 from purejax_bilevel.runtime import checkpoint as checkpoints
 from purejax_bilevel.runtime import loop, processes
 from purejax_bilevel.runtime.compiled import CompiledProgram, Part, Program
 from purejax_bilevel.studies.study import Agent, Interval, Search, Study, Template, listed_grid
 
-ROUNDS, HISTORY = "rounds", "search.json"
+ROUNDS = "rounds"
 Setting = dict[str, Any]
 Member = tuple[Setting, int]  # setting and seed
 

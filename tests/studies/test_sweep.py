@@ -248,6 +248,7 @@ def test_intervals(interval):
 @pytest.mark.parametrize("name", presets.PRESETS)
 def test_presets_are_complete(name, scale):
     content = presets.preset(name, scale)
+    assert "paper" not in content
     if content.get("settings", {}).get("env_name") == "halfcheetah":  # comes with an extra
         content["settings"]["env_name"] = "Pendulum-v1"
     checked = parse(content)
@@ -332,6 +333,15 @@ def test_resume_keeps_the_sweep(toy, tmp_path, capsys):
     assert "start a new sweep" in capsys.readouterr().err
     assert sweep.main(["omd_capacity", "--resume", folder, "--quiet"]) == 2
     assert "goes on with sweep" in capsys.readouterr().err
+
+
+def test_a_sweep_whose_members_all_diverged_says_so(toy, tmp_path, capsys):
+    assert run(tmp_path, described(axes=[], settings={"lr": 10.0})) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("error: all 8 members diverged")
+    assert told.count("\n") == 1
+    assert datasets.load(tmp_path / "sweep" / "left").failed.values.all()
+    assert "8 of 8 members diverged" in (tmp_path / "sweep" / "report.md").read_text()
 
 
 def test_a_run_is_no_sweep(tmp_path):

@@ -3,20 +3,23 @@
 import base64
 import html.parser
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from matplotlib.image import imread
 from matplotlib.text import Text
 
 from purejax_bilevel.members import Axis, Grid
-from purejax_bilevel.results import comparison, plots, statistics
+from purejax_bilevel.results import comparison, plots, report, statistics
 from purejax_bilevel.results import dataset as datasets
+from purejax_bilevel.results.__main__ import main
 from purejax_bilevel.results.comparison import Line, Score
-from purejax_bilevel.studies import report
-from purejax_bilevel.studies.study import Reporting, parse
+from purejax_bilevel.results.report import Reporting, reporting
 
 STEPS = np.array([10, 20, 30, 40])
 SEEDS = (0, 1, 2, 3, 4, 5)
@@ -150,13 +153,13 @@ def test_settings_of_a_random_search_are_all_shown():
 
 
 def write(folder: Path, agents: dict[str, Any], **changes: Any) -> tuple[str, str]:
-    study = parse(
-        {"program": "rl", "name": "my_study", "agents": {label: {"agent_type": "omd"} for label in agents}, **changes}
-    )
-    for label, dataset in agents.items():
-        datasets.save(dataset, folder / report.file_name(label))
+    files = []
+    for number, (label, dataset) in enumerate(agents.items()):
+        files.append(datasets.save(dataset.assign_attrs(agent=label), folder / f"agent_{number}"))
     (folder / "command.txt").write_text("python sweep.py <b>&\n")
-    report.write(folder, study, list(agents))
+    sweep = {"name": "my_study", "agents": list(agents), **changes}
+    datasets.write_text(folder / "config.yaml", yaml.safe_dump({"sweep": sweep}))
+    report.write(folder, "my_study", reporting(changes.get("report")), files)
     return (folder / report.MARKDOWN).read_text(), (folder / report.HTML).read_text()
 
 
@@ -358,3 +361,51 @@ def test_profiles_fall_from_one_to_zero(monkeypatch, tmp_path):
             assert line.get_ydata()[[0, -1]].tolist() == ends
     thresholds, fraction = figures[0].axes[0].lines[0].get_data()
     assert fraction[np.argmin(abs(thresholds - 2.5))] == pytest.approx(1 / 3)
+
+
+# ---------------------------------------------------------------- again, without jax
+
+WITHOUT_JAX = """
+import runpy, sys
+sys.modules["jax"] = sys.modules["jaxlib"] = None
+sys.argv = ["results", "report", sys.argv[1]]
+runpy.run_module("purejax_bilevel.results", run_name="__main__", alter_sys=True)
+"""
+
+
+def again_without_jax(folder: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", WITHOUT_JAX, str(folder)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_the_report_of_a_sweep_is_made_again_without_jax(tmp_path):
+    bound = Axis(("norm_bound",), ((1.0,), (2.0,)))
+    series = {"optimality_gap": np.zeros((12, 4))}
+    tabular = make(CROSSED, (bound,))
+    tabular["optimality_gap"] = (tabular["evaluation_return"].dims, series["optimality_gap"].reshape(2, 6, 4))
+    shown = [{"kind": "tabular", "figure": "norm_bound"}, {"kind": "sensitivity", "axis": "norm_bound"}]
+    text, page = write(tmp_path, {"omd": tabular, "mle": tabular}, report={"figures": shown, "over": "5e-1"})
+    (tmp_path / report.MARKDOWN).unlink()
+    found = again_without_jax(tmp_path)
+    assert found.returncode == 0, found.stderr
+    assert (tmp_path / report.MARKDOWN).read_text() == text
+    assert len((tmp_path / report.HTML).read_text()) > 0.5 * len(page)
+
+
+def test_table_and_curves_of_a_run_are_made_again_without_jax(tmp_path):
+    datasets.save(make(CROSSED, title="omd-toy"), tmp_path)
+    found = again_without_jax(tmp_path)
+    assert found.returncode == 0, found.stderr
+    assert "return at the end" in found.stdout
+    assert imread(tmp_path / "learning_curves.png").std() > 0.02
+
+
+@pytest.mark.parametrize(
+    ("config", "sentence"),
+    [(None, "neither a run nor a sweep"), ("run: {}", "is not of a sweep"), ("sweep: {}", "no results yet")],
+)
+def test_a_folder_without_results_is_refused(tmp_path, capsys, config, sentence):
+    if config is not None:
+        (tmp_path / "config.yaml").write_text(config)
+    assert main(["report", str(tmp_path)]) == 2
+    assert sentence in capsys.readouterr().err

@@ -8,6 +8,7 @@ when it is chosen, left out of its numbers, and listed.
 import base64
 import dataclasses
 import html
+import importlib
 import itertools
 import json
 import math
@@ -22,20 +23,76 @@ import xarray
 
 from purejax_bilevel.errors import UserError
 from purejax_bilevel.members import format_value
-from purejax_bilevel.programs.tabular import figures as tabular_figures
 from purejax_bilevel.results import comparison, plots, statistics
 from purejax_bilevel.results import dataset as datasets
+from purejax_bilevel.results.checks import choice, known_entries, load_yaml, mapping_of, number_of, text_of
 from purejax_bilevel.results.comparison import Line, Score, score_of
 from purejax_bilevel.results.dataset import SEED, STEP, setting_dimensions
 from purejax_bilevel.results.statistics import ranking, setting_scores
-from purejax_bilevel.runtime.loop import file_name
-from purejax_bilevel.studies.search import HISTORY
-from purejax_bilevel.studies.study import Reporting, Study
 
 HTML, MARKDOWN, FIGURES = "report.html", "report.md", "figures"
 SELECTION = "selection_score"
+HISTORY = "search.json"  # all rounds of a search
+TABULAR_FIGURES = "purejax_bilevel.programs.tabular.figures"  # by name: programs know results, not the other way
 SOLVED = {"CartPole-v1": 500.0}  # by environment
 MOST_SETTINGS, MOST_FAILED = 40, 100  # rows shown
+
+
+# ---------------------------------------------------------------- what a sweep file says
+
+
+@dataclasses.dataclass(frozen=True)
+class Reporting:
+    """What is measured and shown.
+
+    Args:
+        variable: what is reported; by default the program's final or headline variable.
+        over: share of the run, counted from its end, that a series is averaged over; 0: the last evaluation.
+        select_by: what chooses the best setting; by default `variable`.
+        select_over: as `over`, for `select_by`.
+        solved: score regarded as solved, for the optimality gap.
+        figures: the study's own, first in the report: {kind: sensitivity, axis: lr}, {kind: curves, variable: x} or
+            {kind: tabular, figure: x}, x being one of `tabular_plots`.
+    """
+
+    variable: str = ""
+    over: float = 0.0
+    select_by: str = ""
+    select_over: float | None = None
+    solved: float | None = None
+    figures: tuple = ()
+
+
+def reporting(given: Any) -> Reporting:
+    """The section `report` of a sweep file.
+
+    Raises:
+        UserError: an unknown entry or a value that is not allowed.
+    """
+    stated = known_entries(given, [field.name for field in dataclasses.fields(Reporting)], "report")
+    values = {name: value for name, value in stated.items() if value not in (None, "")}
+    for name in ("variable", "select_by"):
+        text_of(values.get(name, "the default"), f"report: {name}")
+    for name in ("over", "select_over", "solved"):
+        if name in values:
+            values[name] = number_of(values[name], f"report: {name}")
+    for name in ("over", "select_over"):
+        if not 0 <= values.get(name, 0) <= 1:
+            raise UserError(f"report: {name} must be a share of the run from 0 to 1, got {values[name]!r}.")
+    figures = values.get("figures", [])
+    if not isinstance(figures, list | tuple):
+        raise UserError(f"report: figures must be a list, got {figures!r}.")
+    return Reporting(**{**values, "figures": tuple(_figure(figure) for figure in figures)})
+
+
+def _figure(given: Any) -> dict[str, str]:
+    needed_by = {"sensitivity": "axis", "curves": "variable", "tabular": "figure"}
+    kind = choice(mapping_of(given, "a figure").get("kind"), tuple(needed_by), "the kind of a figure")
+    needed = needed_by[kind]
+    figure = known_entries(given, ("kind", needed, "title"), f"a figure of kind {kind}")
+    if needed not in figure:
+        raise UserError(f"a figure of kind {kind} needs {needed}.")
+    return {name: text_of(value, f"{name} of a figure of kind {kind}") for name, value in figure.items()}
 
 
 # ---------------------------------------------------------------- what the numbers are
@@ -191,33 +248,58 @@ class Picture:
 Block = Heading | Paragraph | Code | Table | Picture
 
 
-def write(folder: Path, study: Study, agents: Sequence[str]) -> list[AgentResult]:
+def write(folder: Path, name: str, report: Reporting, files: Sequence[Path]) -> list[AgentResult]:
     """Writes the report of a finished sweep and returns what it reports.
 
     Args:
-        folder: of the sweep, with `<agent>/results.nc`.
-        study: what was swept.
-        agents: labels, in the order to be shown.
+        folder: of the sweep.
+        name: of the sweep.
+        report: what is measured and shown.
+        files: results of each agent, in the order to be shown.
     """
-    select = datasets.load(folder / file_name(agents[0])).attrs["selection_seeds"]
-    found = [analyse(label, datasets.load(folder / file_name(label)), select, study.report) for label in agents]
+    loaded = [datasets.load(file) for file in files]
+    select = loaded[0].attrs["selection_seeds"]
+    found = [analyse(str(dataset.attrs["agent"]), dataset, select, report) for dataset in loaded]
     shutil.rmtree(folder / FIGURES, ignore_errors=True)
     (folder / FIGURES).mkdir()
-    blocks = _Report(folder, study, found).blocks()
+    blocks = _Report(folder, name, report, found, files).blocks()
     datasets.write_text(folder / MARKDOWN, as_markdown(blocks, folder))
-    datasets.write_text(folder / HTML, as_html(blocks, study.name))
+    datasets.write_text(folder / HTML, as_html(blocks, name))
     return found
 
 
+def write_again(folder: Path) -> list[AgentResult]:
+    """Writes the report of a sweep's folder from the files in it.
+
+    Raises:
+        UserError: it holds no finished sweep.
+    """
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"{folder} holds neither a run nor a sweep (no {datasets.FILE_NAME}, no config.yaml).")
+    description = mapping_of(load_yaml(path.read_text(), f"{path}"), f"{path}").get("sweep")
+    if description is None:
+        raise UserError(f"{path} is not of a sweep, and {folder} holds no {datasets.FILE_NAME}.")
+    description = mapping_of(description, f"{path}: sweep")
+    files = sorted(folder.glob(f"*/{datasets.FILE_NAME}"))
+    if not files:
+        raise UserError(f"{folder}: the sweep has no results yet; go on with it by sweep.py --resume {folder}.")
+    labels = list(description.get("agents") or [])
+    order = {str(datasets.load(file).attrs["agent"]): file for file in files}
+    shown = sorted(order, key=lambda label: labels.index(label) if label in labels else len(labels))
+    name = str(description.get("name", "sweep"))
+    return write(folder, name, reporting(description.get("report")), [order[label] for label in shown])
+
+
 class _Report:
-    def __init__(self, folder: Path, study: Study, agents: list[AgentResult]):
-        self.folder, self.study, self.agents = folder, study, agents
+    def __init__(self, folder: Path, name: str, report: Reporting, agents: list[AgentResult], files: Sequence[Path]):
+        self.folder, self.name, self.report, self.agents, self.files = folder, name, report, agents, files
         first = agents[0].dataset
         self.about = first.attrs
-        self.variable = reported_variable(first, study.report)
+        self.variable = reported_variable(first, report)
         self.lower = statistics.lower_is_better(first, self.variable)
         self.score_name = self.variable.replace("_", " ")
-        self.solved = study.report.solved
+        self.solved = report.solved
         if self.solved is None and not self.lower:
             levels = {SOLVED.get(name) for name in self._environments()}
             self.solved = levels.pop() if len(levels) == 1 else None
@@ -225,7 +307,7 @@ class _Report:
 
     def blocks(self) -> list[Block]:
         return [
-            Heading(self.study.name.replace("_", " "), 1),
+            Heading(self.name.replace("_", " "), 1),
             Paragraph(self._what()),
             *self._own_figures(),
             *self._best(),
@@ -254,7 +336,7 @@ class _Report:
         )
         long_name = self.agents[0].dataset[self.variable].attrs.get("long_name", "")
         meaning = f" ({long_name})" if long_name not in ("", self.score_name) else ""
-        measured = f"{self.score_name}{meaning}{self._span(self.study.report.over)}"
+        measured = f"{self.score_name}{meaning}{self._span(self.report.over)}"
         return f"{text} Measured: {measured}, {'lower' if self.lower else 'higher'} is better."
 
     def _environments(self) -> list[str]:
@@ -267,7 +349,7 @@ class _Report:
 
     def _own_figures(self) -> list[Block]:
         blocks: list[Block] = []
-        for number, figure in enumerate(self.study.report.figures):
+        for number, figure in enumerate(self.report.figures):
             title = str(figure.get("title", ""))
             if figure["kind"] == "sensitivity":
                 blocks += self._sensitivity(figure["axis"], f"study-{number}.png", title)
@@ -295,7 +377,7 @@ class _Report:
             Table(columns, rows, bold),
         ]
         headline = str(self.about["headline"])
-        if headline in [figure.get("variable") for figure in self.study.report.figures]:
+        if headline in [figure.get("variable") for figure in self.report.figures]:
             return blocks
         return blocks + self._curves(headline, "curves.png", "Best setting of each agent")
 
@@ -359,12 +441,12 @@ class _Report:
         tried = [member for entry in history for part in entry["parts"] for member in part["members"]]
         settings = tried or [setting for agent in self.agents for setting in agent.settings]
         names = dict.fromkeys(name for setting in settings for name in setting if name != SEED)
-        own = [figure.get("axis") for figure in self.study.report.figures]
+        own = [figure.get("axis") for figure in self.report.figures]
         blocks: list[Block] = []
         for name in names:
             values = {repr(setting[name]) for setting in settings if name in setting}
             if name not in own and len(values) > 1:
-                blocks += self._sensitivity(name, f"sensitivity-{file_name(name)}.png", "")
+                blocks += self._sensitivity(name, f"sensitivity-{name}.png", "")
         return [Heading("Sensitivity"), *blocks] if blocks else []
 
     def _search(self) -> list[Block]:
@@ -462,7 +544,7 @@ class _Report:
             Table(("", ""), [(str(name), str(value)) for name, value in facts]),
             Paragraph(
                 "The sweep file is config.yaml; arrays of all members are in "
-                + ", ".join(f"{file_name(agent.label)}/{datasets.FILE_NAME}" for agent in self.agents)
+                + ", ".join(str(file.relative_to(self.folder)) for file in self.files)
                 + "."
             ),
         ]
@@ -513,6 +595,7 @@ class _Report:
         ]
 
     def _tabular(self, figure: str, name: str, title: str) -> list[Block]:
+        tabular_figures = importlib.import_module(TABULAR_FIGURES)
         axis = tabular_figures.AXES[figure]
         fitting = [agent for agent in self.succeeded if setting_dimensions(agent.dataset) == (axis,)]
         datasets = {agent.label: agent.dataset.isel({SEED: agent.reported}) for agent in fitting}
