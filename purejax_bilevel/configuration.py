@@ -19,7 +19,6 @@ import typing
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
-import jax
 import numpy as np
 
 from purejax_bilevel.errors import UserError
@@ -88,6 +87,8 @@ def static(
 
 def configuration(cls: type[C]) -> type[C]:
     """Makes a frozen dataclass that is a pytree: traced fields are leaves, static fields are structure."""
+    import jax  # here alone: results read declarations on machines without jax
+
     cls = dataclasses.dataclass(frozen=True)(cls)
     names = {field.name: field.metadata["traced"] for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     leaves = [name for name, is_traced in names.items() if is_traced]
@@ -109,7 +110,7 @@ def fields(config: Any, is_traced: bool | None = None) -> Iterator[dataclasses.F
 
 def values_of(value: Any) -> tuple:
     """The values a traced field was given: a list, tuple or 1-D array is an axis, anything else one value."""
-    if isinstance(value, list | tuple | np.ndarray | jax.Array) and np.ndim(value) == 1:
+    if (isinstance(value, list | tuple) or hasattr(value, "__array__")) and np.ndim(value) == 1:
         return tuple(element.item() if hasattr(element, "item") else element for element in value)
     return (value,)
 

@@ -27,7 +27,7 @@ class Score:
 
 
 def score_of(values: np.ndarray) -> Score:
-    """Of the runs `[runs]` of one setting; NaN is left out."""
+    """Of the runs `[runs]` or `[runs, tasks]` of one setting; NaN is left out."""
     found = statistics.stratified_bootstrap_interval(values)
     return Score(float(found.estimate), float(found.low), float(found.high))
 
@@ -44,7 +44,7 @@ def curves(
 
     Args:
         steps: `[steps]`.
-        series: per agent its label and `[seeds, steps]`; NaN is left out.
+        series: per agent its label and `[seeds, steps, tasks]`; NaN is left out.
         step_name: what a step is.
         score_name: of what was measured.
         path: the figure's file.
@@ -55,7 +55,7 @@ def curves(
         entries = []
         for number, (label, values) in enumerate(series):
             color, dash = _look(number)
-            found = statistics.stratified_bootstrap_interval(values.T[..., None])
+            found = statistics.stratified_bootstrap_interval(np.moveaxis(values, 1, 0))
             marker = "o" if len(steps) == 1 else None
             panel.plot(steps, found.estimate, color=color, linestyle=dash, marker=marker)
             if len(series) <= plots.MANY_BANDS:
@@ -150,7 +150,7 @@ def profiles(scores: Sequence[tuple[str, np.ndarray]], score_name: str, path: Pa
     """Draws for each agent the fraction of runs that are better than a score, against that score.
 
     Args:
-        scores: per agent its label and the scores `[runs]` of its best setting.
+        scores: per agent its label and the scores `[runs, tasks]` of its best setting.
         score_name: of what was measured.
         path: the figure's file.
         lower: whether lower is better.
@@ -199,10 +199,9 @@ def improvement(labels: Sequence[str], probabilities: np.ndarray, path: Path) ->
             if np.isfinite(value):
                 color = "white" if abs(value - 0.5) > 0.35 else "black"
                 panel.text(column, row, f"{value:.2f}", ha="center", va="center", color=color)
-        panel.set_xticks(
-            range(count), labels, rotation=30 if longest > 8 else 0, ha="right" if longest > 8 else "center"
-        )
-        panel.set_yticks(range(count), labels)
+        turned: dict[str, Any] = {"rotation": 30, "ha": "right"} if longest > 8 else {}
+        panel.set_xticks(range(count), labels, parse_math=False, **turned)
+        panel.set_yticks(range(count), labels, parse_math=False)
         for spine in panel.spines.values():
             spine.set_visible(False)
         panel.tick_params(length=0)

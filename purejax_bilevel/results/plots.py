@@ -1,4 +1,4 @@
-"""Figures made from a results dataset alone: learning curves and the sensitivity to one hyper-parameter.
+"""Learning curves, made from a results dataset alone.
 
 Every line is the interquartile mean over seeds, its band the 95 % bootstrap interval. Up to ten settings share one
 panel. More are split into one panel per value of the first hyper-parameter, coloured by the second and dashed by the
@@ -21,6 +21,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.text import Text
 from matplotlib.ticker import EngFormatter, FixedLocator, NullLocator
 
 from purejax_bilevel.errors import UserError
@@ -62,7 +63,6 @@ def learning_curves(
     dataset: xarray.Dataset,
     path: str | Path,
     variable: str = "evaluation_return",
-    smooth: int | None = None,
     title: str | None = None,
 ) -> Path:
     """Draws the interquartile mean over seeds against the step, with its interval, one line per setting.
@@ -71,7 +71,6 @@ def learning_curves(
         dataset: from `results.build_dataset`.
         path: the figure's file; its ending says the format (png, pdf, svg).
         variable: a series; extra dimensions (network layers) are averaged.
-        smooth: number of neighbouring rows averaged within each member before the statistics; None for none.
         title: by default program and environment.
 
     Returns:
@@ -80,7 +79,7 @@ def learning_curves(
     Raises:
         UserError: no such variable, it has no steps, or the place is not writable.
     """
-    curves = _curves(dataset, variable, smooth)
+    curves = _curves(dataset, variable)
     with matplotlib.rc_context(STYLE):
         layout = _layout(dataset, curves)
         rows = math.ceil(len(layout.titles) / layout.columns)
@@ -147,7 +146,7 @@ class Layout:
     columns: int = 1
 
 
-def _curves(dataset: xarray.Dataset, variable: str, smooth: int | None) -> Curves:
+def _curves(dataset: xarray.Dataset, variable: str) -> Curves:
     array = statistics.require_variable(dataset, variable)
     if STEP not in array.dims:
         raise UserError(f"{variable!r} was measured once, not at every step: a learning curve needs a series")
@@ -155,28 +154,10 @@ def _curves(dataset: xarray.Dataset, variable: str, smooth: int | None) -> Curve
     array = array.mean([name for name in array.dims if name not in kept], skipna=False).transpose(*kept)
     scores = array.values.astype(np.float64).reshape(-1, *array.shape[-2:])
     failed = statistics.failed_members(dataset) | ~np.isfinite(scores).any(axis=-1)
-    scores = np.where(failed[..., None], np.nan, _moving_average(scores, smooth))
+    scores = np.where(failed[..., None], np.nan, scores)
     interval = statistics.stratified_bootstrap_interval(scores.swapaxes(1, 2)[..., None])
     lower = statistics.lower_is_better(dataset, variable)
     return Curves(dataset[STEP].values, scores, interval, int(failed.sum()), lower)
-
-
-def _moving_average(scores: np.ndarray, rows: int | None) -> np.ndarray:
-    """Mean over up to `rows` neighbours of each entry of the last axis (fewer at the ends); NaN does not count."""
-    if rows is None or rows <= 1:
-        return scores
-    present = np.isfinite(scores)
-    before = np.concatenate(
-        [np.arange(scores.shape[-1]) - (rows - 1) // 2, np.arange(scores.shape[-1]) + rows // 2 + 1]
-    )
-    start, stop = np.clip(before, 0, scores.shape[-1]).reshape(2, -1)
-
-    def window_sum(values: np.ndarray) -> np.ndarray:
-        total = np.concatenate([np.zeros((*values.shape[:-1], 1)), np.cumsum(values, axis=-1)], axis=-1)
-        return total[..., stop] - total[..., start]
-
-    count = window_sum(present.astype(np.float64))
-    return np.where(present, window_sum(np.where(present, scores, 0.0)) / np.maximum(count, 1), np.nan)
 
 
 def _layout(dataset: xarray.Dataset, curves: Curves) -> Layout:
@@ -264,91 +245,13 @@ def _draw_curve(panel: Axes, curves: Curves, line: Line) -> None:
         panel.fill_between(curves.steps, low, high, color=line.color, alpha=0.18, linewidth=0, zorder=line.order - 1)
 
 
-# ---------------------------------------------------------------- sensitivity
-
-
-def sensitivity(
-    dataset: xarray.Dataset,
-    axis: str,
-    path: str | Path,
-    variable: str | None = None,
-    last: int = 1,
-    title: str | None = None,
-) -> Path:
-    """Draws the final score against one hyper-parameter, one line per combination of the others.
-
-    With many combinations of the others, the best one at each value is drawn in colour and every combination in grey.
-    Settings that vary together (a random search) are drawn as points. The hyper-parameter's scale is logarithmic when
-    its values span a decade.
-
-    Args:
-        dataset: from `results.build_dataset`.
-        axis: a swept hyper-parameter.
-        path: the figure's file.
-        variable: by default the dataset's headline variable.
-        last: number of final rows averaged if the variable is a series.
-        title: by default program and environment.
-
-    Returns:
-        The path.
-
-    Raises:
-        UserError: the hyper-parameter was not swept, no such variable, or the place is not writable.
-    """
-    variable = variable or str(dataset.attrs.get("headline", "final_return"))
-    dimension = _dimension_of(dataset, axis)
-    scores = _scores_along(dataset, dimension, variable, last)
-    values = dataset[axis].values
-    with matplotlib.rc_context(STYLE):
-        figure, (panel,) = _panels(1, 1, 1)
-        positions = _value_scale(panel, values)
-        legend: Legend = []
-        if dimension != axis:
-            _draw_points(panel, positions, scores[:, 0])
-        elif scores.shape[1] <= len(PALETTE):
-            legend = _draw_each(panel, positions, scores, _other_labels(dataset, dimension), _is_number(dataset, axis))
-        else:
-            lower = statistics.lower_is_better(dataset, variable)
-            legend = _draw_best(panel, positions, scores, lower, _is_number(dataset, axis))
-        seeds = dataset.sizes[SEED]
-        score_label = _name_with_units(dataset, variable) + (
-            f"\nIQM over {seeds} seeds, 95 % interval" if seeds > 1 else ""
-        )
-        _label(figure, [panel], _heading(dataset, axis), score_label)
-        _legend(figure, [panel], legend)
-        failed = int(np.isnan(statistics.member_scores(dataset, variable, last)).sum())
-        _title(figure, [panel], dataset, title, failed)
-        return _write(figure, path)
-
-
-def _dimension_of(dataset: xarray.Dataset, axis: str) -> str:
-    """Dimension along which a hyper-parameter varies."""
-    for dimension in setting_dimensions(dataset):
-        if axis in (dimension, *dataset.attrs["axes"][dimension]):
-            return dimension
-    swept = [name for dimension in setting_dimensions(dataset) for name in dataset.attrs["axes"][dimension]]
-    raise UserError(f"{axis!r} was not swept; the axes are {', '.join(swept) or 'none'}")
-
-
-def _scores_along(dataset: xarray.Dataset, dimension: str, variable: str, last: int) -> np.ndarray:
-    """Interquartile mean, low and high: `[values of the dimension, other settings, 3]`."""
-    dimensions = setting_dimensions(dataset)
-    rows = statistics.summary_table(dataset, variable, last)
-    scores = np.asarray([(row.iqm, row.low, row.high) for row in rows])
-    scores = scores.reshape(*(dataset.sizes[name] for name in dimensions), 3)
-    scores = np.moveaxis(scores, dimensions.index(dimension), 0)
-    return scores.reshape(len(scores), -1, 3)
-
-
-def _other_labels(dataset: xarray.Dataset, dimension: str) -> list[str]:
-    """Names of the settings of all other axes."""
-    return [_words(label) for label in setting_labels(dataset.isel({dimension: 0}))]
+# ---------------------------------------------------------------- scores against values
 
 
 def _value_scale(panel: Axes, values: np.ndarray) -> np.ndarray:
     """Positions of the values on the horizontal axis, which is made logarithmic, linear or a list of names."""
     if not np.issubdtype(values.dtype, np.number):
-        panel.set_xticks(range(len(values)), [_text(value) for value in values])
+        panel.set_xticks(range(len(values)), [_text(value) for value in values], parse_math=False)
         panel.set_xlim(-0.5, len(values) - 0.5)
         return np.arange(len(values), dtype=float)
     if values.min() > 0 and values.max() >= 10 * values.min():
@@ -366,31 +269,6 @@ def _draw_points(panel: Axes, positions: np.ndarray, scores: np.ndarray, color: 
     middle, low, high = scores.T
     errors = np.nan_to_num(np.stack([middle - low, high - middle])).clip(min=0)
     panel.errorbar(positions, middle, errors, fmt="o", color=color, markersize=4, elinewidth=1.0)
-
-
-def _draw_each(panel: Axes, positions: np.ndarray, scores: np.ndarray, labels: Sequence[str], joined: bool) -> Legend:
-    """One line with a band per combination of the other hyper-parameters; marks side by side for categories."""
-    others = scores.shape[1]
-    for other, color in zip(range(others), PALETTE, strict=False):
-        if joined:
-            _draw_line(panel, positions, scores[:, other], color)
-        else:
-            _draw_points(panel, positions + 0.08 * (other - (others - 1) / 2), scores[:, other], color)
-    named = [(label, color, "-") for label, color in zip(labels, PALETTE, strict=False)]
-    return [("", named)] if len(named) > 1 else []
-
-
-def _draw_best(panel: Axes, positions: np.ndarray, scores: np.ndarray, lower: bool, joined: bool) -> Legend:
-    """The best of the other hyper-parameters at each value in colour, all combinations in grey."""
-    ranked = np.where(np.isnan(scores[..., 0]), -np.inf, scores[..., 0] * (-1 if lower else 1))
-    best = scores[np.arange(len(scores)), ranked.argmax(axis=1)]
-    style: dict[str, Any] = {"linewidth": 0.7} if joined else {"linestyle": "", "marker": "_", "markersize": 8}
-    order = np.argsort(positions)
-    panel.plot(positions[order], scores[order, :, 0], color=GREY, zorder=1, **style)
-    (_draw_line if joined else _draw_points)(panel, positions, best, PALETTE[0])
-    count = scores.shape[1]
-    entries = [("best at each value", PALETTE[0], "-"), (f"all {count} combinations", GREY, "-")]
-    return [("other hyper-parameters", entries)]
 
 
 def _draw_line(panel: Axes, positions: np.ndarray, scores: np.ndarray, color: str) -> None:
@@ -469,9 +347,24 @@ def _write(figure: Figure, path: str | Path) -> Path:
     ending = path.suffix.lower().lstrip(".")
     if ending not in known:
         raise UserError(f"cannot draw {path.name}: the ending has to be one of {', '.join(sorted(known))}")
+    _show_as_written(figure)
     figure.savefig(content, format=ending)
     write_bytes(path, content.getvalue())
     return path
+
+
+def _show_as_written(figure: Figure) -> None:
+    """A dollar in a label or title is a dollar, no mathematics; numbers at the axes need theirs for powers of ten."""
+    numbers = {
+        text
+        for panel in figure.axes
+        for line in (panel.xaxis, panel.yaxis)
+        for text in line.findobj(Text)
+        if text is not line.label
+    }
+    for text in figure.findobj(Text):
+        if text not in numbers:
+            text.set_parse_math(False)
 
 
 def _text(value: Any) -> str:

@@ -19,12 +19,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import xarray
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from purejax_bilevel.errors import UserError
 from purejax_bilevel.members import format_value
 from purejax_bilevel.results.dataset import SEED, STEP, setting_dimensions, setting_labels
 
+TASKS = ("env_name",)  # axes that say what is solved: scores are aggregated over them, none is a best setting
 BLOCK = 4_000_000  # numbers held at once by the bootstrap
 
 
@@ -273,6 +275,27 @@ def _divide(total: np.ndarray, count: np.ndarray) -> np.ndarray:
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
+# ---------------------------------------------------------------- choosing settings
+
+
+def setting_scores(scores: np.ndarray, lower: bool) -> np.ndarray:
+    """Quality of settings, higher is better, NaN where any seed failed.
+
+    Args:
+        scores: `[settings, seeds]` or `[settings, seeds, tasks]`.
+        lower: whether lower scores are better.
+    """
+    scores = scores if scores.ndim == 3 else scores[..., None]
+    complete = np.isfinite(scores).all(axis=(1, 2))
+    value = iqm(np.where(complete[:, None, None], scores, 0.0))
+    return np.where(complete, -value if lower else value, np.nan)
+
+
+def ranking(quality: np.ndarray) -> np.ndarray:
+    """Numbers of settings from best to worst; failed ones last, ties in order."""
+    return np.argsort(np.where(np.isnan(quality), np.inf, -quality), kind="stable")
+
+
 # ---------------------------------------------------------------- tables
 
 
@@ -294,28 +317,67 @@ class SettingRow:
         return ", ".join(f"{name}={format_value(value)}" for name, value in self.setting.items()) or "all"
 
 
-def member_scores(dataset: xarray.Dataset, variable: str, last: int = 1) -> np.ndarray:
-    """One score per member: the mean over evaluation episodes, or over the last steps of a series.
+def member_scores(dataset: xarray.Dataset, variable: str, over: float = 0.0) -> np.ndarray:
+    """One score per member: see `row_scores`.
 
     Args:
         dataset: from `results.build_dataset`.
         variable: name of a measured variable.
-        last: number of final rows averaged if the variable is a series.
+        over: share of a series, counted from its end, that is averaged; 0: its last row.
 
     Returns:
-        `[settings, seeds]`, settings in C order. NaN for members that failed: marked by the variable `failed`, or not
-        finite.
+        `[settings, seeds]`, settings in C order; NaN for members that failed.
 
     Raises:
         UserError: there is no such variable.
     """
     array = require_variable(dataset, variable)
-    if STEP in array.dims:
-        array = array.isel({STEP: slice(-last, None)}).mean(STEP, skipna=False)
-    kept = (*setting_dimensions(dataset), SEED)
-    array = array.mean([name for name in array.dims if name not in kept], skipna=False)
-    scores = array.transpose(*kept).values.astype(np.float64).reshape(-1, dataset.sizes[SEED])
-    return np.where(failed_members(dataset) | ~np.isfinite(scores), np.nan, scores)
+    members = (*setting_dimensions(dataset), SEED)
+    rest = sorted((name for name in array.dims if name not in members), key=lambda name: name != STEP)
+    values = array.transpose(*members, *rest).values
+    values = values.reshape(-1, *values.shape[len(members) :])
+    values = values if STEP in array.dims else values[:, None]
+    failed = failed_members(dataset)
+    return row_scores(values, failed.reshape(-1), over).reshape(failed.shape)
+
+
+def row_scores(rows: np.ndarray, failed: np.ndarray, over: float = 0.0) -> np.ndarray:
+    """One number per member: the mean of its last row, or of the last share `over` of its rows.
+
+    Args:
+        rows: `[members, rows, ...]`. NaN is a row without a value (no episode has ended) and does not count.
+        failed: `[members]`.
+        over: 0 for the last row.
+
+    Returns:
+        `[members]`; NaN for members that failed, have no value or an infinite one.
+    """
+    rows = np.asarray(rows, np.float64)
+    count = max(1, math.ceil(over * rows.shape[1]))
+    kept = rows[:, rows.shape[1] - count :].reshape(len(rows), -1)
+    present = np.isfinite(kept)
+    average = _divide(np.where(present, kept, 0.0).sum(axis=1), present.sum(axis=1))
+    return np.where(failed | np.isinf(kept).any(axis=1), np.nan, average)
+
+
+def by_task(dataset: xarray.Dataset, scores: np.ndarray) -> np.ndarray:
+    """Scores `[settings, seeds]` as `[settings without tasks, seeds, tasks]`: see `TASKS`."""
+    dimensions = setting_dimensions(dataset)
+    tasks = [number for number, name in enumerate(dimensions) if name in TASKS]
+    grid = scores.reshape(*(dataset.sizes[name] for name in dimensions), -1)
+    moved = np.moveaxis(grid, tasks, range(-len(tasks), 0))
+    count = math.prod(dataset.sizes[dimensions[number]] for number in tasks)
+    return moved.reshape(-1, dataset.sizes[SEED], count)
+
+
+def settings_without_tasks(dataset: xarray.Dataset) -> list[dict[str, Any]]:
+    """Hyper-parameters of every setting, in the order of `by_task`."""
+    return setting_labels(dataset.isel({name: 0 for name in setting_dimensions(dataset) if name in TASKS}))
+
+
+def tasks_of(dataset: xarray.Dataset) -> list[dict[str, Any]]:
+    """The tasks, in the order of `by_task`; a single one without a name where none is an axis."""
+    return setting_labels(dataset.isel({name: 0 for name in setting_dimensions(dataset) if name not in TASKS}))
 
 
 def failed_members(dataset: xarray.Dataset) -> np.ndarray:
@@ -334,21 +396,21 @@ def require_variable(dataset: xarray.Dataset, variable: str) -> xarray.DataArray
 
 
 def summary_table(
-    dataset: xarray.Dataset, variable: str, last: int = 1, reps: int = 2000, seed: int = 0
+    dataset: xarray.Dataset, variable: str, over: float = 0.0, reps: int = 2000, seed: int = 0
 ) -> list[SettingRow]:
     """Interquartile mean over seeds with its 95 % interval, one row per setting in the order of the axes.
 
     Args:
         dataset: from `results.build_dataset`.
         variable: usually a final score such as `final_return`.
-        last: see `member_scores`.
+        over: see `member_scores`.
         reps: number of bootstrap resamples.
         seed: of the resampling.
 
     Raises:
         UserError: there is no such variable.
     """
-    scores = member_scores(dataset, variable, last)
+    scores = member_scores(dataset, variable, over)
     found = stratified_bootstrap_interval(scores[..., None], iqm, reps, seed=seed)
     indices = np.ndindex(*(dataset.sizes[name] for name in setting_dimensions(dataset)))
     numbers = zip(*(np.atleast_1d(field).tolist() for field in found), strict=True)
@@ -356,32 +418,6 @@ def summary_table(
         SettingRow(setting, index, *row)
         for setting, index, row in zip(setting_labels(dataset), indices, numbers, strict=True)
     ]
-
-
-def best_setting(dataset: xarray.Dataset, metric: str, last: int = 1) -> SettingRow:
-    """Setting with the best interquartile mean; the earlier one wins a tie.
-
-    Lower is better for a variable whose attribute `better` is `lower`. To choose on other seeds than those reported,
-    pass `dataset.isel(seed=...)`.
-
-    Raises:
-        UserError: no such variable, or all members failed.
-    """
-    return best_row(summary_table(dataset, metric, last), lower_is_better(dataset, metric))
-
-
-def best_row(rows: Sequence[SettingRow], lower: bool = False) -> SettingRow:
-    """Row with the highest (or lowest) interquartile mean.
-
-    Raises:
-        UserError: all members of all settings failed.
-    """
-    valid = [row for row in rows if math.isfinite(row.iqm)]
-    if not valid:
-        raise UserError(
-            "all members failed (results are not numbers): there is no best setting; try smaller learning rates"
-        )
-    return min(valid, key=lambda row: row.iqm if lower else -row.iqm)
 
 
 def lower_is_better(dataset: xarray.Dataset, variable: str) -> bool:
@@ -411,10 +447,10 @@ def render_table(
         order = sorted(rows, key=lambda row: (math.isnan(row.iqm), row.iqm if lower else -row.iqm))
         shown = order[:limit]
     finite = [row for row in rows if math.isfinite(row.iqm)]
-    best = best_row(finite, lower) if len(finite) > 1 else None
-    table = Table(title=title, title_justify="left", title_style="bold")
+    best = min(finite, key=lambda row: row.iqm if lower else -row.iqm) if len(finite) > 1 else None
+    table = Table(title=title and escape(title), title_justify="left", title_style="bold")
     for name in rows[0].setting if rows else ():
-        table.add_column(name, justify="right", overflow="fold")
+        table.add_column(escape(name), justify="right", overflow="fold")
     for name in ("IQM", "95 % interval", "runs", "failed"):
         table.add_column(name, justify="right", no_wrap=True)
     digits = _decimals(rows)
@@ -422,7 +458,7 @@ def render_table(
         interval = f"{row.low:.{digits}f} to {row.high:.{digits}f}" if math.isfinite(row.low) else "unknown"
         score = f"{row.iqm:.{digits}f}" if math.isfinite(row.iqm) else "none"
         failed = f"[red]{row.failed}[/red]" if row.failed else "0"
-        values = [format_value(value) for value in row.setting.values()]
+        values = [escape(format_value(value)) for value in row.setting.values()]
         table.add_row(*values, score, interval, str(row.runs), failed, style="bold" if row is best else None)
     console.print(table)
     if len(shown) < len(rows):

@@ -35,13 +35,14 @@ from rich.console import Console
 from purejax_bilevel.errors import UserError
 from purejax_bilevel.members import Grid
 from purejax_bilevel.results import dataset as datasets
-from purejax_bilevel.results.statistics import iqm
+from purejax_bilevel.results.report import HISTORY
+from purejax_bilevel.results.statistics import ranking, row_scores, setting_scores
 from purejax_bilevel.runtime import checkpoint as checkpoints
 from purejax_bilevel.runtime import loop, processes
 from purejax_bilevel.runtime.compiled import CompiledProgram, Part, Program
 from purejax_bilevel.studies.study import Agent, Interval, Search, Study, Template, listed_grid
 
-ROUNDS, HISTORY = "rounds", "search.json"
+ROUNDS = "rounds"
 SCORES = "scores.json"  # of a round
 Setting = dict[str, Any]
 Member = tuple[Setting, int]  # setting and seed
@@ -87,44 +88,6 @@ def split_seeds(study: Study) -> tuple[tuple[int, ...], tuple[int, ...]]:
     seeds = study.all_seeds
     select = study.seeds.select if study.seeds.select is not None else len(seeds) // 2
     return (seeds, seeds) if len(seeds) == 1 else (seeds[:select], seeds[select:])
-
-
-def member_scores(rows: dict[str, np.ndarray], failed: np.ndarray, variable: str, over: float) -> np.ndarray:
-    """One number per member from its rows: the last one, or the mean over the last share `over` of them.
-
-    Args:
-        rows: per variable `[members, rows, ...]`.
-        failed: `[members]`.
-        variable: which one.
-        over: 0 for the last row.
-
-    Returns:
-        `[members]`; NaN for failed members. Rows without a value (no episode has ended) do not count.
-
-    Raises:
-        UserError: the program does not measure that variable.
-    """
-    if variable not in rows:
-        raise UserError(f"the program measures no {variable!r}; it measures {', '.join(sorted(rows))}.")
-    array = np.asarray(rows[variable], np.float64)
-    count = max(1, math.ceil(over * array.shape[1]))
-    kept = array[:, array.shape[1] - count :].reshape(len(array), -1)
-    present = np.isfinite(kept)
-    total = np.where(present, kept, 0.0).sum(axis=1)
-    mean = np.where(present.any(axis=1), total / np.maximum(present.sum(axis=1), 1), np.nan)
-    return np.where(failed | np.isinf(kept).any(axis=1), np.nan, mean)
-
-
-def setting_scores(scores: np.ndarray, lower: bool) -> np.ndarray:
-    """Quality of settings from `[settings, seeds]`: higher is better, NaN where any seed failed."""
-    complete = np.isfinite(scores).all(axis=1)
-    value = iqm(np.where(complete[:, None], scores, 0.0)[..., None])
-    return np.where(complete, -value if lower else value, np.nan)
-
-
-def ranking(quality: np.ndarray) -> np.ndarray:
-    """Numbers of settings from best to worst; failed ones last, ties in order."""
-    return np.argsort(np.where(np.isnan(quality), np.inf, -quality), kind="stable")
 
 
 # ---------------------------------------------------------------- rounds
@@ -199,7 +162,7 @@ class Rounds:
         if not processes.from_first(path.is_file):
             outcome = self.run(name, members, start, stop, state)
             found = [
-                member_scores(rows, failed, self.variable, self.over)[: len(listed)]
+                row_scores(rows[self.variable], failed, self.over)[: len(listed)]
                 for rows, failed, listed in zip(outcome.rows, outcome.failed, members, strict=True)
             ]
             record: dict[str, Any] = {

@@ -12,26 +12,40 @@
       - random: {count: 16, seed: 0, tau: [1e-3, 1e-1]}            # log-uniform; {low, high, scale: linear} otherwise
     seeds: {first: 0, count: 8, select: 4}                         # best settings are chosen on the first 4
     search: {method: grid}               # see Search
-    report: {variable: final_return}     # see Reporting
+    report: {variable: final_return}     # see Reporting in results/report.py
 
 A list in `settings` or in an agent's own settings is a grid axis too, there of that agent alone. Values that are leaves
 of the configuration become members of one sub-program; values that change the program become sub-programs of their own.
 """
 
 import dataclasses
+import functools
 import importlib
 import math
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from purejax_bilevel.configuration import fields, replace, validate
 from purejax_bilevel.errors import UserError
 from purejax_bilevel.members import Axis, Grid, batch_config, format_value
+from purejax_bilevel.results.checks import (
+    MOST,
+    as_number,
+    choice,
+    known_entries,
+    load_yaml,
+    mapping_of,
+    number_of,
+    plain_copy,
+    text_of,
+    whole,
+)
+from purejax_bilevel.results.report import Reporting, reporting
+from purejax_bilevel.results.statistics import TASKS
 from purejax_bilevel.runtime.compiled import Part, Program
 from purejax_bilevel.runtime.loop import make_seeds
 
@@ -41,6 +55,7 @@ PROGRAMS = {
     "regression": "purejax_bilevel.programs.regression.program",
     "tabular": "purejax_bilevel.programs.tabular.program",
 }
+LARGEST_WHOLE = 2**31 - 1  # 32 bits
 SECTIONS = ("name", "program", "settings", "agents", "axes", "seeds", "search", "report")
 
 
@@ -123,28 +138,6 @@ class Search:
 
 
 @dataclasses.dataclass(frozen=True)
-class Reporting:
-    """What is measured and shown.
-
-    Args:
-        variable: what is reported; by default the program's final or headline variable.
-        over: share of the run, counted from its end, that a series is averaged over; 0: the last evaluation.
-        select_by: what chooses the best setting; by default `variable`.
-        select_over: as `over`, for `select_by`.
-        solved: score regarded as solved, for the optimality gap.
-        figures: the study's own, first in the report: {kind: sensitivity, axis: lr}, {kind: curves, variable: x} or
-            {kind: tabular, figure: x}, x being one of `tabular_plots`.
-    """
-
-    variable: str = ""
-    over: float = 0.0
-    select_by: str = ""
-    select_over: float | None = None
-    solved: float | None = None
-    figures: tuple = ()
-
-
-@dataclasses.dataclass(frozen=True)
 class Study:
     """A sweep file, read and checked."""
 
@@ -173,19 +166,20 @@ def config_class(program: str) -> type:
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """The plain content of a sweep file.
+    """The plain content of a sweep file, or of the config.yaml in a sweep's folder.
 
     Raises:
-        UserError: there is no such file or it is not YAML.
+        UserError: there is no such file, it is not YAML or of a run.
     """
     path = Path(path)
     try:
-        content = yaml.safe_load(path.read_text())
+        text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the sweep file {path}: {getattr(error, 'strerror', None) or error}.") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}.") from error
-    return {"name": path.stem, **_mapping(content, f"{path}")}
+    content = mapping_of(load_yaml(text, f"{path}"), f"{path}")
+    if "config" in content and "run" in content:
+        raise UserError(f"{path} describes a run, not a sweep: go on with it by --resume of its script.")
+    return {"name": path.stem, **mapping_of(content.get("sweep", content), f"{path}")}
 
 
 def parse(description: Mapping[str, Any]) -> Study:
@@ -194,8 +188,8 @@ def parse(description: Mapping[str, Any]) -> Study:
     Raises:
         UserError: an unknown entry or a value that is not allowed, in one sentence.
     """
-    given = _known(description, SECTIONS, "a sweep file")
-    program = _choice(given.get("program"), tuple(PROGRAMS), "program")
+    given = known_entries(description, SECTIONS, "a sweep file")
+    program = choice(given.get("program"), tuple(PROGRAMS), "program")
     cls = config_class(program)
     settings = _settings(cls, given.get("settings"), "settings")
     agents = _agents(cls, given.get("agents"), settings)
@@ -210,7 +204,7 @@ def parse(description: Mapping[str, Any]) -> Study:
     search = _search(cls, given.get("search"))
     if not isinstance(given.get("name", "sweep"), str):
         raise UserError(f"name must be text, got {given['name']!r}.")
-    report = _report(given.get("report"))
+    report = reporting(given.get("report"))
     name = given.get("name", "sweep")
     return Study(name, program, settings, agents, axes, seeds, search, report, dict(description))
 
@@ -223,10 +217,11 @@ def override(description: Mapping[str, Any], changes: Mapping[str, Any]) -> dict
     these sections.
 
     Raises:
-        UserError: no such field, or one that varies together with others.
+        UserError: no such field, one that varies together with others, or the content itself is wrong.
     """
-    result = {key: _copy(value) for key, value in description.items()}
-    known = {field.name for field in fields(config_class(_choice(result.get("program"), tuple(PROGRAMS), "program")))}
+    parse(description)
+    result = {key: plain_copy(value) for key, value in description.items()}
+    known = {field.name for field in fields(config_class(result["program"]))}
     for name, value in changes.items():
         section, _, entry = name.partition(".")
         if entry and section in ("search", "report", "seeds"):
@@ -244,25 +239,27 @@ def override(description: Mapping[str, Any], changes: Mapping[str, Any]) -> dict
 
 def _chosen_agents(given: Any, chosen: Any) -> dict[str, Any]:
     stated = {label: {} for label in given} if isinstance(given, list) else dict(given or {})
-    return {str(label): stated.get(label, {}) for label in (chosen if isinstance(chosen, list) else [chosen])}
+    labels = [str(label) for label in (chosen if isinstance(chosen, list) else [chosen])]
+    return {label: stated.get(label, {}) for label in labels}
 
 
 def _override_field(description: dict[str, Any], name: str, value: Any) -> None:
     stated = False
     for axes in description.get("axes") or []:
-        for kind, content in axes.items():
-            if name in content and kind != "grid":
+        for kind, content in (axes or {}).items():
+            if name not in (content or {}):
+                continue
+            if kind != "grid":
                 raise UserError(
                     f"{name} varies together with others ({kind}) in this sweep: edit the sweep file instead."
                 )
-            if name in content:
-                stated = True
-                if isinstance(value, list):
-                    content[name] = value
-                else:
-                    del content[name]
-                    description["settings"] = {**(description.get("settings") or {}), name: value}
-    description["axes"] = [axes for axes in description.get("axes") or [] if any(axes.values())]
+            stated = True
+            if isinstance(value, list):
+                content[name] = value
+            else:
+                del content[name]
+                description["settings"] = {**(description.get("settings") or {}), name: value}
+    description["axes"] = [axes for axes in description.get("axes") or [] if axes and any(axes.values())]
     agents = description.get("agents")
     for own in agents.values() if isinstance(agents, dict) else []:
         if own and name in own:
@@ -271,82 +268,55 @@ def _override_field(description: dict[str, Any], name: str, value: Any) -> None:
         description["settings"] = {**(description.get("settings") or {}), name: value}
 
 
-def _copy(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _copy(entry) for key, entry in value.items()}
-    return [_copy(entry) for entry in value] if isinstance(value, list | tuple) else value
-
-
 # ---------------------------------------------------------------- checks of a sweep file
-
-
-def _mapping(value: Any, where: str) -> dict[str, Any]:
-    if value is None:
-        return {}
-    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-        raise UserError(f"{where} must be a mapping from names to values, got {value!r}.")
-    return dict(value)
-
-
-def _known(value: Any, allowed: Iterable[str], where: str) -> dict[str, Any]:
-    mapping, allowed = _mapping(value, where), tuple(allowed)
-    for key in mapping:
-        if key not in allowed:
-            raise UserError(f"{where} has no entry {key!r}; it may have {', '.join(allowed)}.")
-    return mapping
-
-
-def _choice(value: Any, allowed: Sequence[str], where: str) -> str:
-    if value not in allowed:
-        raise UserError(f"{where} must be one of {', '.join(allowed)}, got {value!r}.")
-    return value
-
-
-def _whole(value: Any, least: int, where: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise UserError(f"{where} must be a whole number of at least {least}, got {value!r}.")
-    return value
-
-
-def _number(value: Any, where: str) -> float:
-    number = _as_number(value)
-    if isinstance(value, bool) or not isinstance(number, int | float) or not math.isfinite(number):
-        raise UserError(f"{where} must be a finite number, got {value!r}.")
-    return number
-
-
-def _as_number(value: Any) -> Any:
-    """YAML 1.1 reads 1e-3 as text."""
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
 
 
 def _settings(cls: type, given: Any, where: str) -> dict[str, Any]:
     """Values by field, in the fields' own types."""
     visible = [field.name for field in fields(cls) if not field.metadata.get("hidden")]
-    mapping = _known(given, visible, where)
-    return {name: _typed(cls, name, value) for name, value in mapping.items()}
+    mapping = known_entries(given, visible, where)
+    return {name: _checked(cls, name, value) for name, value in mapping.items()}
 
 
-def _typed(cls: type, name: str, value: Any) -> Any:
+def _checked(cls: type, name: str, value: Any) -> Any:
+    """A value, or each of a list, as its field declares it; None is what fields without a default hold."""
     if isinstance(value, list | tuple):
         if not value:
             raise UserError(f"{name} needs at least one value.")
-        return [_typed(cls, name, entry) for entry in value]
+        if any(isinstance(entry, list | tuple) for entry in value):
+            raise UserError(f"{name} must be a value or a list of values, got {value!r}.")
+        return [_checked_value(cls, name, entry) for entry in value]
+    default = next(field.default for field in fields(cls) if field.name == name)
+    return None if value is None and default is None else _checked_value(cls, name, value)
+
+
+def _checked_value(cls: type, name: str, value: Any) -> Any:
+    value = _typed(cls, name, value)
+    if typing.get_type_hints(cls)[name] is str and value != "":  # `validate` leaves texts to the program
+        text_of(value, name)
+    elif isinstance(value, int) and abs(value) > LARGEST_WHOLE:
+        raise UserError(f"{name} must fit 32 bits, got {value}.")
+    validate(replace(_valid(cls), **{name: value}))
+    return value
+
+
+@functools.cache
+def _valid(cls: type) -> Any:
+    """Some configuration in which everything is allowed, to check single values in."""
+    return cls().resolved()
+
+
+def _typed(cls: type, name: str, value: Any) -> Any:
     hint = typing.get_type_hints(cls)[name]
     kinds = {hint, *typing.get_args(hint)}
     if name == "agent_type" and isinstance(value, str):
         return value.lower()
     if isinstance(value, bool) or not kinds & {int, float}:
         return value
-    number = _as_number(value)
-    if isinstance(number, float) and float not in kinds and number.is_integer():
-        return int(number)
-    return float(number) if isinstance(number, int) and float in kinds else number
+    found = as_number(value)
+    if isinstance(found, float) and float not in kinds and found.is_integer():
+        return int(found)
+    return float(found) if isinstance(found, int) and float in kinds else found
 
 
 def _agents(cls: type, given: Any, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -354,9 +324,10 @@ def _agents(cls: type, given: Any, settings: dict[str, Any]) -> dict[str, dict[s
         default = next(field.default for field in fields(cls) if field.name == "agent_type")
         given = [settings.get("agent_type", default)]
     if isinstance(given, list) and all(isinstance(label, str) for label in given):
+        _distinct("agents", given)
         given = {label: {} for label in given}
     agents = {}
-    for label, own in _mapping(given, "agents").items():
+    for label, own in mapping_of(given, "agents").items():
         agents[label] = {"agent_type": label.lower(), **_settings(cls, own, f"agents: {label}")}
     if not agents:
         raise UserError("agents must name at least one agent.")
@@ -370,7 +341,7 @@ def _axes(cls: type, given: Any) -> tuple[Axis, ...]:
         raise UserError(f"axes must be a list of grid, zip and random entries, got {given!r}.")
     axes: list[Axis] = []
     for entry in given or []:
-        entry = _known(entry, ("grid", "zip", "random"), "an entry of axes")
+        entry = known_entries(entry, ("grid", "zip", "random"), "an entry of axes")
         for kind, content in entry.items():
             axes.extend({"grid": _grid_axes, "zip": _zip_axes, "random": _random_axes}[kind](cls, content))
     return tuple(axes)
@@ -392,9 +363,9 @@ def _zip_axes(cls: type, content: Any) -> list[Axis]:
 
 
 def _random_axes(cls: type, content: Any) -> list[Axis]:
-    mapping = _mapping(content, "axes: random")
-    count = _whole(mapping.pop("count", None), 1, "axes: random: count")
-    seed = _whole(mapping.pop("seed", 0), 0, "axes: random: seed")
+    mapping = mapping_of(content, "axes: random")
+    count = whole(mapping.pop("count", None), 1, "axes: random: count")
+    seed = whole(mapping.pop("seed", 0), 0, "axes: random: seed", LARGEST_WHOLE)
     space = intervals(cls, mapping, "axes: random")
     if not space:
         raise UserError("axes: random needs at least one name with [low, high].")
@@ -419,33 +390,35 @@ def intervals(cls: type, content: Any, where: str) -> tuple[Interval, ...]:
         if {hints[field.name], *typing.get_args(hints[field.name])} & {int, float}
     ]
     found = []
-    for name, value in _known(content, allowed, where).items():
+    for name, value in known_entries(content, allowed, where).items():
         bounds = (
             dict(zip(("low", "high"), value, strict=False)) if isinstance(value, list) and len(value) == 2 else value
         )
         if not isinstance(bounds, Mapping):
             raise UserError(f"{where}: {name} must be [low, high] or {{low, high, scale}}, got {value!r}.")
-        bounds = _known(bounds, ("low", "high", "scale"), f"{where}: {name}")
-        low, high = (_number(bounds.get(end), f"{where}: {name}: {end}") for end in ("low", "high"))
-        scale = _choice(bounds.get("scale", "log"), ("log", "linear"), f"{where}: {name}: scale")
+        bounds = known_entries(bounds, ("low", "high", "scale"), f"{where}: {name}")
+        low, high = (number_of(bounds.get(end), f"{where}: {name}: {end}") for end in ("low", "high"))
+        scale = choice(bounds.get("scale", "log"), ("log", "linear"), f"{where}: {name}: scale")
         if low >= high or (scale == "log" and low <= 0):
             needed = "0 < low < high" if scale == "log" else "low < high"
             raise UserError(f"{where}: {name} needs {needed}, got [{format_value(low)}, {format_value(high)}].")
-        kinds = {hints[name], *typing.get_args(hints[name])}
-        found.append(Interval(name, low, high, scale, float not in kinds))
+        is_whole = float not in {hints[name], *typing.get_args(hints[name])}
+        for end in (low, high):
+            _checked_value(cls, name, round(end) if is_whole else end)
+        found.append(Interval(name, low, high, scale, is_whole))
     return tuple(found)
 
 
 def _seeds(given: Any) -> Seeds:
     if isinstance(given, int) and not isinstance(given, bool):
         given = {"count": given}
-    values = _known(given, [field.name for field in dataclasses.fields(Seeds)], "seeds")
+    values = known_entries(given, [field.name for field in dataclasses.fields(Seeds)], "seeds")
     seeds = Seeds(**values)
-    _whole(seeds.first, 0, "seeds: first")
-    _whole(seeds.count, 1, "seeds: count")
+    whole(seeds.first, 0, "seeds: first", 2**32)
+    whole(seeds.count, 1, "seeds: count")
     make_seeds(seeds.first, seeds.count)
     if seeds.select is not None:
-        _whole(seeds.select, 1, "seeds: select")
+        whole(seeds.select, 1, "seeds: select")
         if seeds.select >= seeds.count:
             raise UserError(
                 f"seeds: select must leave a seed to report: less than the count {seeds.count}, got {seeds.select}."
@@ -454,45 +427,25 @@ def _seeds(given: Any) -> Seeds:
 
 
 def _search(cls: type, given: Any) -> Search:
-    values = _known(given, [field.name for field in dataclasses.fields(Search)], "search")
-    search = Search(**{**values, "space": _mapping(values.get("space"), "search: space")})
-    _choice(search.method, ("grid", "random", "es"), "search: method")
-    _choice(search.algorithm, ("cma_es", "open_es"), "search: algorithm")
-    for name, least in {
-        "samples": 1,
-        "population": 3,
-        "generations": 1,
-        "halving": 0,
-        "finalists": 1,
-        "seed": 0,
-    }.items():
-        _whole(getattr(search, name), least, f"search: {name}")
+    values = known_entries(given, [field.name for field in dataclasses.fields(Search)], "search")
+    search = Search(**{**values, "space": mapping_of(values.get("space"), "search: space")})
+    choice(search.method, ("grid", "random", "es"), "search: method")
+    choice(search.algorithm, ("cma_es", "open_es"), "search: algorithm")
+    for name, least, most in (
+        ("samples", 1, MOST),
+        ("population", 3, MOST),
+        ("generations", 1, MOST),
+        ("halving", 0, 30),
+        ("finalists", 1, MOST),
+        ("seed", 0, LARGEST_WHOLE),
+    ):
+        whole(getattr(search, name), least, f"search: {name}", most)
     if search.algorithm == "open_es" and search.population % 2:
         raise UserError(f"search: population must be even for open_es, got {search.population}.")
     if search.method == "es" and search.halving:
         raise UserError("halving goes with the search methods grid and random, not with es.")
     intervals(cls, search.space, "search: space")
     return search
-
-
-def _report(given: Any) -> Reporting:
-    values = _known(given, [field.name for field in dataclasses.fields(Reporting)], "report")
-    for name in ("over", "select_over", "solved"):
-        if values.get(name) is not None:
-            values[name] = _number(values[name], f"report: {name}")
-    for name in ("over", "select_over"):
-        if not 0 <= (values.get(name) or 0) <= 1:
-            raise UserError(f"report: {name} must be a share of the run from 0 to 1, got {values[name]!r}.")
-    figures = values.get("figures") or []
-    if not isinstance(figures, list | tuple):
-        raise UserError(f"report: figures must be a list, got {figures!r}.")
-    for figure in figures:
-        needed_by = {"sensitivity": "axis", "curves": "variable", "tabular": "figure"}
-        kind = _choice(_mapping(figure, "a figure").get("kind"), tuple(needed_by), "the kind of a figure")
-        needed = needed_by[kind]
-        if needed not in _known(figure, ("kind", needed, "title"), f"a figure of kind {kind}"):
-            raise UserError(f"a figure of kind {kind} needs {needed}.")
-    return Reporting(**{**values, "figures": tuple(figures)})
 
 
 def _distinct(name: str, value: Any) -> list:
@@ -588,6 +541,7 @@ def make_agents(study: Study) -> list[Agent]:
         UserError: a value that is not allowed, or agents that cannot run in one program.
     """
     agents = [_make_agent(study, label) for label in study.agents]
+    _check_tasks(study, agents)
     configs = [template.config for agent in agents for template in agent.templates]
     for name in ("num_steps", "eval_frequency"):
         found = sorted({getattr(config.program(), name) for config in configs})
@@ -597,6 +551,22 @@ def make_agents(study: Study) -> list[Agent]:
                 f"all agents and settings of a sweep need the same {steps}, got {', '.join(map(str, found))}."
             )
     return agents
+
+
+def _check_tasks(study: Study, agents: Sequence[Agent]) -> None:
+    """Scores are compared task by task."""
+    for name in TASKS:
+        axes = [[axis for axis in agent.grid.axes if name in axis.names] for agent in agents]
+        values = {
+            agent.label: [value for axis in own for value in axis.values]
+            for agent, own in zip(agents, axes, strict=True)
+        }
+        if any(len(axis.names) > 1 for own in axes for axis in own):
+            raise UserError(f"axes: {name} says what is solved and is no setting: give it in grid, not in zip.")
+        if any(values.values()) and study.search.in_rounds:
+            raise UserError(f"search: es and halving compare settings on one {name}; give one, not an axis.")
+        if len({repr(listed) for listed in values.values()}) > 1:
+            raise UserError(f"{name}: agents that are compared need the same ones, in the same order.")
 
 
 def _make_agent(study: Study, label: str) -> Agent:

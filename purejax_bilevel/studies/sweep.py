@@ -18,7 +18,6 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import tyro
 import xarray
-import yaml
 from rich.console import Console
 
 from purejax_bilevel.configuration import fields
@@ -26,16 +25,27 @@ from purejax_bilevel.errors import UserError
 from purejax_bilevel.members import check_count
 from purejax_bilevel.programs.tabular.figures import FIGURES
 from purejax_bilevel.results import dataset as datasets
-from purejax_bilevel.results.statistics import SettingRow, lower_is_better, render_table
+from purejax_bilevel.results import report
+from purejax_bilevel.results.checks import load_yaml
+from purejax_bilevel.results.statistics import SettingRow, lower_is_better, member_scores, render_table
 from purejax_bilevel.runtime import devices, loop, processes, sizes
 from purejax_bilevel.runtime.compiled import CompiledProgram, Part, num_rows
 from purejax_bilevel.runtime.loggers import Loggers
 from purejax_bilevel.runtime.progress import _duration as duration
-from purejax_bilevel.studies import command_line, report
+from purejax_bilevel.studies import command_line
 from purejax_bilevel.studies import folder as folders
 from purejax_bilevel.studies import search as searches
 from purejax_bilevel.studies.presets import PRESETS, preset
-from purejax_bilevel.studies.study import PROGRAMS, Agent, Study, config_class, make_agents, override, parse, read
+from purejax_bilevel.studies.study import (
+    PROGRAMS,
+    Agent,
+    Study,
+    config_class,
+    make_agents,
+    override,
+    parse,
+    read,
+)
 
 ROUND_SETTINGS = {
     "search": "method",
@@ -68,15 +78,30 @@ class Options(command_line.Run):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a sweep; returns the exit status: 0 done, 2 bad input, 130 interrupted."""
+    """Runs a sweep; returns the exit status: 0 done, 1 every member diverged, 2 bad input, 130 interrupted."""
     devices.prepare()  # before anything imports gymnax, whose import makes jax choose its devices
     words = sys.argv[1:] if arguments is None else list(arguments)
+    nothing = False
 
     def work(console: Console) -> None:
+        nonlocal nothing
         options, study = read_arguments(words)
-        run(study, options, console)
+        nothing = _tell_if_all_diverged(study, run(study, options, console))
 
-    return command_line.exit_status(work, words)
+    return command_line.exit_status(work, words) or int(nothing)
+
+
+def _tell_if_all_diverged(study: Study, found: Sequence[xarray.Dataset]) -> bool:
+    scores = [member_scores(dataset, report.reported_variable(dataset, study.report)) for dataset in found]
+    if any(np.isfinite(own).any() for own in scores):
+        return False
+    if processes.is_first():
+        text = (
+            f"error: all {sum(own.size for own in scores)} members diverged or have no finite score: try smaller "
+            "learning rates; results and report are kept."
+        )
+        Console(stderr=True).print(text, style="bold red", markup=False, highlight=False, soft_wrap=True)
+    return True
 
 
 def read_arguments(arguments: Sequence[str]) -> tuple[Options, Study]:
@@ -148,12 +173,9 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]
 
 
 def _value(text: str, name: str) -> Any:
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{name}={text} cannot be read: {' '.join(str(error).split())}.") from error
+    value = load_yaml(text, f"{name}={text}")
     if isinstance(value, str) and "," in value:
-        return [yaml.safe_load(entry) for entry in value.split(",") if entry]
+        return [load_yaml(entry, f"{name}={text}") for entry in value.split(",") if entry]
     return value
 
 
@@ -165,8 +187,8 @@ def _resumed(options: Options, changes: Mapping[str, Any]) -> Study:
     if not path.is_file():
         raise UserError(f"--resume {folder}: there is no sweep in that folder (no config.yaml).")
     try:
-        description = yaml.safe_load(path.read_text())["sweep"]
-    except (yaml.YAMLError, KeyError, TypeError) as error:
+        description = load_yaml(path.read_text(), f"{path}")["sweep"]
+    except (UserError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise UserError(f"--resume {folder}: its config.yaml is not of a sweep.") from error
     study = parse(description)
     if options.sweep and Path(options.sweep).stem != study.name:
@@ -232,7 +254,7 @@ def _run_in(
     for file, dataset in zip(files, found, strict=True):
         datasets.save(dataset, file)
     searches.clean(folder)
-    written = report.write(folder, study, [agent.label for agent in agents])
+    written = report.write(folder, study.name, study.report, files)
     if not options.quiet:
         _print_summary(study, written, found, console, folder)
     return found

@@ -1,7 +1,6 @@
 """Figures: every setting is drawn once and can be told apart, nothing overlaps or is cut off, the numbers are right."""
 
 import itertools
-import math
 
 import numpy as np
 import pytest
@@ -166,82 +165,11 @@ def test_layers_are_averaged_and_single_rows_are_visible(drawn, tmp_path):
     assert drawn[1].axes[0].lines[0].get_marker() == "o"
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 30])
-def test_smoothing_is_a_mean_over_neighbours(rows):
-    scores = np.random.default_rng(1).normal(size=(2, 3, 12))
-    scores[0, 0, 4] = np.nan
-    found = plots._moving_average(scores, rows)
-    for step in range(12):
-        window = scores[..., max(0, step - (rows - 1) // 2) : step + rows // 2 + 1]
-        expected = [
-            np.nan if np.isnan(now) else np.nanmean(w)
-            for w, now in zip(window.reshape(6, -1), scores[..., step].flat, strict=True)
-        ]
-        np.testing.assert_allclose(found[..., step].ravel(), expected)
-
-
-# ---------------------------------------------------------------- sensitivity
-
-
-def test_sensitivity_shows_scores_against_the_values(drawn, tmp_path):
-    dataset = make_dataset(TAU, LR)
-    path = plots.sensitivity(dataset, "lr", tmp_path / "figure.png")
-    (panel,) = drawn[0].axes
-    rows = statistics.summary_table(dataset, "final_return")
-    for line, tau in zip(panel.lines, (0.01, 0.1), strict=True):
-        np.testing.assert_allclose(line.get_xdata(), [3e-5, 1e-4, 3e-4, 1e-3])
-        np.testing.assert_allclose(line.get_ydata(), [row.iqm for row in rows if row.setting["tau"] == tau][::-1])
-    assert panel.get_xscale() == "log"
-    assert panel.get_xlabel() == "lr"
-    assert [text.get_text() for text in panel.get_legend().get_texts()] == ["tau=0.01", "tau=0.1"]
-    assert imread(path).shape[2] == 4
-    assert_readable(drawn[0])
-
-
-@pytest.mark.parametrize(("values", "scale"), [((0.1, 0.2, 0.9), "linear"), ((0.0, 10.0), "linear"), ((1, 10), "log")])
-def test_scale_is_logarithmic_when_the_values_span_a_decade(values, scale, drawn, tmp_path):
-    plots.sensitivity(make_dataset(axis("lr", *values)), "lr", tmp_path / "figure.png")
-    panel = drawn[0].axes[0]
-    assert panel.get_xscale() == scale
-    drawn[0].canvas.draw()
-    assert [label.get_text() for label in panel.get_xticklabels()] == [f"{value:g}" for value in values]
-
-
-def test_sensitivity_with_many_others_shows_the_best(drawn, tmp_path):
-    dataset = make_dataset(LR, axis("width", *range(10)))
-    plots.sensitivity(dataset, "lr", tmp_path / "figure.png")
-    grey, best = drawn[0].axes[0].lines[:10], drawn[0].axes[0].lines[10]
-    everything = np.asarray([line.get_ydata() for line in grey])
-    np.testing.assert_allclose(best.get_ydata(), everything.max(axis=0))
-    assert everything.shape == (10, 4)
-
-
-def test_sensitivity_to_categories_and_searched_settings(drawn, tmp_path):
-    plots.sensitivity(make_dataset(AGENT, LR), "agent_type", tmp_path / "figure.png")
-    panel = drawn[0].axes[0]
-    assert [label.get_text() for label in panel.get_xticklabels()] == ["omd", "funcbo", "mle"]
-    assert all(line.get_linestyle() == "None" for line in panel.lines)  # nothing lies between two categories
-    plots.sensitivity(make_dataset(SEARCH), "inner_lr", tmp_path / "figure.png")
-    points = drawn[1].axes[0].lines[0]
-    np.testing.assert_allclose(points.get_xdata(), [2.0**-i for i in range(1, 21)])
-
-
-def test_a_value_whose_members_all_failed_leaves_a_gap(drawn, tmp_path):
-    dataset = make_dataset(axis("lr", 1.0, 10.0, 100.0), failed=5)
-    plots.sensitivity(dataset, "lr", tmp_path / "figure.png")
-    values = drawn[0].axes[0].lines[0].get_ydata()
-    assert math.isnan(values[0])
-    assert np.isfinite(values[1:]).all()
-    assert "5 of 15 members failed" in drawn[0].axes[0].get_title()
-
-
 def test_errors_are_sentences(tmp_path):
     dataset = make_dataset(LR)
     with pytest.raises(UserError, match="no variable 'reward'"):
         plots.learning_curves(dataset, tmp_path / "figure.png", "reward")
     with pytest.raises(UserError, match="measured once"):
         plots.learning_curves(dataset, tmp_path / "figure.png", "final_return")
-    with pytest.raises(UserError, match="'tau' was not swept; the axes are lr"):
-        plots.sensitivity(dataset, "tau", tmp_path / "figure.png")
     with pytest.raises(UserError, match="the ending has to be one of"):
         plots.learning_curves(dataset, tmp_path / "figure.xyz")

@@ -215,29 +215,45 @@ def test_summary_has_a_row_per_setting():
 def test_summary_of_a_series_averages_its_last_steps():
     dataset = make_dataset(SCORES)
     assert statistics.summary_table(dataset, "loss")[0].iqm == pytest.approx(4.5)
-    assert statistics.summary_table(dataset, "loss", last=2)[0].iqm == pytest.approx(1.5 * 4.5)
+    assert statistics.summary_table(dataset, "loss", over=1.0)[0].iqm == pytest.approx(1.5 * 4.5)
 
 
-def test_best_setting_follows_the_direction_of_the_variable():
-    assert statistics.best_setting(make_dataset(SCORES), "final_return").setting == {"lr": 1e-3, "width": 3}
-    assert statistics.best_setting(make_dataset(SCORES, "lower"), "final_return").setting == {"lr": 3e-4, "width": 2}
-    # Chosen on the last seed only, the outlier of the first setting wins.
-    held_out = make_dataset(SCORES).isel(seed=[7])
-    assert statistics.best_setting(held_out, "final_return").setting == {"lr": 1e-3, "width": 2}
-
-
-def test_best_setting_of_a_slice_or_of_seeds_only():
-    dataset = make_dataset(SCORES).sel(lr=1e-3)
-    assert statistics.best_setting(dataset, "final_return").setting == {"width": 3}
-    rows = statistics.summary_table(dataset.sel(width=2), "final_return")
+def test_summary_of_a_slice_or_of_seeds_only():
+    rows = statistics.summary_table(make_dataset(SCORES).sel(lr=1e-3, width=2), "final_return")
     assert [(row.label, row.iqm) for row in rows] == [("all", pytest.approx(4.5))]
+
+
+def test_rows_without_a_value_do_not_count_and_infinite_ones_fail():
+    rows = np.array([[1.0, 2.0, 3.0, np.nan], [1.0, 1.0, 1.0, 5.0], [1.0, 1.0, np.inf, 1.0]])
+    failed = np.array([False, False, False])
+    np.testing.assert_array_equal(statistics.row_scores(rows, failed), [np.nan, 5.0, 1.0])
+    np.testing.assert_array_equal(statistics.row_scores(rows, failed, 0.5), [3.0, 3.0, np.nan])
+    np.testing.assert_array_equal(statistics.row_scores(rows, ~failed, 1.0), [np.nan] * 3)
+    grid = Grid((), (0, 1, 2))
+    dataset = datasets.build_dataset(grid, [1, 2, 3, 4], {"score": rows}, {}, {})
+    np.testing.assert_array_equal(statistics.member_scores(dataset, "score", 0.5), [[3.0, 3.0, np.nan]])
+
+
+def test_settings_are_chosen_where_no_seed_failed():
+    quality = statistics.setting_scores(np.array([[1.0, 3.0], [2.0, np.nan], [5.0, 7.0]]), lower=False)
+    np.testing.assert_array_equal(quality, [2.0, np.nan, 6.0])
+    assert statistics.ranking(quality).tolist() == [2, 0, 1]
+    assert statistics.ranking(statistics.setting_scores(np.array([[1.0], [2.0]]), lower=True)).tolist() == [0, 1]
+
+
+def test_scores_by_task_keep_settings_and_seeds_apart():
+    axes = (Axis(("lr",), ((1,), (2,))), Axis(("env_name",), (("a",), ("b",), ("c",))))
+    scores = np.arange(12.0)
+    dataset = datasets.build_dataset(Grid(axes, (0, 1)), [1], {"score": scores[:, None]}, {}, {})
+    found = statistics.by_task(dataset, statistics.member_scores(dataset, "score"))
+    np.testing.assert_array_equal(found, scores.reshape(2, 3, 2).transpose(0, 2, 1))
+    assert statistics.settings_without_tasks(dataset) == [{"lr": 1}, {"lr": 2}]
+    assert statistics.tasks_of(dataset) == [{"env_name": name} for name in "abc"]
 
 
 def test_errors_name_what_there_is():
     with pytest.raises(UserError, match="no variable 'reward'; there is loss, final_return"):
         statistics.summary_table(make_dataset(SCORES), "reward")
-    with pytest.raises(UserError, match="all members failed"):
-        statistics.best_setting(make_dataset(SCORES * np.nan), "final_return")
 
 
 def rendered(rows, **options) -> str:
@@ -256,6 +272,12 @@ def test_table_shows_settings_scores_and_failures():
     last = next(line for line in lines if line.count("│ 8 │") or line.rstrip().endswith("8 │"))
     assert "none" in last
     assert "nan" not in text
+
+
+def test_table_shows_markup_as_written():
+    row = statistics.SettingRow({"[/agent]": "omd [/x]"}, (), 1.0, 0.0, 2.0, 3, 0)
+    text = rendered([row], title="score [/b]")
+    assert all(word in text for word in ("[/agent]", "omd [/x]", "score [/b]"))
 
 
 def test_long_table_shows_the_best():

@@ -14,7 +14,7 @@ from purejax_bilevel.results import dataset as datasets
 from purejax_bilevel.runtime import compiled, loop
 from purejax_bilevel.studies import run as runs
 from purejax_bilevel.studies import search, sweep
-from purejax_bilevel.studies.search import Evolution, member_scores, ranking, rung_ends, setting_scores
+from purejax_bilevel.studies.search import Evolution, rung_ends
 from purejax_bilevel.studies.study import Interval, Search, make_agents, parse
 
 BEST = 1e-2
@@ -216,20 +216,6 @@ def test_what_a_search_cannot_do_is_said(toy):
 def test_rungs_end_at_evaluations():
     assert rung_ends(100, 10, 2) == [20, 50, 100]
     assert rung_ends(100, 10, 0) == [100]
-
-
-def test_scores():
-    rows = {"score": np.array([[1.0, 2.0, 3.0, np.nan], [1.0, 1.0, 1.0, 5.0], [1.0, 1.0, np.inf, 1.0]])}
-    failed = np.array([False, False, False])
-    np.testing.assert_array_equal(member_scores(rows, failed, "score", 0.0), [np.nan, 5.0, 1.0])
-    np.testing.assert_array_equal(member_scores(rows, failed, "score", 0.5), [3.0, 3.0, np.nan])
-    np.testing.assert_array_equal(member_scores(rows, ~failed, "score", 1.0), [np.nan] * 3)
-    with pytest.raises(UserError, match="measures no 'points'"):
-        member_scores(rows, failed, "points", 0.0)
-    quality = setting_scores(np.array([[1.0, 3.0], [2.0, np.nan], [5.0, 7.0]]), lower=False)
-    np.testing.assert_array_equal(quality, [2.0, np.nan, 6.0])
-    assert ranking(quality).tolist() == [2, 0, 1]
-    assert ranking(setting_scores(np.array([[1.0], [2.0]]), lower=True)).tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("algorithm", ["cma_es", "open_es"])

@@ -125,6 +125,22 @@ def test_bad_input_ends_with_status_2_and_a_sentence(toy, tmp_path, capsys, argu
     assert capsys.readouterr().err.startswith("error: ")
 
 
+TWO = ["CartPole-v1", "Acrobot-v1"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"axes": [{"zip": {"env_name": TWO, "lr": [0.1, 0.2]}}]}, "give it in grid, not in zip"),
+        ({"axes": [{"grid": {"env_name": TWO, "lr": [0.1, 0.2]}}], "search": {"halving": 1}}, "one env_name"),
+        ({"agents": {"omd": {"env_name": TWO}, "mle": {"env_name": TWO[::-1]}}}, "the same ones, in the same order"),
+    ],
+)
+def test_tasks_are_compared_one_by_one(changes, sentence):
+    with pytest.raises(UserError, match=sentence):
+        make_agents(parse({"program": "rl", "agents": ["omd"], **changes}))
+
+
 def test_numbers_are_read_as_the_fields_need_them(toy):
     agent = make_agents(parse(described(settings={"noise": 1, "width": "4", "repeats": 2.0})))[0]
     config = agent.templates[0].config
@@ -232,6 +248,7 @@ def test_intervals(interval):
 @pytest.mark.parametrize("name", presets.PRESETS)
 def test_presets_are_complete(name, scale):
     content = presets.preset(name, scale)
+    assert "paper" not in content
     if content.get("settings", {}).get("env_name") == "halfcheetah":  # comes with an extra
         content["settings"]["env_name"] = "Pendulum-v1"
     checked = parse(content)
@@ -309,10 +326,28 @@ def test_resume_keeps_the_sweep(toy, tmp_path, capsys):
     before = scores(tmp_path / "sweep")
     assert sweep.main([str(tmp_path / "sweep.yaml"), "--resume", folder, "--quiet", "--num_seeds", "3"]) == 0
     assert scores(tmp_path / "sweep").keys() == before.keys()
+    again = ["--output_dir", str(tmp_path), "--name", "again", "--quiet"]
+    assert sweep.main([f"{folder}/config.yaml", *again]) == 0  # the report calls it the sweep file
+    assert report_numbers(tmp_path / "again") == report_numbers(tmp_path / "sweep")
     assert sweep.main(["--resume", folder, "--quiet", "lr=0.2"]) == 2
     assert "start a new sweep" in capsys.readouterr().err
     assert sweep.main(["omd_capacity", "--resume", folder, "--quiet"]) == 2
     assert "goes on with sweep" in capsys.readouterr().err
+
+
+def test_a_sweep_whose_members_all_diverged_says_so(toy, tmp_path, capsys):
+    assert run(tmp_path, described(axes=[], settings={"lr": 10.0})) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("error: all 8 members diverged")
+    assert told.count("\n") == 1
+    assert datasets.load(tmp_path / "sweep" / "left").failed.values.all()
+    assert "8 of 8 members diverged" in (tmp_path / "sweep" / "report.md").read_text()
+
+
+def test_a_run_is_no_sweep(tmp_path):
+    (tmp_path / "config.yaml").write_text("config: {lr: 0.1}\nrun: {seed: 0}\n")
+    with pytest.raises(UserError, match="describes a run, not a sweep"):
+        study.read(tmp_path / "config.yaml")
 
 
 def test_the_plan_is_told_and_memory_is_checked(toy, tmp_path, capsys, monkeypatch):

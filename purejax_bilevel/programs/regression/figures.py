@@ -52,7 +52,7 @@ def curves(dataset: xarray.Dataset, path: str | Path) -> Path:
         The path.
     """
     names = [name for name in PANELS if _has_values(dataset, name)]
-    all_curves = [plots._curves(dataset, name, None) for name in names]
+    all_curves = [plots._curves(dataset, name) for name in names]
     layout = _one_panel_layout(dataset, all_curves[0])
     with matplotlib.rc_context(plots.STYLE):
         figure = Figure(figsize=(7.4, 5.0), layout="constrained")

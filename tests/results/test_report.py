@@ -3,19 +3,23 @@
 import base64
 import html.parser
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from matplotlib.image import imread
+from matplotlib.text import Text
 
 from purejax_bilevel.members import Axis, Grid
-from purejax_bilevel.results import comparison, plots, statistics
+from purejax_bilevel.results import comparison, plots, report, statistics
 from purejax_bilevel.results import dataset as datasets
+from purejax_bilevel.results.__main__ import main
 from purejax_bilevel.results.comparison import Line, Score
-from purejax_bilevel.studies import report
-from purejax_bilevel.studies.study import Reporting, parse
+from purejax_bilevel.results.report import Reporting, reporting
 
 STEPS = np.array([10, 20, 30, 40])
 SEEDS = (0, 1, 2, 3, 4, 5)
@@ -69,13 +73,13 @@ CROSSED = np.array([[10, 20, 30, 90, 80, 70], [40, 50, 60, 1, 2, 3]])
 def test_the_best_setting_is_chosen_on_seeds_that_are_not_reported():
     agent = analyse(make(CROSSED))
     assert agent.settings[agent.best] == {"lr": 1e-2}
-    np.testing.assert_array_equal(agent.best_runs, [1, 2, 3])
+    np.testing.assert_array_equal(agent.best_runs[:, 0], [1, 2, 3])
     np.testing.assert_array_equal(agent.quality, [20, 50])
 
 
 def test_one_setting_is_reported_on_all_seeds():
     agent = analyse(make(CROSSED[:1], ()))
-    np.testing.assert_array_equal(agent.best_runs, CROSSED[0])
+    np.testing.assert_array_equal(agent.best_runs[:, 0], CROSSED[0])
     assert len(agent.chosen_on) == 0
 
 
@@ -84,18 +88,18 @@ def test_another_variable_may_choose_and_lower_may_be_better():
     assert agent.best == 1  # error is minus the return
     agent = analyse(make(-CROSSED, selected_by="error"), variable="error")
     assert agent.best == 0
-    np.testing.assert_array_equal(agent.best_runs, [90, 80, 70])
+    np.testing.assert_array_equal(agent.best_runs[:, 0], [90, 80, 70])
 
 
 def test_series_are_averaged_over_the_last_part():
     agent = analyse(make(CROSSED), variable="evaluation_return", over=0.5)
-    np.testing.assert_allclose(agent.scores, CROSSED * (0.75 + 1.0) / 2)
+    np.testing.assert_allclose(agent.scores[..., 0], CROSSED * (0.75 + 1.0) / 2)
 
 
 def test_a_setting_that_failed_while_choosing_loses():
     agent = analyse(make(CROSSED, failed=(6,)))
     assert agent.best == 0
-    assert np.isnan(agent.scores[1, 0])
+    assert np.isnan(agent.scores[1, 0, 0])
     assert np.isnan(agent.quality[1])
     everywhere = analyse(make(CROSSED, failed=(0, 1, 6)))
     assert everywhere.best == 1  # fewer failures
@@ -106,7 +110,22 @@ def test_a_search_has_chosen_already():
     dataset[report.SELECTION] = (("lr", "seed"), np.repeat([[3.0], [1.0]], 6, 1), {"better": "lower"})
     agent = analyse(dataset)
     assert agent.best == 1
-    np.testing.assert_array_equal(agent.best_runs, CROSSED[1])
+    np.testing.assert_array_equal(agent.best_runs[:, 0], CROSSED[1])
+
+
+def test_a_task_is_never_a_best_setting(tmp_path):
+    """The second environment pays more whatever the setting: it must not decide."""
+    levels = np.stack([CROSSED, CROSSED[::-1] * 0 + np.array([[2000], [1000]])], axis=1)
+    names = Axis(("env_name",), (("Acrobot-v1",), ("CartPole-v1",)))
+    dataset = make(levels, (LR, names), failed=(11,))
+    agent = analyse(dataset)
+    assert agent.settings == [{"lr": 1e-3}, {"lr": 1e-2}]
+    assert agent.best == 0
+    np.testing.assert_array_equal(agent.best_runs, np.stack([CROSSED[0, 3:], [2000, 2000, np.nan]], axis=1))
+    text, _ = write(tmp_path, {"omd": dataset, "mle": make(levels + 1, (LR, names))})
+    assert "on Acrobot-v1, CartPole-v1, 40 environment steps" in text
+    assert "omd: env_name=CartPole-v1, lr=0.001, seed=5" in text
+    assert "| env_name=" not in text
 
 
 def test_sensitivity_takes_the_best_of_the_others():
@@ -119,9 +138,9 @@ def test_sensitivity_takes_the_best_of_the_others():
     assert [score.iqm for score in line.scores] == [6.0, 3.0]
     assert [score.iqm for score in report.along(agent, "tau").scores] == [1.0, 6.0, 3.0]
     assert report.along(agent, "beta").values == ()
-    # Without a choice all seeds are reported.
+    # As in the table: the seeds that did not choose.
     alone = report.along(analyse(make(CROSSED)), "lr")
-    assert [score.iqm for score in alone.scores] == [float(statistics.iqm(row)) for row in CROSSED]
+    assert [score.iqm for score in alone.scores] == [float(statistics.iqm(row[3:])) for row in CROSSED]
 
 
 def test_settings_of_a_random_search_are_all_shown():
@@ -134,13 +153,13 @@ def test_settings_of_a_random_search_are_all_shown():
 
 
 def write(folder: Path, agents: dict[str, Any], **changes: Any) -> tuple[str, str]:
-    study = parse(
-        {"program": "rl", "name": "my_study", "agents": {label: {"agent_type": "omd"} for label in agents}, **changes}
-    )
-    for label, dataset in agents.items():
-        datasets.save(dataset, folder / report.file_name(label))
+    files = []
+    for number, (label, dataset) in enumerate(agents.items()):
+        files.append(datasets.save(dataset.assign_attrs(agent=label), folder / f"agent_{number}"))
     (folder / "command.txt").write_text("python sweep.py <b>&\n")
-    report.write(folder, study, list(agents))
+    sweep = {"name": "my_study", "agents": list(agents), **changes}
+    datasets.write_text(folder / "config.yaml", yaml.safe_dump({"sweep": sweep}))
+    report.write(folder, "my_study", reporting(changes.get("report")), files)
     return (folder / report.MARKDOWN).read_text(), (folder / report.HTML).read_text()
 
 
@@ -180,8 +199,8 @@ def test_numbers_of_the_report(two):
     assert "on the seeds 0 to 2, reported on the others, 3 to 5" in text
     # omd: seeds 3 and 4 of the second setting, 1 and 2; the failed fifth is left out.
     assert "| omd | lr=0.01 | 1.5 (1 to 2) | 498.5 | 2 | 1 of 12 |" in text
-    assert "| **mle <&\\|>** | **lr=0.01** | **102 (101 to 103)** | **398** | **3** | **0 of 12** |" in text
-    assert "| omd | mle <&\\|> | 0.00 (0.00 to 0.00) |" in text
+    assert "| **mle &lt;&amp;\\|&gt;** | **lr=0.01** | **102 (101 to 103)** | **398** | **3** | **0 of 12** |" in text
+    assert "| omd | mle &lt;&amp;\\|&gt; | 0.00 (0.00 to 0.00) |" in text
     assert "1 of 24 members diverged" in text
     assert "omd: lr=0.01, seed=5" in text
     for fact in (
@@ -217,6 +236,40 @@ def test_the_page_is_complete_in_one_file(two):
     assert "mle <&|>" in reader.text
     assert "python sweep.py <b>&" in reader.text
     assert "my study" in reader.text
+
+
+HOSTILE = r"omd $\nothing$ [/x] `<script>alert(1)</script>"
+
+
+def test_labels_and_titles_are_shown_as_written(tmp_path, monkeypatch):
+    """A dollar is no mathematics, a tag no HTML, a bracket no link: also where the label is a tick of an axis."""
+    figures = drawn(monkeypatch)
+    shown = [
+        {"kind": "sensitivity", "axis": "lr", "title": HOSTILE},
+        {"kind": "curves", "variable": "error", "title": HOSTILE},
+    ]
+    name = Axis(("smoothing",), ((HOSTILE,), ("none",)))
+    agents = {HOSTILE: make(CROSSED, (name,)), "mle": make(CROSSED)}
+    text, page = write(tmp_path, agents, report={"figures": shown})
+    assert "<script>" not in text.replace("```", "").split("## Failed")[0]
+    assert "\\[/x\\] \\`&lt;script&gt;" in text
+    assert "<script>" not in page
+    assert len(figures) >= 5
+    for figure in figures:
+        texts = [found for found in figure.findobj(Text) if "$" in found.get_text() and "omd" in found.get_text()]
+        assert not any(found.get_parse_math() for found in texts)
+
+
+def test_powers_of_ten_are_still_drawn_as_such(monkeypatch, tmp_path):
+    figures = drawn(monkeypatch)
+    wide = np.array([[1.0, 10.0, 1e5]] * 3)
+    comparison.curves(
+        STEPS[:3], [("omd", wide[..., None]), ("mle", wide[..., None])], "steps", "regret", tmp_path / "a.png"
+    )
+    (panel,) = figures[0].axes
+    ticks = [label for label in panel.get_yticklabels() if "$" in label.get_text()]
+    assert ticks
+    assert all(label.get_parse_math() for label in ticks)
 
 
 def test_figures_of_an_earlier_report_are_removed(two):
@@ -291,7 +344,9 @@ def test_curves_over_decades_are_logarithmic(monkeypatch, tmp_path):
     figures = drawn(monkeypatch)
     narrow, wide = np.array([[1.0, 2.0, np.nan]] * 3), np.array([[1.0, 10.0, 1e5]] * 3)
     for series in (narrow, wide, -wide):
-        comparison.curves(STEPS[:3], [("omd", series), ("mle", series)], "steps", "regret", tmp_path / "a.png")
+        comparison.curves(
+            STEPS[:3], [("omd", series[..., None]), ("mle", series[..., None])], "steps", "regret", tmp_path / "a.png"
+        )
     assert [figure.axes[0].get_yscale() for figure in figures] == ["linear", "log", "linear"]
     assert len(figures[0].axes[0].lines) == 2
 
@@ -306,3 +361,51 @@ def test_profiles_fall_from_one_to_zero(monkeypatch, tmp_path):
             assert line.get_ydata()[[0, -1]].tolist() == ends
     thresholds, fraction = figures[0].axes[0].lines[0].get_data()
     assert fraction[np.argmin(abs(thresholds - 2.5))] == pytest.approx(1 / 3)
+
+
+# ---------------------------------------------------------------- again, without jax
+
+WITHOUT_JAX = """
+import runpy, sys
+sys.modules["jax"] = sys.modules["jaxlib"] = None
+sys.argv = ["results", "report", sys.argv[1]]
+runpy.run_module("purejax_bilevel.results", run_name="__main__", alter_sys=True)
+"""
+
+
+def again_without_jax(folder: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", WITHOUT_JAX, str(folder)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_the_report_of_a_sweep_is_made_again_without_jax(tmp_path):
+    bound = Axis(("norm_bound",), ((1.0,), (2.0,)))
+    series = {"optimality_gap": np.zeros((12, 4))}
+    tabular = make(CROSSED, (bound,))
+    tabular["optimality_gap"] = (tabular["evaluation_return"].dims, series["optimality_gap"].reshape(2, 6, 4))
+    shown = [{"kind": "tabular", "figure": "norm_bound"}, {"kind": "sensitivity", "axis": "norm_bound"}]
+    text, page = write(tmp_path, {"omd": tabular, "mle": tabular}, report={"figures": shown, "over": "5e-1"})
+    (tmp_path / report.MARKDOWN).unlink()
+    found = again_without_jax(tmp_path)
+    assert found.returncode == 0, found.stderr
+    assert (tmp_path / report.MARKDOWN).read_text() == text
+    assert len((tmp_path / report.HTML).read_text()) > 0.5 * len(page)
+
+
+def test_table_and_curves_of_a_run_are_made_again_without_jax(tmp_path):
+    datasets.save(make(CROSSED, title="omd-toy"), tmp_path)
+    found = again_without_jax(tmp_path)
+    assert found.returncode == 0, found.stderr
+    assert "return at the end" in found.stdout
+    assert imread(tmp_path / "learning_curves.png").std() > 0.02
+
+
+@pytest.mark.parametrize(
+    ("config", "sentence"),
+    [(None, "neither a run nor a sweep"), ("run: {}", "is not of a sweep"), ("sweep: {}", "no results yet")],
+)
+def test_a_folder_without_results_is_refused(tmp_path, capsys, config, sentence):
+    if config is not None:
+        (tmp_path / "config.yaml").write_text(config)
+    assert main(["report", str(tmp_path)]) == 2
+    assert sentence in capsys.readouterr().err

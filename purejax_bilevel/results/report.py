@@ -8,9 +8,11 @@ when it is chosen, left out of its numbers, and listed.
 import base64
 import dataclasses
 import html
+import importlib
 import itertools
 import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,19 +22,76 @@ import xarray
 
 from purejax_bilevel.errors import UserError
 from purejax_bilevel.members import format_value
-from purejax_bilevel.programs.tabular import figures as tabular_figures
 from purejax_bilevel.results import comparison, plots, statistics
 from purejax_bilevel.results import dataset as datasets
+from purejax_bilevel.results.checks import choice, known_entries, load_yaml, mapping_of, number_of, text_of
 from purejax_bilevel.results.comparison import Line, Score, score_of
-from purejax_bilevel.results.dataset import SEED, STEP, setting_dimensions, setting_labels
-from purejax_bilevel.runtime.loop import file_name
-from purejax_bilevel.studies.search import HISTORY, member_scores, ranking, setting_scores
-from purejax_bilevel.studies.study import Reporting, Study
+from purejax_bilevel.results.dataset import SEED, STEP, setting_dimensions
+from purejax_bilevel.results.statistics import ranking, setting_scores
 
 HTML, MARKDOWN, FIGURES = "report.html", "report.md", "figures"
 SELECTION = "selection_score"
+HISTORY = "search.json"  # all rounds of a search
+TABULAR_FIGURES = "purejax_bilevel.programs.tabular.figures"  # by name: programs know results, not the other way
 SOLVED = {"CartPole-v1": 500.0}  # by environment
 MOST_SETTINGS, MOST_FAILED = 40, 100  # rows shown
+
+
+# ---------------------------------------------------------------- what a sweep file says
+
+
+@dataclasses.dataclass(frozen=True)
+class Reporting:
+    """What is measured and shown.
+
+    Args:
+        variable: what is reported; by default the program's final or headline variable.
+        over: share of the run, counted from its end, that a series is averaged over; 0: the last evaluation.
+        select_by: what chooses the best setting; by default `variable`.
+        select_over: as `over`, for `select_by`.
+        solved: score regarded as solved, for the optimality gap.
+        figures: the study's own, first in the report: {kind: sensitivity, axis: lr}, {kind: curves, variable: x} or
+            {kind: tabular, figure: x}, x being one of `tabular_plots`.
+    """
+
+    variable: str = ""
+    over: float = 0.0
+    select_by: str = ""
+    select_over: float | None = None
+    solved: float | None = None
+    figures: tuple = ()
+
+
+def reporting(given: Any) -> Reporting:
+    """The section `report` of a sweep file.
+
+    Raises:
+        UserError: an unknown entry or a value that is not allowed.
+    """
+    stated = known_entries(given, [field.name for field in dataclasses.fields(Reporting)], "report")
+    values = {name: value for name, value in stated.items() if value not in (None, "")}
+    for name in ("variable", "select_by"):
+        text_of(values.get(name, "the default"), f"report: {name}")
+    for name in ("over", "select_over", "solved"):
+        if name in values:
+            values[name] = number_of(values[name], f"report: {name}")
+    for name in ("over", "select_over"):
+        if not 0 <= values.get(name, 0) <= 1:
+            raise UserError(f"report: {name} must be a share of the run from 0 to 1, got {values[name]!r}.")
+    figures = values.get("figures", [])
+    if not isinstance(figures, list | tuple):
+        raise UserError(f"report: figures must be a list, got {figures!r}.")
+    return Reporting(**{**values, "figures": tuple(_figure(figure) for figure in figures)})
+
+
+def _figure(given: Any) -> dict[str, str]:
+    needed_by = {"sensitivity": "axis", "curves": "variable", "tabular": "figure"}
+    kind = choice(mapping_of(given, "a figure").get("kind"), tuple(needed_by), "the kind of a figure")
+    needed = needed_by[kind]
+    figure = known_entries(given, ("kind", needed, "title"), f"a figure of kind {kind}")
+    if needed not in figure:
+        raise UserError(f"a figure of kind {kind} needs {needed}.")
+    return {name: text_of(value, f"{name} of a figure of kind {kind}") for name, value in figure.items()}
 
 
 # ---------------------------------------------------------------- what the numbers are
@@ -45,8 +104,8 @@ class AgentResult:
     Args:
         label: the agent.
         dataset: its results.
-        settings: hyper-parameters of each setting.
-        scores: `[settings, seeds]` of the reported variable; NaN for failed members.
+        settings: hyper-parameters of each setting, without the task.
+        scores: `[settings, seeds, tasks]` of the reported variable; NaN for failed members.
         quality: `[settings]`, by which settings are chosen, higher is better; NaN where a choosing seed failed.
         order: settings from best to worst.
         chosen_on: positions of the seeds that chose; none if they are not in these results.
@@ -67,7 +126,7 @@ class AgentResult:
         return int(self.order[0])
 
     def runs(self, setting: int) -> np.ndarray:
-        """Scores of a setting on the seeds that are reported."""
+        """Scores of a setting on the seeds that are reported, `[seeds, tasks]`."""
         return self.scores[setting, self.reported]
 
     @property
@@ -89,7 +148,7 @@ def analyse(label: str, dataset: xarray.Dataset, select: Sequence[int], report: 
     scores = scores_of(dataset, variable, report.over)
     seeds = dataset[SEED].values
     every = np.arange(len(seeds))
-    settings = setting_labels(dataset)
+    settings = statistics.settings_without_tasks(dataset)
     if SELECTION in dataset:
         lower = statistics.lower_is_better(dataset, SELECTION)
         given = dataset[SELECTION].transpose(*setting_dimensions(dataset), SEED).values.reshape(len(settings), -1)[:, 0]
@@ -112,27 +171,15 @@ def analyse(label: str, dataset: xarray.Dataset, select: Sequence[int], report: 
 
 def _order(choosing: np.ndarray, quality: np.ndarray, lower: bool) -> np.ndarray:
     """From best to worst; a setting with fewer failed seeds comes before one with more."""
-    failed = np.isnan(choosing).sum(axis=1)
-    partial = statistics.iqm(choosing[..., None]) * (-1 if lower else 1)
+    failed = np.isnan(choosing).sum(axis=(1, 2))
+    partial = statistics.iqm(choosing) * (-1 if lower else 1)
     value = np.where(np.isnan(quality), partial, quality)
     return np.lexsort((np.where(np.isnan(value), np.inf, -value), failed))
 
 
 def scores_of(dataset: xarray.Dataset, variable: str, over: float) -> np.ndarray:
-    """One number per member, `[settings, seeds]`: see `search.member_scores`.
-
-    Raises:
-        UserError: there is no such variable.
-    """
-    array = statistics.require_variable(dataset, variable)
-    members = (*setting_dimensions(dataset), SEED)
-    rest = [name for name in array.dims if name not in members]
-    rest.sort(key=lambda name: name != STEP)
-    values = array.transpose(*members, *rest).values
-    values = values.reshape(-1, *values.shape[len(members) :])
-    values = values if STEP in array.dims else values[:, None]
-    failed = statistics.failed_members(dataset).reshape(-1)
-    return member_scores({variable: values}, failed, variable, over).reshape(-1, dataset.sizes[SEED])
+    """One number per member, `[settings, seeds, tasks]`: see `statistics.member_scores`."""
+    return statistics.by_task(dataset, statistics.member_scores(dataset, variable, over))
 
 
 def reported_variable(dataset: xarray.Dataset, report: Reporting) -> str:
@@ -144,25 +191,20 @@ def reported_variable(dataset: xarray.Dataset, report: Reporting) -> str:
 
 
 def along(agent: AgentResult, axis: str) -> Line:
-    """The agent's score at each value of an axis, with the best of its other hyper-parameters at each.
-
-    Where there is a choice among the others, the reported seeds are not those that chose; else all seeds are reported.
-    """
+    """The agent's score at each value of an axis, with the best of its other hyper-parameters at each, on the seeds
+    that are reported."""
     values = [setting.get(axis) for setting in agent.settings]
     different = list(dict.fromkeys(value for value in values if value is not None))
-    everywhere = np.arange(agent.scores.shape[1])
     if not different:
         return Line(agent.label, (), (score_of(agent.best_runs),))
-    alternatives = max(values.count(value) for value in different)
-    together = _varies_together(agent.dataset, axis)
-    if together:  # points of a random search: every setting is shown
+    if _varies_together(agent.dataset, axis):  # points of a random search: every setting is shown
         return Line(
-            agent.label, tuple(values), tuple(score_of(agent.scores[i]) for i in range(len(values))), joined=False
+            agent.label, tuple(values), tuple(score_of(agent.runs(i)) for i in range(len(values))), joined=False
         )
     scores = []
     for value in different:
         best = next(int(number) for number in agent.order if values[number] == value)
-        scores.append(score_of(agent.scores[best, agent.reported if alternatives > 1 else everywhere]))
+        scores.append(score_of(agent.runs(best)))
     return Line(agent.label, tuple(different), tuple(scores))
 
 
@@ -205,39 +247,65 @@ class Picture:
 Block = Heading | Paragraph | Code | Table | Picture
 
 
-def write(folder: Path, study: Study, agents: Sequence[str]) -> list[AgentResult]:
+def write(folder: Path, name: str, report: Reporting, files: Sequence[Path]) -> list[AgentResult]:
     """Writes the report of a finished sweep and returns what it reports.
 
     Args:
-        folder: of the sweep, with `<agent>/results.nc`.
-        study: what was swept.
-        agents: labels, in the order to be shown.
+        folder: of the sweep.
+        name: of the sweep.
+        report: what is measured and shown.
+        files: results of each agent, in the order to be shown.
     """
-    select = datasets.load(folder / file_name(agents[0])).attrs["selection_seeds"]
-    found = [analyse(label, datasets.load(folder / file_name(label)), select, study.report) for label in agents]
+    loaded = [datasets.load(file) for file in files]
+    select = loaded[0].attrs["selection_seeds"]
+    found = [analyse(str(dataset.attrs["agent"]), dataset, select, report) for dataset in loaded]
     (folder / FIGURES).mkdir(exist_ok=True)
-    blocks = _Report(folder, study, found).blocks()
+    blocks = _Report(folder, name, report, found, files).blocks()
     datasets.write_text(folder / MARKDOWN, as_markdown(blocks, folder))
-    datasets.write_text(folder / HTML, as_html(blocks, study.name))
+    datasets.write_text(folder / HTML, as_html(blocks, name))
     return found
 
 
+def write_again(folder: Path) -> list[AgentResult]:
+    """Writes the report of a sweep's folder from the files in it.
+
+    Raises:
+        UserError: it holds no finished sweep.
+    """
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"{folder} holds neither a run nor a sweep (no {datasets.FILE_NAME}, no config.yaml).")
+    description = mapping_of(load_yaml(path.read_text(), f"{path}"), f"{path}").get("sweep")
+    if description is None:
+        raise UserError(f"{path} is not of a sweep, and {folder} holds no {datasets.FILE_NAME}.")
+    description = mapping_of(description, f"{path}: sweep")
+    files = sorted(folder.glob(f"*/{datasets.FILE_NAME}"))
+    if not files:
+        raise UserError(f"{folder}: the sweep has no results yet; go on with it by sweep.py --resume {folder}.")
+    labels = list(description.get("agents") or [])
+    order = {str(datasets.load(file).attrs["agent"]): file for file in files}
+    shown = sorted(order, key=lambda label: labels.index(label) if label in labels else len(labels))
+    name = str(description.get("name", "sweep"))
+    return write(folder, name, reporting(description.get("report")), [order[label] for label in shown])
+
+
 class _Report:
-    def __init__(self, folder: Path, study: Study, agents: list[AgentResult]):
-        self.folder, self.study, self.agents = folder, study, agents
+    def __init__(self, folder: Path, name: str, report: Reporting, agents: list[AgentResult], files: Sequence[Path]):
+        self.folder, self.name, self.report, self.agents, self.files = folder, name, report, agents, files
         first = agents[0].dataset
         self.about = first.attrs
-        self.variable = reported_variable(first, study.report)
+        self.variable = reported_variable(first, report)
         self.lower = statistics.lower_is_better(first, self.variable)
         self.score_name = self.variable.replace("_", " ")
-        self.solved = study.report.solved
+        self.solved = report.solved
         if self.solved is None and not self.lower:
-            self.solved = SOLVED.get(str(self.about.get("environment")))
+            levels = {SOLVED.get(name) for name in self._environments()}
+            self.solved = levels.pop() if len(levels) == 1 else None
         self.succeeded = [agent for agent in agents if np.isfinite(agent.best_runs).any()]
 
     def blocks(self) -> list[Block]:
         return [
-            Heading(self.study.name.replace("_", " "), 1),
+            Heading(self.name.replace("_", " "), 1),
             Paragraph(self._what()),
             *self._own_figures(),
             *self._best(),
@@ -254,7 +322,7 @@ class _Report:
 
     def _what(self) -> str:
         members = sum(agent.scores.size for agent in self.agents)
-        environment = self.about.get("environment")
+        environment = ", ".join(self._environments())
         steps = int(self.agents[0].dataset[STEP].values[-1])
         seeds = len(self.agents[0].dataset[SEED])
         settings = sum(len(agent.settings) for agent in self.agents)
@@ -266,15 +334,20 @@ class _Report:
         )
         long_name = self.agents[0].dataset[self.variable].attrs.get("long_name", "")
         meaning = f" ({long_name})" if long_name not in ("", self.score_name) else ""
-        measured = f"{self.score_name}{meaning}{self._span(self.study.report.over)}"
+        measured = f"{self.score_name}{meaning}{self._span(self.report.over)}"
         return f"{text} Measured: {measured}, {'lower' if self.lower else 'higher'} is better."
+
+    def _environments(self) -> list[str]:
+        tasks = [words(task) for task in statistics.tasks_of(self.agents[0].dataset)]
+        alone = str(self.about.get("environment") or "")
+        return [task.partition("=")[2] for task in tasks] if any(tasks) else [alone] if alone else []
 
     def _span(self, over: float) -> str:
         return "" if over == 0 else f" (mean over the last {100 * over:.0f} % of the run)"
 
     def _own_figures(self) -> list[Block]:
         blocks: list[Block] = []
-        for number, figure in enumerate(self.study.report.figures):
+        for number, figure in enumerate(self.report.figures):
             title = str(figure.get("title", ""))
             if figure["kind"] == "sensitivity":
                 blocks += self._sensitivity(figure["axis"], f"study-{number}.png", title)
@@ -302,7 +375,7 @@ class _Report:
             Table(columns, rows, bold),
         ]
         headline = str(self.about["headline"])
-        if headline in [figure.get("variable") for figure in self.study.report.figures]:
+        if headline in [figure.get("variable") for figure in self.report.figures]:
             return blocks
         return blocks + self._curves(headline, "curves.png", "Best setting of each agent")
 
@@ -366,12 +439,12 @@ class _Report:
         tried = [member for entry in history for part in entry["parts"] for member in part["members"]]
         settings = tried or [setting for agent in self.agents for setting in agent.settings]
         names = dict.fromkeys(name for setting in settings for name in setting if name != SEED)
-        own = [figure.get("axis") for figure in self.study.report.figures]
+        own = [figure.get("axis") for figure in self.report.figures]
         blocks: list[Block] = []
         for name in names:
             values = {repr(setting[name]) for setting in settings if name in setting}
             if name not in own and len(values) > 1:
-                blocks += self._sensitivity(name, f"sensitivity-{file_name(name)}.png", "")
+                blocks += self._sensitivity(name, f"sensitivity-{name}.png", "")
         return [Heading("Sensitivity"), *blocks] if blocks else []
 
     def _search(self) -> list[Block]:
@@ -428,8 +501,9 @@ class _Report:
         names = []
         for agent in self.agents:
             seeds = agent.dataset[SEED].values
-            for setting, seed in zip(*np.nonzero(np.isnan(agent.scores)), strict=True):
-                member = {**agent.settings[setting], "seed": seeds[seed].item()}
+            tasks = statistics.tasks_of(agent.dataset)
+            for setting, seed, task in np.argwhere(np.isnan(agent.scores)):
+                member = {**tasks[task], **agent.settings[setting], "seed": seeds[seed].item()}
                 names.append(f"{agent.label}: {words(member)}")
         total = sum(agent.scores.size for agent in self.agents)
         for entry in self._history():
@@ -468,7 +542,7 @@ class _Report:
             Table(("", ""), [(str(name), str(value)) for name, value in facts]),
             Paragraph(
                 "The sweep file is config.yaml; arrays of all members are in "
-                + ", ".join(f"{file_name(agent.label)}/{datasets.FILE_NAME}" for agent in self.agents)
+                + ", ".join(str(file.relative_to(self.folder)) for file in self.files)
                 + "."
             ),
         ]
@@ -519,13 +593,14 @@ class _Report:
         ]
 
     def _tabular(self, figure: str, name: str, title: str) -> list[Block]:
+        tabular_figures = importlib.import_module(TABULAR_FIGURES)
         axis = tabular_figures.AXES[figure]
         fitting = [agent for agent in self.succeeded if setting_dimensions(agent.dataset) == (axis,)]
-        datasets = {agent.label: agent.dataset for agent in fitting}
+        datasets = {agent.label: agent.dataset.isel({SEED: agent.reported}) for agent in fitting}
         if not datasets:  # an override or a search swept something else
             return []
         path = tabular_figures.FIGURES[figure](datasets, self._path(name))
-        return [Picture(path, f"{title or figure.replace('_', ' ')}: means over all seeds.")]
+        return [Picture(path, f"{title or figure.replace('_', ' ')}: means over the reported seeds.")]
 
     def _curves(self, variable: str, name: str, title: str) -> list[Block]:
         usable = [
@@ -541,14 +616,14 @@ class _Report:
 
 
 def _curve(agent: AgentResult, variable: str) -> np.ndarray:
-    """A series of the best setting on the seeds that are reported, `[seeds, steps]`; NaN for failed members."""
-    dims = setting_dimensions(agent.dataset)
-    point = np.unravel_index(agent.best, [agent.dataset.sizes[name] for name in dims]) if dims else ()
-    array = agent.dataset[variable].isel(dict(zip(dims, point, strict=True)))
-    rest = [name for name in array.dims if name not in (SEED, STEP)]
-    values = array.mean(rest).transpose(SEED, STEP).values[agent.reported]
-    failed = statistics.failed_members(agent.dataset)[agent.best, agent.reported]
-    return np.where(failed[:, None], np.nan, values)
+    """A series of the best setting on the seeds that are reported, `[seeds, steps, tasks]`; NaN for failed members."""
+    dims = (*setting_dimensions(agent.dataset), SEED, STEP)
+    array = agent.dataset[variable]
+    array = array.mean([name for name in array.dims if name not in dims]).transpose(*dims)
+    failed = statistics.failed_members(agent.dataset).reshape(array.shape[:-1])
+    values = np.where(failed[..., None], np.nan, array.values)
+    rows = [statistics.by_task(agent.dataset, values[..., step])[agent.best] for step in range(values.shape[-1])]
+    return np.stack(rows, axis=1)[agent.reported]
 
 
 # ---------------------------------------------------------------- words
@@ -597,23 +672,30 @@ def as_markdown(blocks: Sequence[Block], folder: Path) -> str:
     for block in blocks:
         match block:
             case Heading(text, level):
-                parts.append(f"{'#' * level} {text}")
+                parts.append(f"{'#' * level} {_literal(text)}")
             case Paragraph(text):
-                parts.append(text)
+                parts.append(_literal(text))
             case Code(text):
-                parts.append(f"```\n{text}\n```")
+                fence = "`" * max(3, 1 + max((len(ticks) for ticks in re.findall("`+", text)), default=0))
+                parts.append(f"{fence}\n{text}\n{fence}")
             case Table(columns, rows, bold):
-                lines = [columns, tuple("---" for _ in columns)]
-                lines += [
-                    tuple(f"**{cell}**" if number == bold and cell else cell for cell in row)
-                    for number, row in enumerate(rows)
-                ]
-                parts.append(
-                    "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-                )
+                parts.append(_markdown_table(columns, rows, bold))
             case Picture(path, caption):
-                parts.append(f"![{caption}]({path.relative_to(folder).as_posix()})")
+                parts.append(f"![{_literal(caption)}]({path.relative_to(folder).as_posix()})")
     return "\n\n".join(parts) + "\n"
+
+
+def _markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]], bold: int | None) -> str:
+    lines = [[_literal(cell).replace("|", "\\|") for cell in line] for line in (columns, *rows)]
+    if bold is not None:
+        lines[bold + 1] = [f"**{cell}**" if cell else cell for cell in lines[bold + 1]]
+    lines.insert(1, ["---" for _ in columns])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _literal(text: str) -> str:
+    """Text on one line that Markdown takes neither for HTML nor for a link."""
+    return re.sub(r"([\[\]`])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
 
 
 STYLE = """
