@@ -37,7 +37,7 @@ from purejax_bilevel.runtime.progress import Progress
 CHUNK_SECONDS = 3.0  # between two looks of the host, unless --chunks says how many
 CHECKPOINT_SECONDS = 60.0
 BLOCK_STEPS = 32  # most steps in a block of an accelerator
-MEMBERS_AT_ONCE = "members at once"  # what a checkpoint calls the batches of members on a device
+PLACEMENT = "placement"  # what a checkpoint calls the batches of members and their devices
 
 
 class Interrupted(Exception):
@@ -157,7 +157,7 @@ class Run:
         self.num_members = sum(len(part.grid) for part in parts)
         mesh = devices.make_mesh(max(len(part.grid) for part in parts), options.devices)
         member_batch = self._member_batch(mesh)
-        self._fingerprint = fingerprint(parts) | {MEMBERS_AT_ONCE: _members_at_once(parts, mesh, member_batch)}
+        self._fingerprint = fingerprint(parts) | {PLACEMENT: _placement(parts, mesh, member_batch)}
         if program is None:
             block_steps = None if mesh.devices.flat[0].platform == "cpu" else BLOCK_STEPS
             program = CompiledProgram(parts, mesh, member_batch, block_steps)
@@ -178,8 +178,7 @@ class Run:
         given = self.options.member_batch
         path = self._resumed_from()
         if given is None and path is not None:
-            stored = checkpoints.load_fingerprint(path).get(MEMBERS_AT_ONCE)
-            given = 0 if isinstance(stored, str) else stored
+            given = checkpoints.load_fingerprint(path).get(PLACEMENT, {}).get("member_batch")
         return _default_member_batch(self.parts, mesh) if given is None else given or None
 
     def _resumed_from(self) -> Path | None:
@@ -339,7 +338,7 @@ class Run:
             self.steps, state = self.stretch.start, self.stretch.state
             self._state = self.program.initial() if state is None else self.program.scatter(state)
             return
-        _check_batches(path, self._fingerprint)
+        _check_placement(path, self._fingerprint[PLACEMENT])
         saved = checkpoints.load(path, self.program.structure, self._fingerprint)
         if saved.steps > self.total:
             raise UserError(f"{path} has done {saved.steps} steps, more than the {self.total} asked for.")
@@ -428,22 +427,27 @@ def _float_type(parts: Sequence[Part]) -> Any:
         return jnp.result_type(float)
 
 
-def _members_at_once(parts: Sequence[Part], mesh: Any, member_batch: int | None) -> int | str:
-    """What a member's numbers depend on beside its own settings: the size of the batch that it is computed in."""
-    if member_batch is not None:
-        return member_batch
+def _placement(parts: Sequence[Part], mesh: Any, member_batch: int | None) -> dict[str, Any]:
+    """What a member's bits depend on beside its own settings.
+
+    That is the size of the batch that it is computed in, and whether there is one device: for several the compiler
+    takes other ways, the same for any number of them. All members of a device at once are a batch of their number.
+    """
     devices = mesh.devices.size
-    return "all of a device: " + ", ".join(str(-(-len(part.grid) // devices)) for part in parts)
+    batches = None if member_batch else [-(-len(part.grid) // devices) for part in parts]
+    return {"member_batch": member_batch or 0, "devices": "one" if devices == 1 else "several", "all": batches}
 
 
-def _check_batches(path: Path, ours: dict[str, Any]) -> None:
-    """Refuses to go on with other batches than a run began with: its numbers would not be those of one run."""
-    stored, own = checkpoints.load_fingerprint(path).get(MEMBERS_AT_ONCE), ours[MEMBERS_AT_ONCE]
-    if stored is not None and stored != own:
-        raise UserError(
-            f"the run in {path.parent} computes {stored} members at once, got {own}; go on with the same "
-            "--member_batch (or without it) and, where all of a device are computed at once, the same --devices."
-        )
+def _check_placement(path: Path, ours: dict[str, Any]) -> None:
+    """Refuses to go on where the numbers would not be those of one run."""
+    stored = checkpoints.load_fingerprint(path).get(PLACEMENT, ours)
+    for name, option in (("member_batch", "--member_batch"), ("devices", "--devices"), ("all", "--devices")):
+        if stored[name] != ours[name]:
+            words = "members at once on each device" if name == "all" else name.replace("_", " ")
+            raise UserError(
+                f"the run in {path.parent} was begun with {words} {stored[name]}, got {ours[name]}: other bits would "
+                f"come out; go on with the same {option}."
+            )
 
 
 def _default_member_batch(parts: Sequence[Part], mesh: Any) -> int | None:

@@ -115,23 +115,25 @@ def test_blocks_of_a_fixed_length_give_the_same_numbers(frequency: int, total: i
 def test_a_member_has_the_same_bits_on_any_number_of_devices(member_batch: int):
     """One member of a device is computed by the same loop as many."""
     config = Walk(drift=(0.1, 0.5))
-    one, two, eight = (run(config, devices=count, member_batch=member_batch).rows[0] for count in (1, 2, 8))
-    jax.tree.map(np.testing.assert_array_equal, one, two)
-    jax.tree.map(np.testing.assert_array_equal, one, eight)
+    two, three, eight = (run(config, devices=count, member_batch=member_batch).rows[0] for count in (2, 3, 8))
+    jax.tree.map(np.testing.assert_array_equal, two, three)
+    jax.tree.map(np.testing.assert_array_equal, two, eight)
 
 
 def test_a_run_goes_on_in_batches_of_the_same_size(tmp_path: Path):
-    run(Walk(num_train_steps=10), folder=tmp_path, member_batch=2)
-    with pytest.raises(UserError, match="computes 2 members at once, got 1; go on with the same --member_batch"):
+    run(Walk(num_train_steps=10), folder=tmp_path, member_batch=2, devices=2)
+    with pytest.raises(UserError, match=r"begun with member batch 2, got 1: .* go on with the same --member_batch"):
         run(Walk(), folder=tmp_path, member_batch=1, resume=True)
-    resumed = run(Walk(), folder=tmp_path, resume=True, devices=1)
+    with pytest.raises(UserError, match=r"begun with devices several, got one: .* go on with the same --devices"):
+        run(Walk(), folder=tmp_path, devices=1, resume=True)
+    resumed = run(Walk(), folder=tmp_path, resume=True, devices=3)
     jax.tree.map(np.testing.assert_array_equal, resumed.rows, run(Walk(), member_batch=2).rows)
 
 
 def test_a_run_with_all_members_at_once_goes_on_with_as_many_on_each_device(tmp_path: Path):
     run(Walk(num_train_steps=10), folder=tmp_path, member_batch=0, devices=3)
-    with pytest.raises(UserError, match="computes all of a device: 1 members at once, got all of a device: 3"):
-        run(Walk(), folder=tmp_path, devices=1, resume=True)
+    with pytest.raises(UserError, match=r"members at once on each device \[1\], got \[2\]"):
+        run(Walk(), folder=tmp_path, devices=2, resume=True)
     run(Walk(), folder=tmp_path, devices=3, resume=True)
 
 
