@@ -74,6 +74,15 @@ class Grid:
         }
         return {**named, "seed": self.seeds[seed]}
 
+    def columns(self) -> dict[str, tuple[tuple, np.ndarray]]:
+        """Per swept name some values, and for each member which of them is its own, `[members]`."""
+        *points, _ = np.unravel_index(np.arange(len(self)), self.shape)
+        return {
+            name: (tuple(value[place] for value in axis.values), point)
+            for axis, point in zip(self.axes, points, strict=True)
+            for place, name in enumerate(axis.names)
+        }
+
     def describe(self, member_index: int) -> str:
         """Member in words, for example `lr=0.001, model_hidden_dim=3, seed=2`."""
         return ", ".join(f"{name}={format_value(value)}" for name, value in self.settings(member_index).items())
@@ -120,7 +129,7 @@ def batch_config(config: C, grid: Grid) -> C:
     Raises:
         UserError: a size was fixed below the largest value asked for.
     """
-    columns = _columns(grid)
+    columns = grid.columns()
     changes: dict[str, Any] = {}
     float_type = np.float64 if getattr(config, "float64", False) else np.float32
     for field in fields(config, is_traced=True):
@@ -135,16 +144,6 @@ def batch_config(config: C, grid: Grid) -> C:
                 raise UserError(f"{maximum}={given} is smaller than the largest {field.name}, {largest}.")
             changes[maximum] = given or largest
     return replace(config, **changes)
-
-
-def _columns(grid: Grid) -> dict[str, tuple[tuple, np.ndarray]]:
-    """Per swept name its values along the axis, and for each member which of them is its own."""
-    *points, _ = np.unravel_index(np.arange(len(grid)), grid.shape)
-    return {
-        name: (tuple(value[place] for value in axis.values), point)
-        for axis, point in zip(grid.axes, points, strict=True)
-        for place, name in enumerate(axis.names)
-    }
 
 
 def check_count(*lengths: int) -> int:

@@ -77,3 +77,50 @@ def test_gpu_without_a_gpu_is_one_sentence(monkeypatch: pytest.MonkeyPatch, caps
     monkeypatch.setattr(gpu, "measured", lambda *_: {"platform": "cpu"})
     assert gpu.main(gpu.Arguments()) == 2
     assert capsys.readouterr().err == "error: jax sees no GPU here; --small tries the command out on a CPU.\n"
+
+
+LISTING = """\
+001: kCopy          [source       | next=002 (1)] kCopy
+002: kWhile         [prev=001 (1) | next=003 (1)]
+condition:
+    003: kCustomKernel [source | sink] compare
+  body:
+    004: kConditional  [source | sink]
+      true_branch:
+        005: kWhile        [source | sink]
+condition:
+            006: kCustomKernel [source | sink] compare
+          body:
+            000: kCommandBuffer [source | sink]
+                007: kCustomKernel [source | sink] add
+                008: kCopy         [source | sink] kCopy
+            009: kCustomKernel [source | sink] multiply
+            010: kConditional  [source | sink]
+              false_branch:
+                011: kMemcpy       [source | sink] copy
+      false_branch:
+        012: kWhile        [source | sink]
+condition:
+            013: kCustomKernel [source | sink] compare
+          body:
+            014: kCustomKernel [source | sink] add
+    015: kCustomKernel [source | sink] add
+016: kWhile         [prev=001 (1) | next=003 (1)]
+condition:
+    017: kCustomKernel [source | sink] compare
+  body:
+    018: kCustomKernel [source | sink] one
+    019: kCustomKernel [source | sink] two
+    020: kCustomKernel [source | sink] three
+    021: kCustomKernel [source | sink] four
+    022: kCustomKernel [source | sink] five
+    023: kCustomKernel [source | sink] six
+    024: kCustomKernel [source | sink] seven
+"""
+
+
+def test_operations_of_a_step_are_counted_in_the_loop_over_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the loop over learning steps in the loop over blocks: no condition, no other loop, however long."""
+    structure = load("gpu_structure", monkeypatch)
+    step = structure.steps_of(structure.parse(LISTING))
+    assert structure.count(step) == {"operations": 4, "copies": 2, "in graphs": 2, "round trips": 1}

@@ -259,11 +259,20 @@ def write(folder: Path, name: str, report: Reporting, files: Sequence[Path]) -> 
     loaded = [datasets.load(file) for file in files]
     select = loaded[0].attrs["selection_seeds"]
     found = [analyse(str(dataset.attrs["agent"]), dataset, select, report) for dataset in loaded]
+    _remove_figures(folder)
     (folder / FIGURES).mkdir(exist_ok=True)
     blocks = _Report(folder, name, report, found, files).blocks()
     datasets.write_text(folder / MARKDOWN, as_markdown(blocks, folder))
     datasets.write_text(folder / HTML, as_html(blocks, name))
     return found
+
+
+def _remove_figures(folder: Path) -> None:
+    """Deletes the figures that an earlier report shows, and no other file."""
+    if (folder / MARKDOWN).exists():
+        shown = re.findall(rf"\({FIGURES}/([\w.=+-]+\.png)\)", (folder / MARKDOWN).read_text(encoding="utf-8"))
+        for name in shown:
+            (folder / FIGURES / name).unlink(missing_ok=True)
 
 
 def write_again(folder: Path) -> list[AgentResult]:

@@ -61,6 +61,10 @@ class Members(Grid):
         setting, seed = self.listed[member_index]
         return {**setting, "seed": seed}
 
+    def columns(self) -> dict[str, tuple[tuple, np.ndarray]]:
+        own = np.arange(len(self.listed))
+        return {name: (tuple(setting[name] for setting, _ in self.listed), own) for name in self.listed[0][0]}
+
 
 @dataclasses.dataclass
 class Finding:
@@ -218,9 +222,10 @@ class Rounds:
     def state(self, name: str, members: Sequence[Sequence[Member]]) -> list[Any]:
         """Host state at the end of a round that was kept."""
         program = self.compiled or self._uncompiled(members)
-        return checkpoints.load(
-            self.folder(name) / checkpoints.FILE_NAME, program.structure, loop.fingerprint(self.parts(members))
-        ).state
+        path = self.folder(name) / checkpoints.FILE_NAME
+        placement = checkpoints.load_fingerprint(path).get(loop.PLACEMENT)  # of a round that is over: any will do
+        expected = loop.fingerprint(self.parts(members)) | {loop.PLACEMENT: placement}
+        return checkpoints.load(path, program.structure, expected).state
 
     def _uncompiled(self, members: Sequence[Sequence[Member]]) -> CompiledProgram:
         """The program of a search that goes on and has not had to run a round yet."""

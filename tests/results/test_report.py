@@ -274,9 +274,14 @@ def test_powers_of_ten_are_still_drawn_as_such(monkeypatch, tmp_path):
 
 def test_figures_of_an_earlier_report_are_removed(two):
     folder, _, _ = two
-    (folder / report.FIGURES / "old.png").write_bytes(b"")
-    write(folder, {"omd": make(CROSSED)})
-    assert not (folder / report.FIGURES / "old.png").exists()
+    figures = folder / report.FIGURES
+    (figures / "own.png").write_bytes(b"")  # of somebody else
+    before = {path.name for path in figures.iterdir()}
+    text, _ = write(folder, {"omd": make(CROSSED)})
+    after = {path.name for path in figures.iterdir()}
+    assert before - after
+    assert "own.png" in after
+    assert all(name in text for name in after - {"own.png"})
 
 
 def test_an_agent_that_failed_altogether_is_named(tmp_path):

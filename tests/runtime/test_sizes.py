@@ -30,7 +30,7 @@ def _a_machine_of_16_gib(monkeypatch):
         ("--num_seeds 1000000000", "1,000,000,000 members (1,000,000,000) are more than the 1,000,000"),
         ("--num_train_steps 2147483648", "--num_train_steps must be a whole number of at least 1 and at most 21474836"),
         ("--agent_type smoothfbo --smoothing_window 1000000000", "1 member does not fit"),
-        ("--num_train_steps 2000000000 --eval_frequency 1", "the results would need about 119 GiB"),
+        ("--num_train_steps 2000000000 --eval_frequency 1", "the results would need about 134 GiB"),
         ("--env_name Pendulum-v1 --capacity 2000000000", "1 member does not fit"),
     ],
 )

@@ -170,7 +170,7 @@ def test_a_killed_search_goes_on(toy, tmp_path, monkeypatch, changes, calls):
 
             patch.setattr(compiled.CompiledProgram, "__call__", limited)
             with pytest.raises(Killed):
-                sweep.main([*words, "--quiet", "--chunks", "16", "--devices", str(1 + count % 3)])
+                sweep.main([*words, "--quiet", "--chunks", "16", "--devices", str(2 + count % 3)])
         arguments = ["--resume", str(folder)]
     assert sweep.main(["--resume", str(folder), "--quiet", "--devices", "8"]) == 0
     assert history(folder) == history(whole)
