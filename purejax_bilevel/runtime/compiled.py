@@ -12,7 +12,8 @@ steps, so that the compiler knows the loop's length and nothing goes back to the
 Nothing is exchanged between members. Each process places its own members on its own devices; what is measured goes to
 all processes between two calls. Each device goes through its members in batches: one after another (`member_batch` 1),
 in batches of a fixed size, or all at once (None, vmap). What is compiled for a batch does not depend on how many
-batches there are, so a member's numbers do not depend on how many devices share the members; with all at once they may.
+batches there are, so a member's bits are the same on any number of devices from two up; for a single device the
+compiler takes other ways, and all at once is a batch of another size (`loop.py` stores which it was).
 """
 
 import contextlib
