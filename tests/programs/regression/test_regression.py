@@ -285,6 +285,28 @@ def test_agents_learn_a_problem_that_stands_still(agent_type: str):
     assert error[-1] < 0.25 * error[0]
 
 
+def test_the_error_is_the_mean_over_all_times_since_the_last_evaluation():
+    """A sinusoid's single times show one phase of it; each error is that of all inputs, with the targets of its
+    time."""
+    config = replace(SMALL, noise_level=0.5)
+    means = train(config, num_seeds=1).rows[0]["evaluation_mse"][0]
+    single = train(replace(config, eval_frequency=1), num_seeds=1).rows[0]["evaluation_mse"][0]
+    np.testing.assert_allclose(means, single.reshape(3, 8).mean(1), rtol=1e-5)
+    assert single.max() > 1.5 * single.min()
+    config = batched(config)
+    program = config.program()
+    state = jax.jit(program.init)(jax.random.key(0), config)
+    after, metrics = jax.jit(program.update)(state, config, jnp.int32(4))
+    parameters = [np.asarray(leaf) for layer in after.learner.inner for leaf in layer]
+    errors = [
+        plain_forward(parameters, np.asarray(x))[0]
+        - np.asarray(f)
+        - 10 * np.sin(0.2 * 5) * np.asarray(state.problem.direction)[:, None]
+        for x, f in ((state.problem.x_inner, state.problem.f_inner), (state.problem.x_outer, state.problem.f_outer))
+    ]
+    np.testing.assert_allclose(metrics["evaluation_mse"][0], np.mean(np.square(errors)) + 0.25, rtol=1e-5)
+
+
 # --- regret -----------------------------------------------------------------------------------------------------------
 
 
