@@ -41,8 +41,8 @@ INIT, STEP, EVALUATE, VIDEO = range(4)  # of a member
 ACT, ENVIRONMENT, LEARN = range(3)  # of a step
 
 # The paper's rate, and for the bilevel agents what learned in this project's own runs on Pendulum-v1 (README,
-# "Continuous control"). omd with one critic step did so for few seeds: model and critic chase each other. (That is not
-# quite the paper's omd: Adam states are fresh here, see `warm_opt`.)
+# "Continuous control"). omd with one critic step did so for few seeds: model and critic chase each other. (That was
+# not the paper's omd: Adam states were fresh, rates others, and the steps in another order.)
 PAPER = {"lr": 3e-4, "inner_lr": 3e-4, "num_Q_steps": 1}
 TUNED: dict[str, dict[str, Any]] = {
     "omd": {"lr": 1e-3, "inner_lr": 5e-4, "num_Q_steps": 3},
@@ -64,7 +64,9 @@ class Config:
 
     The defaults are near those of OMD's MuJoCo study. Different are the lengths of runs and of the random start, what
     is tuned per agent, the model's width (256; there 64), a fresh Adam state of the critic in each inner problem (there
-    carried: `warm_opt`), and the order of steps (see `soft_actor_critic_agents`).
+    carried), the order of steps and what batches and noise they share (see `soft_actor_critic_agents`), and the
+    policy's last layer. The preset `omd_continuous_original` has that study's treatment: `warm_opt`,
+    `policy_with_critic`, `one_batch`, `separate_noise`, `separate_policy_heads` and its numbers.
     """
 
     # what runs
@@ -116,6 +118,11 @@ class Config:
         100, "hypergradients averaged (ema: effective number)", at_least(1), "hypergradient", "max_smoothing_window"
     )
     beta: float = traced(0.3, "share of the newest hypergradient beside the average", FRACTION, "hypergradient")
+    separate_noise: bool = static(
+        False,
+        "draw the policy's noise anew for each critic step and for the outer loss, as OMD's code (default: shared)",
+        group="hypergradient",
+    )
     # inner problem
     inner_lr: float | None = traced(
         None, "Adam rate of the critic (default: tuned per agent)", POSITIVE, "inner problem"
@@ -139,8 +146,26 @@ class Config:
     temperature_lr: float = traced(3e-4, "Adam rate of the temperature's logarithm", POSITIVE, "policy")
     init_temperature: float = traced(1.0, "weight of the entropy at the start", POSITIVE, "policy")
     target_entropy: float = traced(-0.5, "entropy aimed at, per dimension of the action", group="policy")
+    policy_with_critic: bool = static(
+        False,
+        "policy and temperature step after each critic step, on its observations, so before the outer loss, as in "
+        "OMD's code (default: once per update, at its end)",
+        group="policy",
+    )
+    separate_policy_heads: bool = static(
+        False,
+        "start the policy's means and log standard deviations as two layers of gain sqrt(2), as in OMD's code "
+        "(default: one of gain 1)",
+        group="policy",
+    )
     # data
     batch_size: int = static(256, "transitions per batch", at_least(1), "data")
+    one_batch: bool = static(
+        False,
+        "all losses of an update on one batch, as in OMD's code (default: the policy draws its own, mle and vep one "
+        "for each step)",
+        group="data",
+    )
     capacity: int = static(
         0, f"transitions stored, in multiples of num_envs (0: all, at most {LARGEST_CAPACITY})", at_least(0), "data"
     )
@@ -343,7 +368,7 @@ class ActorCritic:
         sample_key, noise_key = jax.random.split(key)
         latest = (t + 1) * config.num_envs - 1
         batch = replay.sample(storage, latest, sample_key, config.batch_size, self.task.obs_dim)
-        return batch._replace(noise=jax.random.normal(noise_key, batch.action.shape, batch.action.dtype))
+        return soft_actor_critic_agents.with_new_noise(batch, noise_key)
 
     def evaluate(self, state: State, config: Config, t: jax.Array, is_last: jax.Array) -> dict[str, jax.Array]:
         """Plays episodes with the policy's mean action.

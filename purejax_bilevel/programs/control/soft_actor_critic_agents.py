@@ -17,9 +17,12 @@ a' drawn from psi at s'. Its derivative in s' is that of the target critic alone
 given, as in OMD's code. (With the derivative through psi a model earns entropy by predicting observations at which the
 policy saturates, and nothing is learned on Pendulum.)
 
-What differs from OMD's code in one update: there, policy and temperature step before the outer loss is taken, and as
-often as the critic; the noise of inner and outer loss is drawn separately (here shared); one batch serves all (here the
-policy draws its own, so that mle draws three in all); Adam's state of the critic is carried (here with `warm_opt`).
+What differs from OMD's code in one update, and the option that follows it (the preset `omd_continuous_original` has
+them all): there, policy and temperature step after each critic step, so before the outer loss (`policy_with_critic`);
+each critic step and the outer loss have noise of their own, here one noise is shared (`separate_noise`); one batch
+serves all, here the policy draws its own and mle draws three (`one_batch`); Adam's state of the critic is carried
+(`warm_opt`). No option: there the critic's loss is twice and the hypergradient four times the one here, which Adam
+undoes up to its eps of 1e-8.
 
 Each agent is a function `agent(config, learner, draw, key, t) -> (Learner, losses)` doing one update; `draw(key)` gives
 a batch of real transitions with the policy's noise. Arrays are features first.
@@ -41,9 +44,13 @@ from purejax_bilevel.programs.control.agents import NUM_LAYERS, Agent, Draw, Los
 from purejax_bilevel.replay import Batch
 
 # Of the last layers. That of critic and model is as in OMD's code; the policy's is 1 here, over means and log standard
-# deviations together, and sqrt(2) there, where each of the two has a layer of its own.
+# deviations together, and sqrt(2) there, where each of the two has a layer of its own (`separate_policy_heads`).
 OUTPUT_GAIN = 2.0**0.5
 POLICY_OUTPUT_GAIN = 1.0
+
+# Named streams of random numbers.
+INNER, OUTER, BATCH = range(3)  # of an update
+HEADS = 0  # of the policy's initial layers
 
 
 class Learner(agents.Learner):
@@ -90,6 +97,32 @@ class Learner(agents.Learner):
         value = smallest - jnp.exp(self.log_temperature) * log_prob
         return batch.reward + config.discount * (1.0 - batch.terminated) * value
 
+    def inner_step(self, config: Any, batch: Batch, key: jax.Array | None) -> tuple[agents.Learner, Losses]:
+        """One step of the critic; with `policy_with_critic` one of policy and temperature after it."""
+        if key is None:
+            return agents.q_step(config, self, batch)
+        critic_key, policy_key = jax.random.split(key)
+        own = with_new_noise(batch, critic_key) if config.separate_noise else batch
+        learner, losses = agents.q_step(config, self, own)
+        if not config.policy_with_critic:
+            return learner, losses
+        # The batch may be the model's: the policy looks at observations alone, and these are the real ones.
+        learner, policy_losses = policy_step(config, learner, with_new_noise(batch, policy_key))  # type: ignore[arg-type]
+        return learner, losses | policy_losses
+
+    def inner_key(self, config: Any, key: jax.Array) -> jax.Array | None:
+        """The key of inner steps that draw noise of their own."""
+        return jax.random.fold_in(key, INNER) if config.policy_with_critic or config.separate_noise else None
+
+    def outer_batch(self, config: Any, batch: Batch, key: jax.Array) -> Batch:
+        """The batch itself; with `separate_noise` its noise is another one."""
+        return with_new_noise(batch, jax.random.fold_in(key, OUTER)) if config.separate_noise else batch
+
+
+def with_new_noise(batch: Batch, key: jax.Array) -> Batch:
+    """The batch with standard normals for the policy, drawn with the key."""
+    return batch._replace(noise=jax.random.normal(key, batch.action.shape, batch.action.dtype))
+
 
 def _critic(q: Heads, obs: jax.Array, action: jax.Array) -> jax.Array:
     return networks.apply_heads(q, jnp.concatenate([obs, action]))
@@ -103,9 +136,7 @@ def init_learner(config: Any, key: jax.Array, obs_dim: int, action_dim: int) -> 
     q_key, model_key, value_key, dual_key, policy_key = jax.random.split(key, 5)
     q = init_q(config, q_key, obs_dim, action_dim)
     hidden = [config.max_hidden_dim] * NUM_LAYERS
-    policy = networks.init_network(
-        policy_key, (obs_dim, *hidden, 2 * action_dim), config.hidden_dim, POLICY_OUTPUT_GAIN
-    )
+    policy = init_policy(config, policy_key, obs_dim, action_dim)
     log_temperature = jnp.log(jnp.asarray(config.init_temperature, jnp.result_type(float)))
     model = values = dual = None
     if config.agent_type != "sac":
@@ -136,6 +167,23 @@ def init_q(config: Any, key: jax.Array, obs_dim: int, action_dim: int) -> Heads:
     """Twin critic of observation and action."""
     sizes = (obs_dim + action_dim, *[config.max_hidden_dim] * NUM_LAYERS, 1)
     return networks.init_heads(key, 2, sizes, config.hidden_dim, OUTPUT_GAIN)
+
+
+def init_policy(config: Any, key: jax.Array, obs_dim: int, action_dim: int) -> Network:
+    """Policy network: means and log standard deviations of an observation; the key is consumed.
+
+    With `separate_policy_heads` each of the two starts as an orthogonal layer of its own. Side by side they are one
+    layer: nothing else differs.
+    """
+    sizes = (obs_dim, *[config.max_hidden_dim] * NUM_LAYERS, 2 * action_dim)
+    policy = networks.init_network(key, sizes, config.hidden_dim, POLICY_OUTPUT_GAIN)
+    if not config.separate_policy_heads:
+        return policy
+    heads = [
+        networks.orthogonal(head_key, sizes[-2], action_dim, OUTPUT_GAIN, config.hidden_dim)
+        for head_key in jax.random.split(jax.random.fold_in(key, HEADS))
+    ]
+    return (*policy[:-1], policy[-1]._replace(kernel=jnp.concatenate(heads, axis=1)))
 
 
 # --- policy -----------------------------------------------------------------------------------------------------------
@@ -179,11 +227,19 @@ def policy_step(config: Any, learner: Learner, batch: Batch) -> tuple[Learner, L
 
 
 def with_policy(train_critic: Agent) -> Agent:
-    """An agent that lets `train_critic` take its step, then policy and temperature theirs on a real batch."""
+    """An agent that lets `train_critic` take its step, then policy and temperature theirs on a real batch.
+
+    With `policy_with_critic` they have stepped already; with `one_batch` all draw the same transitions.
+    """
 
     def agent(config: Any, learner: Learner, draw: Draw, key: jax.Array, t: jax.Array) -> tuple[Learner, Losses]:
         critic_key, policy_key = jax.random.split(key)
+        if config.one_batch:
+            batch = draw(jax.random.fold_in(key, BATCH))
+            draw = lambda key: with_new_noise(batch, key)  # noqa: E731
         trained, critic_losses = train_critic(config, learner, draw, critic_key, t)
+        if config.policy_with_critic:
+            return trained, critic_losses  # type: ignore[return-value]
         learner, policy_losses = policy_step(config, trained, draw(policy_key))  # type: ignore[arg-type]
         return learner, critic_losses | policy_losses
 
