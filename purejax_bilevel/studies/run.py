@@ -7,11 +7,12 @@ from typing import Any
 import xarray
 from rich.console import Console
 
+from purejax_bilevel.configuration import warn
 from purejax_bilevel.errors import UserError
 from purejax_bilevel.members import batch_config, count_members, grid_of
 from purejax_bilevel.programs.regression import figures as regression_figures
 from purejax_bilevel.results import dataset as datasets
-from purejax_bilevel.results import plots, statistics
+from purejax_bilevel.results import plots, residuals, statistics
 from purejax_bilevel.runtime import processes, sizes
 from purejax_bilevel.runtime.compiled import Part
 from purejax_bilevel.runtime.devices import make_mesh
@@ -83,6 +84,9 @@ def train_part(part: Part, config: Any, options: RunOptions, video: bool = False
     with sizes.explained():
         outcome = train([part], options, watcher=sizes.Limits())
     dataset = to_dataset(part, outcome, 0, config, {"command": datasets.command_line()})
+    if processes.is_first():
+        for sentence in residuals.warnings(dataset):
+            warn(sentence)
     if options.folder is not None and processes.is_first():
         write_outputs(dataset, options.folder)
         if video and outcome.state:

@@ -20,12 +20,12 @@ import tyro
 import xarray
 from rich.console import Console
 
-from purejax_bilevel.configuration import fields
+from purejax_bilevel.configuration import fields, warn
 from purejax_bilevel.errors import UserError
 from purejax_bilevel.members import check_count
 from purejax_bilevel.programs.tabular.figures import FIGURES
 from purejax_bilevel.results import dataset as datasets
-from purejax_bilevel.results import report
+from purejax_bilevel.results import report, residuals
 from purejax_bilevel.results.checks import load_yaml
 from purejax_bilevel.results.statistics import SettingRow, lower_is_better, member_scores, render_table
 from purejax_bilevel.runtime import devices, loop, processes, sizes
@@ -253,6 +253,8 @@ def _run_in(
         return found
     for file, dataset in zip(files, found, strict=True):
         datasets.save(dataset, file)
+        for sentence in residuals.warnings(dataset):
+            warn(sentence)
     searches.clean(folder)
     written = report.write(folder, study.name, study.report, files)
     if not options.quiet:
