@@ -328,8 +328,9 @@ class Regression:
         """What there is at this time.
 
         Returns:
-            The regrets up to now; `lambda` `[lags]` (NaN beyond the window); `prediction` and `truth` `[points]`, first
-            output.
+            The regrets up to now, in 32 bits (what `local_regret` gains between two evaluations can be below its last
+            digit; it is `local_regret_increment` times the time between them); `lambda` `[lags]` (NaN beyond the
+            window); `prediction` and `truth` `[points]`, first output.
         """
         del is_last
         time, problem, inner, sums = t + 1, state.problem, state.learner.inner, state.regret

@@ -86,6 +86,14 @@ def test_a_grid_is_compiled_once_and_its_members_differ(together: loop.Outcome):
     assert (rows["lambda"] >= 0).all()
 
 
+def test_the_local_regret_is_the_sum_of_its_increments(together: loop.Outcome):
+    """Both are logged: the sum says how much, the increments how it goes on where the sum no longer moves."""
+    rows = together.rows[0]
+    total = np.cumsum(rows["local_regret_increment"].astype(np.float64) * SMALL.eval_frequency, axis=1)
+    np.testing.assert_allclose(rows["local_regret"], total, rtol=1e-5)
+    assert (rows["local_regret_increment"] > 0).all()
+
+
 @pytest.mark.parametrize("options", [{"devices": 1}, {"devices": 1, "member_batch": 0}], ids=str)
 def test_a_member_does_not_depend_on_its_neighbours(together: loop.Outcome, options: dict[str, Any]):
     """Alone, one after another or side by side (rounding differs by how products are grouped)."""
