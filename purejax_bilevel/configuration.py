@@ -86,10 +86,19 @@ def static(
 
 
 def configuration(cls: type[C]) -> type[C]:
-    """Makes a frozen dataclass that is a pytree: traced fields are leaves, static fields are structure."""
+    """Makes a frozen dataclass that is a pytree: traced fields are leaves, static fields are structure.
+
+    Its method `program()` gives what is trained. It may have `resolved()`, the configuration with every default filled
+    in and checked (else every field is checked by itself), and `title`, the heading of figures and name of runs (else
+    the program's class).
+    """
     import jax  # here alone: results read declarations on machines without jax
 
     cls = dataclasses.dataclass(frozen=True)(cls)
+    if not hasattr(cls, "resolved"):
+        cls.resolved = validate  # type: ignore[attr-defined]
+    if not hasattr(cls, "title"):
+        cls.title = property(lambda self: type(self.program()).__name__)  # type: ignore[attr-defined]
     names = {field.name: field.metadata["traced"] for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     leaves = [name for name, is_traced in names.items() if is_traced]
     structure = [name for name, is_traced in names.items() if not is_traced]

@@ -22,7 +22,7 @@ from purejax_bilevel.errors import UserError
 from purejax_bilevel.results.dataset import replacing, write_bytes
 from purejax_bilevel.runtime import processes
 
-FORMAT = "purejax_bilevel checkpoint 1"
+FORMAT = "purejax_bilevel checkpoint 2"
 FILE_NAME = "checkpoint.npz"
 Tree = Any
 
@@ -225,10 +225,10 @@ def _short(value: Any) -> str:
 
 
 def _check_members(path: Path, members: int, arrays: dict[str, np.ndarray]) -> None:
-    """Whether there are results of all members, and as many of one metric as of another."""
-    lengths = {array.shape[1] for name, array in arrays.items() if name != "failed"}
+    """Whether there are results of all members, and as many of one metric of a stage as of another."""
+    lengths = {(name.partition("/")[0], array.shape[1]) for name, array in arrays.items() if name != "failed"}
     wrong = [name for name, array in arrays.items() if len(array) != members]
-    if wrong or len(lengths) > 1:
+    if wrong or len(lengths) > len({stage for stage, _ in lengths}):
         raise UserError(f"{path} is not a whole checkpoint (results are missing{': ' + wrong[0] if wrong else ''}).")
 
 

@@ -14,8 +14,11 @@ import jax
 from jax.sharding import Mesh
 
 from purejax_bilevel.errors import UserError
+from purejax_bilevel.program import Part
 from purejax_bilevel.runtime import devices
-from purejax_bilevel.runtime.compiled import CompiledProgram, Part, num_rows, precision
+from purejax_bilevel.runtime.compiled import CompiledProgram, mesh_of, precision, state_shapes
+from purejax_bilevel.runtime.devices import AXIS
+from purejax_bilevel.runtime.schedule import Schedule
 
 SAFE_SHARE = 0.9  # of the free memory that a run may plan with
 BYTES_PER_RESULT = 8  # 32 bits, and a copy while a chunk's rows are appended
@@ -39,7 +42,7 @@ def state_bytes(part: Part) -> int:
     own = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), part.config)
     try:
         with precision([part]):
-            state = jax.eval_shape(lambda config: part.program.init(jax.random.key(0), config), own)
+            state = state_shapes(part.program, own)
     except (OverflowError, MemoryError) as error:
         raise UserError(
             f"one member does not fit any memory ({str(error).splitlines()[0]}): lower its capacity, widths or windows."
@@ -59,7 +62,7 @@ def check(parts: Sequence[Part], free: Callable[[Any], int | None] = devices.fre
     """
     devices.prepare()
     sizes = [state_bytes(part) for part in parts]
-    mesh = devices.make_mesh(max(len(part.grid) for part in parts))
+    mesh = mesh_of(parts)
     check_states(parts, sizes, mesh, free)
     results = sum(len(part.grid) * _results_of(part) for part in parts)
     available = devices.free_host_memory()
@@ -71,9 +74,13 @@ def check(parts: Sequence[Part], free: Callable[[Any], int | None] = devices.fre
 
 
 def _results_of(part: Part) -> int:
-    program = part.program
-    rows = num_rows(program.num_steps, program.num_steps, program.eval_frequency)
-    return rows * len(program.long_names) * BYTES_PER_RESULT
+    schedule = Schedule.of(part.program)
+    rows = sum(schedule.rows(stage, schedule.total) for stage in schedule.stages)
+    return rows * len(part.program.measures) * BYTES_PER_RESULT
+
+
+def _shared_leaves(parts: Sequence[Part]) -> list[Any]:
+    return jax.tree.leaves([part.program.shared() for part in parts])
 
 
 def check_states(
@@ -90,7 +97,8 @@ def check_states(
     Raises:
         UserError: they do not.
     """
-    needed = sum(-(-len(part.grid) // mesh.devices.size) * size for part, size in zip(parts, sizes, strict=True))
+    needed = sum(-(-len(part.grid) // mesh.shape[AXIS]) * size for part, size in zip(parts, sizes, strict=True))
+    needed += sum(leaf.nbytes for leaf in {id(leaf): leaf for leaf in _shared_leaves(parts)}.values())
     check_fits(parts, sizes, mesh, needed, STATES, free)
 
 

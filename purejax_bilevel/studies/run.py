@@ -4,17 +4,19 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import jax
 import xarray
 from rich.console import Console
 
+from purejax_bilevel.configuration import to_dict
 from purejax_bilevel.errors import UserError
 from purejax_bilevel.members import batch_config, count_members, grid_of
+from purejax_bilevel.program import Part, alone
 from purejax_bilevel.programs.regression import figures as regression_figures
 from purejax_bilevel.results import dataset as datasets
 from purejax_bilevel.results import plots, statistics
-from purejax_bilevel.runtime import processes, sizes
-from purejax_bilevel.runtime.compiled import Part
-from purejax_bilevel.runtime.devices import make_mesh
+from purejax_bilevel.runtime import artefacts, processes, sizes
+from purejax_bilevel.runtime.compiled import mesh_of, precision, typed_state
 from purejax_bilevel.runtime.loop import RunOptions, make_seeds, to_dataset, train
 from purejax_bilevel.studies import folder as folders
 from purejax_bilevel.studies import video as videos
@@ -67,7 +69,7 @@ def run_in(folder: Path, config: Any, *, num_seeds: int, seed: int, video: bool,
     """Trains as `run` does, in a folder that this run holds (`folder.opened`)."""
     config, seeds = config.resolved(), {"seed": seed, "num_seeds": num_seeds}
     part = make_part(config, num_seeds, seed)
-    make_mesh(len(part.grid), options.devices)  # bad input shows before anything is written
+    mesh_of([part], options.devices)  # bad input shows before anything is written
     if video and not hasattr(part.program, "episode"):
         raise UserError(f"--video: {type(part.program).__name__} has no policy to show.")
     if processes.is_first():
@@ -85,6 +87,7 @@ def train_part(part: Part, config: Any, options: RunOptions, video: bool = False
     dataset = to_dataset(part, outcome, 0, config, {"command": datasets.command_line()})
     if options.folder is not None and processes.is_first():
         write_outputs(dataset, options.folder)
+        save_artefact(part, config, outcome.state[0] if outcome.state else None, options.folder)
         if video and outcome.state:
             final = outcome.rows[0][next(iter(part.program.finals))][:, -1].mean(-1)
             member = videos.median_member(final)
@@ -113,6 +116,23 @@ def write_outputs(dataset: xarray.Dataset, folder: Path) -> None:
         write_figures(dataset, folder)
     else:
         plots.learning_curves(dataset, folder / CURVES, dataset.attrs["headline"], title=dataset.attrs["title"])
+    for name in dataset.attrs["stages"]:
+        stage = datasets.stage_of(dataset, name)
+        shown = next((variable for variable in stage.data_vars if datasets.STEP in stage[variable].dims), None)
+        if shown is not None:
+            plots.learning_curves(stage, folder / f"{name}.png", str(shown), title=f"{dataset.attrs['title']}: {name}")
+
+
+def save_artefact(part: Part, config: Any, stored: Any, folder: Path) -> None:
+    """Writes what other runs may start from, if the program leaves something and the state is known."""
+    program = part.program
+    if not program.artefact_kind or stored is None:
+        return
+    take = alone(program.artefact) if program.population else program.artefact
+    with precision([part]):
+        tree = jax.vmap(take)(typed_state(part, stored.state))
+    members = [part.grid.settings(member) for member in range(len(part.grid))]
+    artefacts.save(folder, program.artefact_kind, tree, members, to_dict(config))
 
 
 def print_summary(dataset: xarray.Dataset, variable: str, console: Console) -> None:

@@ -34,12 +34,13 @@ from rich.console import Console
 
 from purejax_bilevel.errors import UserError
 from purejax_bilevel.members import Grid
+from purejax_bilevel.program import Part, Program
 from purejax_bilevel.results import dataset as datasets
 from purejax_bilevel.results.report import HISTORY
 from purejax_bilevel.results.statistics import ranking, row_scores, setting_scores
 from purejax_bilevel.runtime import checkpoint as checkpoints
 from purejax_bilevel.runtime import loop, processes
-from purejax_bilevel.runtime.compiled import CompiledProgram, Part, Program
+from purejax_bilevel.runtime.compiled import CompiledProgram
 from purejax_bilevel.studies.study import Agent, Interval, Search, Study, Template, listed_grid
 
 ROUNDS = "rounds"
@@ -266,7 +267,8 @@ def default_variable(program: Program) -> str:
 
 def lower_is_better(program: Program, variable: str) -> bool:
     """Whether a program's variable is better when lower."""
-    return getattr(program, "attributes", {}).get(variable, {}).get("better", "higher") == "lower"
+    measure = program.measure(variable)
+    return measure is not None and measure.better == "lower"
 
 
 def _plain(scores: np.ndarray) -> list[float | None]:
@@ -504,7 +506,7 @@ def rung_ends(total: int, eval_frequency: int, halvings: int) -> list[int]:
 
 def halve(rounds: Rounds, search: Search, seeds: tuple[int, ...], lower: bool) -> list[list[tuple[Setting, float]]]:
     """Runs all rungs; returns the settings of the last one with their quality, per sub-program."""
-    ends = rung_ends(rounds.total, rounds.programs[0].eval_frequency, search.halving)
+    ends = rung_ends(rounds.total, rounds.programs[0].stages[-1].eval_every, search.halving)
     alive: list[list[Setting]] = [list(template.settings) for template in rounds.templates]
     homes: dict[tuple[int, str], tuple[str, int]] = {}  # where a setting's state is: round and position
     earlier: dict[str, list[list[Member]]] = {}

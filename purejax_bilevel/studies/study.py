@@ -32,6 +32,7 @@ import numpy as np
 from purejax_bilevel.configuration import fields, replace, validate
 from purejax_bilevel.errors import UserError
 from purejax_bilevel.members import Axis, Grid, batch_config, format_value
+from purejax_bilevel.program import Part, Program
 from purejax_bilevel.results.checks import (
     MOST,
     as_number,
@@ -46,8 +47,8 @@ from purejax_bilevel.results.checks import (
 )
 from purejax_bilevel.results.report import Reporting, reporting
 from purejax_bilevel.results.statistics import TASKS
-from purejax_bilevel.runtime.compiled import Part, Program
 from purejax_bilevel.runtime.loop import make_seeds
+from purejax_bilevel.runtime.schedule import Schedule
 
 PROGRAMS = {
     "rl": "purejax_bilevel.programs.control.q_learning",
@@ -542,14 +543,11 @@ def make_agents(study: Study) -> list[Agent]:
     """
     agents = [_make_agent(study, label) for label in study.agents]
     _check_tasks(study, agents)
-    configs = [template.config for agent in agents for template in agent.templates]
-    for name in ("num_steps", "eval_frequency"):
-        found = sorted({getattr(config.program(), name) for config in configs})
+    schedules = [Schedule.of(template.config.program()) for agent in agents for template in agent.templates]
+    for name, words in (("names", "stages"), ("lengths", "number of steps"), ("eval_every", "eval_frequency")):
+        found = sorted({" + ".join(map(str, getattr(schedule, name))) for schedule in schedules})
         if len(found) > 1:
-            steps = "number of steps" if name == "num_steps" else name
-            raise UserError(
-                f"all agents and settings of a sweep need the same {steps}, got {', '.join(map(str, found))}."
-            )
+            raise UserError(f"all agents and settings of a sweep need the same {words}, got {', '.join(found)}.")
     return agents
 
 

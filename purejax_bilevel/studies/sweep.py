@@ -23,15 +23,17 @@ from rich.console import Console
 from purejax_bilevel.configuration import fields
 from purejax_bilevel.errors import UserError
 from purejax_bilevel.members import check_count
+from purejax_bilevel.program import Part
 from purejax_bilevel.programs.tabular.figures import FIGURES
 from purejax_bilevel.results import dataset as datasets
 from purejax_bilevel.results import report
 from purejax_bilevel.results.checks import load_yaml
 from purejax_bilevel.results.statistics import SettingRow, lower_is_better, member_scores, render_table
 from purejax_bilevel.runtime import devices, loop, processes, sizes
-from purejax_bilevel.runtime.compiled import CompiledProgram, Part, num_rows
+from purejax_bilevel.runtime.compiled import CompiledProgram
 from purejax_bilevel.runtime.loggers import Loggers
 from purejax_bilevel.runtime.progress import _duration as duration
+from purejax_bilevel.runtime.schedule import num_rows
 from purejax_bilevel.studies import command_line
 from purejax_bilevel.studies import folder as folders
 from purejax_bilevel.studies import search as searches
@@ -267,7 +269,7 @@ def check_report(study: Study, agents: Sequence[Agent]) -> None:
         UserError: no such variable or axis.
     """
     program = agents[0].templates[0].config.program()
-    measured = {*program.long_names, *program.finals}
+    measured = {measure.name for measure in program.measures}
     named = [study.report.variable, study.report.select_by]
     named += [figure["variable"] for figure in study.report.figures if figure["kind"] == "curves"]
     for name in named:
@@ -372,7 +374,7 @@ def _dataset(
 def _log_finalists(dataset: xarray.Dataset, part: Part, outcome: loop.Outcome, options: loop.RunOptions) -> None:
     """Copies the finalists' series to wandb and TensorBoard; the rounds before are in search.json."""
     assert options.folder is not None
-    hidden = {*part.program.finals, *getattr(part.program, "not_logged", ())}
+    hidden = {measure.name for measure in part.program.measures if not loop.is_logged(measure)}
     rows = {name: array for name, array in outcome.rows[0].items() if name not in hidden}
     members = np.arange(len(part.grid))
     with Loggers(
@@ -467,7 +469,7 @@ class Plan:
         if steps > 0 or self.quiet:
             return state
         state, per_step, per_evaluation = program.time_steps(state, total)
-        frequency = program.parts[0].program.eval_frequency
+        frequency = program.schedule.eval_every[-1]
         work = searches.work(self.study, total, frequency) if self.study.search.in_rounds else total
         evaluations = num_rows(total, total, frequency) * work / total
         self._say(

@@ -14,8 +14,9 @@ import jax
 import numpy as np
 from PIL import Image, ImageDraw
 
+from purejax_bilevel.program import Part
 from purejax_bilevel.results.dataset import write_bytes
-from purejax_bilevel.runtime.compiled import Part, typed_state
+from purejax_bilevel.runtime.compiled import typed_state
 
 SIZE = (400, 240)
 MOST_FRAMES = 250  # longer episodes skip steps

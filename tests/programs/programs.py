@@ -23,6 +23,7 @@ def train(config: Any, num_seeds: int = 2, seed: int = 0, **options: Any) -> tup
 
 def step(program: Any, state: Any, config: Any, t: Any) -> tuple[Any, dict[str, Any]]:
     """Step `t` of a program, before or after the end of its warm-up; metrics that it leaves out have count 0."""
+    stage = program.stages[0]
     learn = lambda state: program.update(state, config, t)  # noqa: E731
     nothing = jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), jax.eval_shape(learn, state)[1])
 
@@ -30,7 +31,7 @@ def step(program: Any, state: Any, config: Any, t: Any) -> tuple[Any, dict[str, 
         state, metrics = program.collect(state, config, t)
         return state, nothing | metrics
 
-    return jax.lax.cond(t < program.warm_up, collect, learn, state)
+    return jax.lax.cond(t < stage.warm_up, collect, learn, state)
 
 
 def same(a: Any, b: Any) -> None:

@@ -12,7 +12,7 @@ The agent is an argument; nothing else in this file depends on which one it is.
 """
 
 import functools
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, Literal, Self
 
 import flax.struct
 import jax
@@ -33,7 +33,7 @@ from purejax_bilevel.configuration import (
 )
 from purejax_bilevel.environments import non_stationary
 from purejax_bilevel.errors import UserError
-from purejax_bilevel.program import Metrics
+from purejax_bilevel.program import Measure, Metrics, Program, Stage, Tree
 from purejax_bilevel.programs.control import agents, rollouts
 
 # Named streams of random numbers; a constant each, so that adding one moves no other.
@@ -206,7 +206,7 @@ class State(flax.struct.PyTreeNode):
     learner: agents.Learner
 
 
-class ModelBased:
+class ModelBased(Program):
     """The program: three pure functions of a member's configuration, sharing the environment and the agent.
 
     Args:
@@ -215,18 +215,17 @@ class ModelBased:
 
     headline = "evaluation_return"
     step_unit = "environment steps"
-    long_names: ClassVar = {
-        "evaluation_return": "return of evaluation episodes",
-        "training_return": "return of the episodes finished in training",
-        "model_loss": "outer loss",
-        "q_loss": "inner loss",
-        "model_gradient_norm": "norm of the model's gradient",
-        "q_gradient_norm": "norm of the inner gradient",
-        "model_error": "mean squared error of the predicted next observation",
-        "solver_residual": "relative residual of the linear solver",
-        "final_return": "return of the last evaluation",
-    }
-    finals: ClassVar = {"final_return": "episode"}
+    measures = (
+        Measure("evaluation_return", "return of evaluation episodes", better="higher"),
+        Measure("training_return", "return of the episodes finished in training", better="higher"),
+        Measure("model_loss", "outer loss"),
+        Measure("q_loss", "inner loss"),
+        Measure("model_gradient_norm", "norm of the model's gradient"),
+        Measure("q_gradient_norm", "norm of the inner gradient"),
+        Measure("model_error", "mean squared error of the predicted next observation"),
+        Measure("solver_residual", "relative residual of the linear solver"),
+        Measure("final_return", "return of the last evaluation", better="higher", dims=("episode",), when="end"),
+    )
 
     def __init__(self, config: Config):
         self.task = environments.make(config.env_name)
@@ -234,10 +233,18 @@ class ModelBased:
         if config.non_stationary != "plain":
             self.environment = non_stationary.RewardInterval(self.environment)
         self.agent = agents.AGENTS[config.agent_type]
-        self.num_steps, self.warm_up = config.num_train_steps, config.init_steps
-        self.eval_frequency = config.eval_frequency
+        self.stages = (
+            Stage(
+                config.num_train_steps,
+                config.eval_frequency,
+                self.update,
+                self.evaluate,
+                warm_up=config.init_steps,
+                collect=self.collect,
+            ),
+        )
 
-    def init(self, key: jax.Array, config: Config) -> State:
+    def init(self, key: jax.Array, config: Config, shared: Tree = ()) -> State:
         """State of a member before its first step; the key becomes the member's own."""
         init_key, reset_key = jax.random.split(jax.random.fold_in(key, INIT))
         obs, environment = self.environment.reset(reset_key, self._environment_params(config, jnp.int32(0)))
@@ -251,11 +258,11 @@ class ModelBased:
             learner=agents.init_learner(config, init_key, task.obs_dim, task.num_actions),
         )
 
-    def collect(self, state: State, config: Config, t: jax.Array) -> tuple[State, Metrics]:
+    def collect(self, state: State, config: Config, t: jax.Array, shared: Tree = ()) -> tuple[State, Metrics]:
         """One environment step with a uniform action; arguments as for `update`."""
         return self._interact(state, config, t, self._key(state, t))
 
-    def update(self, state: State, config: Config, t: jax.Array) -> tuple[State, Metrics]:
+    def update(self, state: State, config: Config, t: jax.Array, shared: Tree = ()) -> tuple[State, Metrics]:
         """One environment step and one outer step.
 
         Args:
@@ -314,7 +321,9 @@ class ModelBased:
             position = non_stationary.drift_position(t, config.transition_steps, config.plateau_steps)
         return non_stationary.interval_params(self.task.params, position)
 
-    def evaluate(self, state: State, config: Config, t: jax.Array, is_last: jax.Array) -> dict[str, jax.Array]:
+    def evaluate(
+        self, state: State, config: Config, t: jax.Array, is_last: jax.Array, shared: Tree = ()
+    ) -> dict[str, jax.Array]:
         """Plays episodes with the policy of step `t`, without exploration, in the environment as it is at that step.
 
         Returns:

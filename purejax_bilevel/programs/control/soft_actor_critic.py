@@ -13,7 +13,7 @@ Outline of a run (every line inside one compiled loop):
 The agent is an argument; nothing else in this file depends on which one it is.
 """
 
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, Literal, Self
 
 import flax.struct
 import jax
@@ -33,7 +33,7 @@ from purejax_bilevel.configuration import (
     warn_if_idle,
 )
 from purejax_bilevel.errors import UserError
-from purejax_bilevel.program import Metrics
+from purejax_bilevel.program import Measure, Metrics, Program, Stage, Tree
 from purejax_bilevel.programs.control import agents, policies, rollouts, soft_actor_critic_agents
 
 # Named streams of random numbers; a constant each, so that adding one moves no other.
@@ -228,7 +228,7 @@ class State(flax.struct.PyTreeNode):
     learner: soft_actor_critic_agents.Learner
 
 
-class ActorCritic:
+class ActorCritic(Program):
     """The program: three pure functions of a member's configuration, sharing the environment and the agent.
 
     Args:
@@ -237,30 +237,37 @@ class ActorCritic:
 
     headline = "evaluation_return"
     step_unit = "environment steps"
-    long_names: ClassVar = {
-        "evaluation_return": "return of evaluation episodes",
-        "training_return": "return of the episodes finished in training",
-        "model_loss": "outer loss",
-        "q_loss": "inner loss",
-        "policy_loss": "loss of the policy",
-        "temperature": "temperature",
-        "entropy": "entropy of the policy",
-        "model_gradient_norm": "norm of the model's gradient",
-        "q_gradient_norm": "norm of the inner gradient",
-        "policy_gradient_norm": "norm of the policy's gradient",
-        "model_error": "mean squared error of the predicted next observation",
-        "solver_residual": "relative residual of the linear solver",
-        "final_return": "return of the last evaluation",
-    }
-    finals: ClassVar = {"final_return": "episode"}
+    measures = (
+        Measure("evaluation_return", "return of evaluation episodes", better="higher"),
+        Measure("training_return", "return of the episodes finished in training", better="higher"),
+        Measure("model_loss", "outer loss"),
+        Measure("q_loss", "inner loss"),
+        Measure("policy_loss", "loss of the policy"),
+        Measure("temperature", "temperature"),
+        Measure("entropy", "entropy of the policy"),
+        Measure("model_gradient_norm", "norm of the model's gradient"),
+        Measure("q_gradient_norm", "norm of the inner gradient"),
+        Measure("policy_gradient_norm", "norm of the policy's gradient"),
+        Measure("model_error", "mean squared error of the predicted next observation"),
+        Measure("solver_residual", "relative residual of the linear solver"),
+        Measure("final_return", "return of the last evaluation", better="higher", dims=("episode",), when="end"),
+    )
 
     def __init__(self, config: Config):
         self.task = _make_task(config)
         self.agent = soft_actor_critic_agents.AGENTS[config.agent_type]
-        self.num_steps, self.warm_up = config.num_train_steps, config.init_steps
-        self.eval_frequency = config.eval_frequency
+        self.stages = (
+            Stage(
+                config.num_train_steps,
+                config.eval_frequency,
+                self.update,
+                self.evaluate,
+                warm_up=config.init_steps,
+                collect=self.collect,
+            ),
+        )
 
-    def init(self, key: jax.Array, config: Config) -> State:
+    def init(self, key: jax.Array, config: Config, shared: Tree = ()) -> State:
         """State of a member before its first step; the key becomes the member's own."""
         init_key, reset_key = jax.random.split(jax.random.fold_in(key, INIT))
         task = self.task
@@ -276,11 +283,11 @@ class ActorCritic:
             learner=soft_actor_critic_agents.init_learner(config, init_key, task.obs_dim, task.action_dim),
         )
 
-    def collect(self, state: State, config: Config, t: jax.Array) -> tuple[State, Metrics]:
+    def collect(self, state: State, config: Config, t: jax.Array, shared: Tree = ()) -> tuple[State, Metrics]:
         """One step of every copy of the environment with uniform actions; arguments as for `update`."""
         return self._interact(state, config, t, self._key(state, t))
 
-    def update(self, state: State, config: Config, t: jax.Array) -> tuple[State, Metrics]:
+    def update(self, state: State, config: Config, t: jax.Array, shared: Tree = ()) -> tuple[State, Metrics]:
         """One step of every copy of the environment and `updates_per_step` updates.
 
         Args:
@@ -345,7 +352,9 @@ class ActorCritic:
         batch = replay.sample(storage, latest, sample_key, config.batch_size, self.task.obs_dim)
         return batch._replace(noise=jax.random.normal(noise_key, batch.action.shape, batch.action.dtype))
 
-    def evaluate(self, state: State, config: Config, t: jax.Array, is_last: jax.Array) -> dict[str, jax.Array]:
+    def evaluate(
+        self, state: State, config: Config, t: jax.Array, is_last: jax.Array, shared: Tree = ()
+    ) -> dict[str, jax.Array]:
         """Plays episodes with the policy's mean action.
 
         Returns:

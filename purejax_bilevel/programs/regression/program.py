@@ -14,7 +14,7 @@ Nothing grows with T_max or with the window (regression_data.py).
 Source: the problem of "SmoothFBO"/OFBO, with the names of its settings.
 """
 
-from typing import ClassVar, Literal, NamedTuple, Self
+from typing import Literal, NamedTuple, Self
 
 import flax.struct
 import jax
@@ -35,7 +35,7 @@ from purejax_bilevel.configuration import (
     validate,
 )
 from purejax_bilevel.errors import UserError
-from purejax_bilevel.program import Metrics
+from purejax_bilevel.program import Measure, Metrics, Program, Stage, Tree
 from purejax_bilevel.programs.regression import agents, data
 
 # Named streams of random numbers; a constant each, so that adding one moves no other.
@@ -174,7 +174,7 @@ class State(flax.struct.PyTreeNode):
     regret: Regret
 
 
-class Regression:
+class Regression(Program):
     """The program: three pure functions of a member's configuration.
 
     Args:
@@ -183,45 +183,25 @@ class Regression:
 
     headline = "evaluation_mse"
     step_unit = "time steps"
-    long_names: ClassVar = {
-        "evaluation_mse": "evaluation MSE (all inputs)",
-        "outer_loss": "mean outer loss",
-        "inner_loss": "inner loss",
-        "hypergradient_norm": "norm of the hypergradient",
-        "local_regret": "cumulative local regret",
-        "local_regret_increment": "local regret per time step",
-        "static_regret": "cumulative static regret",
-        "best_constant": "best constant lambda so far",
-        "lambda": "weight lambda of each lag",
-        "prediction": "first output of the network",
-        "truth": "first output without noise",
-    }
-    finals: ClassVar[dict[str, str]] = {}
-    tables: ClassVar = ("evaluation_mse", "outer_loss", "local_regret", "static_regret")
-    attributes: ClassVar = {
-        **{
-            name: {"better": "lower"}
-            for name in (
-                "evaluation_mse",
-                "outer_loss",
-                "inner_loss",
-                "local_regret",
-                "local_regret_increment",
-                "static_regret",
-            )
-        },
-        "lambda": {"dimension": "lag"},
-        "prediction": {"dimension": "point"},
-        "truth": {"dimension": "point"},
-    }
-    not_logged: ClassVar = ("prediction", "truth")
+    measures = (
+        Measure("evaluation_mse", "evaluation MSE (all inputs)", better="lower", tabled=True),
+        Measure("outer_loss", "mean outer loss", better="lower", tabled=True),
+        Measure("inner_loss", "inner loss", better="lower"),
+        Measure("hypergradient_norm", "norm of the hypergradient"),
+        Measure("local_regret", "cumulative local regret", better="lower", tabled=True),
+        Measure("local_regret_increment", "local regret per time step", better="lower"),
+        Measure("static_regret", "cumulative static regret", better="lower", tabled=True),
+        Measure("best_constant", "best constant lambda so far"),
+        Measure("lambda", "weight lambda of each lag", dims=("lag",)),
+        Measure("prediction", "first output of the network", dims=("point",), logged=False),
+        Measure("truth", "first output without noise", dims=("point",), logged=False),
+    )
 
     def __init__(self, config: Config):
         self.agent = agents.AGENTS[config.agent_type]
-        self.num_steps = config.T_max
-        self.eval_frequency = config.eval_frequency
+        self.stages = (Stage(config.T_max, config.eval_frequency, self.update, self.evaluate),)
 
-    def init(self, key: jax.Array, config: Config) -> State:
+    def init(self, key: jax.Array, config: Config, shared: Tree = ()) -> State:
         """State of a member before its first step; the key is consumed."""
         learner = agents.init_learner(config, jax.random.fold_in(key, LEARNER))
         return State(
@@ -235,7 +215,7 @@ class Regression:
             ),
         )
 
-    def update(self, state: State, config: Config, t: jax.Array) -> tuple[State, Metrics]:
+    def update(self, state: State, config: Config, t: jax.Array, shared: Tree = ()) -> tuple[State, Metrics]:
         """One time step.
 
         Args:
@@ -308,7 +288,9 @@ class Regression:
         due = (t + 1) % config.regret_frequency == 0
         return jax.lax.cond(due, compare, lambda: (before.own, before.constant))
 
-    def evaluate(self, state: State, config: Config, t: jax.Array, is_last: jax.Array) -> dict[str, jax.Array]:
+    def evaluate(
+        self, state: State, config: Config, t: jax.Array, is_last: jax.Array, shared: Tree = ()
+    ) -> dict[str, jax.Array]:
         """Measures the network against the targets of this time.
 
         Returns:

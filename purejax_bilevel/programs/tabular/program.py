@@ -37,7 +37,7 @@ from purejax_bilevel.configuration import (
 from purejax_bilevel.environments import finite
 from purejax_bilevel.environments.finite import MDP
 from purejax_bilevel.errors import UserError
-from purejax_bilevel.program import Metrics
+from purejax_bilevel.program import Measure, Metrics, Program, Stage, Tree
 
 # Named streams of random numbers; a constant each, so that adding one moves no other. (0 was the initial Q of the
 # reference, whose initial models these are; here Q is solved for from zero.)
@@ -230,7 +230,7 @@ class State(flax.struct.PyTreeNode):
     values: jax.Array  # [states], the last solution, from which the next one starts
 
 
-class Tabular:
+class Tabular(Program):
     """The program: three pure functions of a member's configuration, sharing the MDP unless it is random.
 
     Args:
@@ -239,30 +239,24 @@ class Tabular:
 
     headline = "evaluation_return"
     step_unit = "outer steps"
-    long_names: ClassVar = {
-        "evaluation_return": "return of the model's optimal policy",
-        "optimality_gap": "return of softmax(Q* / T) minus that of the model's optimal policy",
-        "q_error": "largest error of the model's optimal Q",
-        "omd_bound": "bound on that error by the model's Bellman error",
-        "mle_bound": "bound on that error by the model's prediction errors",
-        "bellman_error": "mean squared Bellman error of the model's optimal Q",
-        "likelihood_loss": "squared error of the reward plus KL divergence of the transition",
-        "model_norm": "norm of the model's [logits / T, reward]",
-        "outer_loss": "outer loss",
-        "model_gradient_norm": "norm of the model's gradient",
-    }
-    finals: ClassVar[dict[str, str]] = {}
-    attributes: ClassVar = {
-        name: {"better": "lower"}
-        for name in ("optimality_gap", "q_error", "omd_bound", "mle_bound", "bellman_error", "likelihood_loss")
-    }
+    measures = (
+        Measure("evaluation_return", "return of the model's optimal policy", better="higher"),
+        Measure("optimality_gap", "return of softmax(Q* / T) minus that of the model's optimal policy", better="lower"),
+        Measure("q_error", "largest error of the model's optimal Q", better="lower"),
+        Measure("omd_bound", "bound on that error by the model's Bellman error", better="lower"),
+        Measure("mle_bound", "bound on that error by the model's prediction errors", better="lower"),
+        Measure("bellman_error", "mean squared Bellman error of the model's optimal Q", better="lower"),
+        Measure("likelihood_loss", "squared error of the reward plus KL divergence of the transition", better="lower"),
+        Measure("model_norm", "norm of the model's [logits / T, reward]"),
+        Measure("outer_loss", "outer loss"),
+        Measure("model_gradient_norm", "norm of the model's gradient"),
+    )
 
     def __init__(self, config: Config):
-        self.num_steps = config.num_train_steps
-        self.eval_frequency = config.eval_frequency
+        self.stages = (Stage(config.num_train_steps, config.eval_frequency, self.update, self.evaluate),)
         self._fixed = None if config.mdp == "garnet" else _fixed_mdp(config)
 
-    def init(self, key: jax.Array, config: Config) -> State:
+    def init(self, key: jax.Array, config: Config, shared: Tree = ()) -> State:
         """State of a member before its first step; the key becomes the member's own."""
         true = self._true_mdp(config)
         zero = jnp.zeros(true.reward.shape[0])
@@ -290,7 +284,7 @@ class Tabular:
         fixed = jax.tree.map(lambda array: jnp.asarray(array, float), self._fixed)
         return fixed.replace(discount=config.discount)
 
-    def update(self, state: State, config: Config, t: jax.Array) -> tuple[State, Metrics]:
+    def update(self, state: State, config: Config, t: jax.Array, shared: Tree = ()) -> tuple[State, Metrics]:
         """One outer step.
 
         Args:
@@ -317,7 +311,9 @@ class Tabular:
         values = finite.optimal_values(world, config.temperature, state.values)
         return state.replace(values=values), finite.action_values(world, values)
 
-    def evaluate(self, state: State, config: Config, t: jax.Array, is_last: jax.Array) -> dict[str, jax.Array]:
+    def evaluate(
+        self, state: State, config: Config, t: jax.Array, is_last: jax.Array, shared: Tree = ()
+    ) -> dict[str, jax.Array]:
         """Measures the model by its exact (noiseless) optimal Q, in the true MDP.
 
         With `notebook_noise` the returns and `bellman_error` are those of a noisy Q, as the original notebook plots

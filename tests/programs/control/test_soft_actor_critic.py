@@ -85,7 +85,7 @@ def test_runs_in_one_compilation(trained: tuple):
     assert outcome.steps == STEPS
     assert not outcome.failed[0].any()
     rows = outcome.rows[0]
-    measured = set(part.program.long_names)
+    measured = {measure.name for measure in part.program.measures}
     if config.agent_type == "sac":
         measured -= {"model_loss", "model_gradient_norm", "model_error"}
     if part.config.with_inv_jac == "identity":
