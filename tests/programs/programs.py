@@ -84,10 +84,10 @@ def check_resume_is_bitwise(config: Any, folder: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
     original = CompiledProgram.__call__
 
-    def breaking(self: CompiledProgram, state: Any, start: int, stop: int, total: int) -> Any:
+    def breaking(self: CompiledProgram, state: Any, start: int, *others: int) -> Any:
         if start >= 30:
             raise RuntimeError("power cut")
-        return original(self, state, start, stop, total)
+        return original(self, state, start, *others)
 
     monkeypatch.setattr(CompiledProgram, "__call__", breaking)
     with pytest.raises(RuntimeError, match="power cut"):

@@ -33,6 +33,12 @@ def test_an_example_is_small_and_uses_the_public_contract_alone(path: Path):
     assert all(line.startswith(("from purejax_bilevel.configuration", "from purejax_bilevel.program")) for line in ours)
 
 
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_the_page_shows_the_example(path: Path):
+    page = Path(__file__).parents[2] / "purejax_bilevel" / "programs" / "README.md"
+    assert f"```python\n{path.read_text()}```" in page.read_text()
+
+
 # --- a population -----------------------------------------------------------------------------------------------------
 
 

@@ -173,10 +173,10 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path: Path):
 def test_interrupt_keeps_the_last_chunk_and_says_how_to_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     original = compiled.CompiledProgram.__call__
 
-    def interrupting(self: Any, state: Any, start: int, stop: int, total: int) -> Any:
+    def interrupting(self: Any, state: Any, start: int, *others: int) -> Any:
         if start == 10:
             os.kill(os.getpid(), signal.SIGINT)
-        return original(self, state, start, stop, total)
+        return original(self, state, start, *others)
 
     monkeypatch.setattr(compiled.CompiledProgram, "__call__", interrupting)
     with pytest.raises(loop.Interrupted, match="stopped after 15 of 25 steps; go on with --resume"):
