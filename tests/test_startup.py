@@ -23,7 +23,7 @@ def test_a_discrete_agent_imports_nothing_that_it_does_not_use() -> None:
         "words = ['--agent_type', 'sql']\n"
         "run, config = command_line.parse(train_rl.configuration(words), '', words)\n"
         "found()\n"
-        "config.program()\n"
+        "config.resolved().program()\n"
         "found()\n"
     )
     assert lines == ["[]", "[]"]

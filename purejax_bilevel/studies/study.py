@@ -32,6 +32,7 @@ import numpy as np
 from purejax_bilevel.configuration import fields, replace, validate
 from purejax_bilevel.errors import UserError
 from purejax_bilevel.members import Axis, Grid, batch_config, format_value
+from purejax_bilevel.program import Part, Program
 from purejax_bilevel.results.checks import (
     MOST,
     as_number,
@@ -46,7 +47,6 @@ from purejax_bilevel.results.checks import (
 )
 from purejax_bilevel.results.report import Reporting, reporting
 from purejax_bilevel.results.statistics import TASKS
-from purejax_bilevel.runtime.compiled import Part, Program
 from purejax_bilevel.runtime.loop import make_seeds
 
 PROGRAMS = {
