@@ -343,7 +343,6 @@ def test_resume_keeps_the_sweep(toy, tmp_path, capsys):
         ("{file} --seed 1 2", "--seed takes one value, got 1 2."),
         ("--resume {folder} --seed 1 2", "--seed takes one value, got 1 2."),
         ("--scale smoke {file} --num_seeds 1 2", "--num_seeds takes one value, got 1 2."),
-        ("--name {file} omd_capacity smoke", "--name takes one value, got {file} omd_capacity smoke."),
         ("{file} --tensorboard=yes", "--tensorboard must be True or False, got 'yes'."),
     ],
 )
@@ -474,8 +473,7 @@ def test_a_real_program_end_to_end(tmp_path):
         "seeds": 2,
         "report": {"figures": [{"kind": "sensitivity", "axis": "model_hidden_dim"}]},
     }
-    assert run(tmp_path, description, "--devices", "2", "--video=True") == 0
-    assert all((tmp_path / "sweep" / agent / "policy.gif").read_bytes()[:3] == b"GIF" for agent in ("omd", "sql"))
+    assert run(tmp_path, description, "--devices", "2") == 0
     dataset = datasets.load(tmp_path / "sweep" / "omd")
     assert dataset.attrs["compilations"] == 1
     assert dataset.final_return.shape == (2, 2, 2)
@@ -486,9 +484,7 @@ def test_a_real_program_end_to_end(tmp_path):
 def test_the_video_shows_the_median_member_of_the_best_setting(toy, tmp_path, monkeypatch):
     shown = []
     monkeypatch.setattr(toy.program(toy()).__class__, "episode", None, raising=False)
-    monkeypatch.setattr(
-        sweep.videos, "write_video", lambda part, state, member, *rest: shown.append((part, state, member))
-    )
+    monkeypatch.setattr(sweep.videos, "write_video", lambda *given: shown.append(given[:3]))
     axes = [{"grid": {"lr": [0.001, 0.01, 0.1], "repeats": [1, 2]}}]
     assert run(tmp_path, described(axes=axes, seeds={"count": 5, "select": 2}), "--video") == 0
     for label, (part, state, member) in zip(("left", "right"), shown, strict=True):
