@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from purejax_bilevel import interrupts
+from purejax_bilevel import configuration, interrupts
 from purejax_bilevel.configuration import fields
 from purejax_bilevel.errors import Interrupted, UserError
 from purejax_bilevel.runtime.options import HowToRun
@@ -84,6 +84,7 @@ def _join(words: Sequence[str]) -> None:
         processes.join(stated(words, "coordinator") or None, num_processes, process_id)
     if processes.count() > 1:  # the others have to be told
         interrupts.raise_from_now_on()
+    configuration.is_quiet = not processes.is_first()
 
 
 def how_to_run(options: Options) -> dict[str, Any]:
@@ -116,20 +117,20 @@ def status_of(found: Sequence["xarray.Dataset"], variables: Sequence[str]) -> in
 # --- training scripts -------------------------------------------------------------------------------------------------
 
 
-def main(configuration: type | Callable[[], type], description: str, given: Sequence[str] | None = None) -> int:
+def main(config_class: type | Callable[[], type], description: str, given: Sequence[str] | None = None) -> int:
     """Runs a training script; returns its exit status: 0 done, 1 every member diverged, 2 bad input, 130 interrupted.
 
     Args:
-        configuration: its class, or a function that imports it: what it imports may make jax choose its devices, which
-            must not happen before several processes have joined.
+        config_class: of the options, or a function that imports it: what it imports may make jax choose its devices,
+            which must not happen before several processes have joined.
         description: for `--help`.
         given: words of the command line; by default those of this process.
     """
     words = words_of(given)
 
     def work(console: Console) -> int:
-        config_class = configuration if isinstance(configuration, type) else configuration()
-        return execute(*parse(config_class, description, words), console)
+        chosen = config_class if isinstance(config_class, type) else config_class()
+        return execute(*parse(chosen, description, words), console)
 
     return exit_status(work, words)
 

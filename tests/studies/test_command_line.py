@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import yaml
 
+from purejax_bilevel import configuration
 from purejax_bilevel.errors import UserError
 from purejax_bilevel.programs.control.q_learning import Config
 from purejax_bilevel.results import dataset as datasets
-from purejax_bilevel.runtime import loop
+from purejax_bilevel.runtime import loop, processes
 from purejax_bilevel.studies import arguments, command_line, folder
 from purejax_bilevel.studies import run as runs
 from tests import toy
@@ -207,6 +208,14 @@ def test_the_command_line_says_more_than_the_variable_of_wandb(variable, words, 
 def test_the_variable_of_wandb_does_not_matter_without_a_folder(monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     assert runs.run(toy.Config(num_train_steps=8), quiet=True).sizes["seed"] == 1
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_the_first_of_several_processes_prints_the_warnings(is_first, monkeypatch):
+    monkeypatch.setattr(configuration, "is_quiet", None)
+    monkeypatch.setattr(processes, "is_first", lambda: is_first)
+    assert command_line.exit_status(lambda console: None, []) == 0
+    assert configuration.is_quiet is not is_first
 
 
 def test_help_says_once_what_happens_by_default(capsys: pytest.CaptureFixture):
