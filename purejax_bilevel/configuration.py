@@ -16,7 +16,7 @@ import math
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -24,6 +24,8 @@ import numpy as np
 from purejax_bilevel.errors import UserError
 
 C = TypeVar("C")
+
+is_quiet = False  # whether another process prints the warnings, which all have in common
 
 RUN_LENGTH = ("num_train_steps", "T_max")  # static fields that a resumed run may raise
 LARGEST_WHOLE = 2**31 - 1  # whole numbers have 32 bits in a compiled program
@@ -119,7 +121,11 @@ def fields(config: Any, is_traced: bool | None = None) -> Iterator[dataclasses.F
 
 def values_of(value: Any) -> tuple:
     """The values a traced field was given: a list, tuple or 1-D array is an axis, anything else one value."""
-    if (isinstance(value, list | tuple) or hasattr(value, "__array__")) and np.ndim(value) == 1:
+    try:
+        is_axis = (isinstance(value, list | tuple) or hasattr(value, "__array__")) and np.ndim(value) == 1
+    except ValueError:  # lists of different lengths: no value either
+        is_axis = False
+    if is_axis:
         return tuple(element.item() if hasattr(element, "item") else element for element in value)
     return (value,)
 
@@ -168,7 +174,7 @@ def _check_value(field: dataclasses.Field, hint: Any, value: Any) -> None:
     choices = typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else None
     check = field.metadata["check"]
     if choices is not None:
-        allowed, fine = f"one of {', '.join(map(str, choices))}", value in choices
+        allowed, fine = f"one of {', '.join(map(str, choices))}", isinstance(value, Hashable) and value in choices
     elif hint is bool:
         allowed, fine = "True or False", isinstance(value, bool | np.bool_)
     elif hint in (int, float):
@@ -179,7 +185,7 @@ def _check_value(field: dataclasses.Field, hint: Any, value: Any) -> None:
         if fine and hint is int and abs(value) > LARGEST_WHOLE:
             allowed, fine = f"{allowed} and at most {LARGEST_WHOLE} (32 bits)", False
     else:
-        allowed, fine = (check.allowed, check.accepts(value)) if check else ("", True)
+        allowed, fine = (check.allowed, check.accepts(value)) if check else ("text", isinstance(value, Hashable))
     if not fine:
         raise UserError(f"--{field.name} must be {allowed}, got {value!r}.")
 
@@ -193,8 +199,9 @@ def _accepts(check: Check, value: Any) -> bool:
 
 @functools.cache
 def warn(sentence: str) -> None:
-    """Prints a warning on standard error, each sentence once."""
-    print(f"warning: {sentence}", file=sys.stderr)
+    """Prints a warning on standard error, each sentence once, unless another process does."""
+    if not is_quiet:
+        print(f"warning: {sentence}", file=sys.stderr)
 
 
 def warn_if_idle(config: Any) -> None:

@@ -1,10 +1,13 @@
-"""The three commands, for the scripts beside the package and for those that an installation makes."""
+"""The three commands, for the scripts beside the package and for those that an installation makes.
 
-import sys
+What takes time to import is imported inside the functions: an interrupt meanwhile ends the script with one line, and
+`--help` needs little of it.
+"""
+
 import typing
 from collections.abc import Sequence
 
-from purejax_bilevel.studies import command_line
+from purejax_bilevel import interrupts
 
 
 def rl_configuration(arguments: Sequence[str] | None = None) -> type:
@@ -14,6 +17,7 @@ def rl_configuration(arguments: Sequence[str] | None = None) -> type:
     class is imported only when it may be the one: policies for continuous actions take as long to import as jax.
     """
     import purejax_bilevel
+    from purejax_bilevel.studies import command_line
 
     environment = command_line.named_environment(arguments)
     agent = command_line.named_setting("agent_type", arguments).lower()
@@ -46,6 +50,9 @@ def regression_configuration() -> type:
 
 def train_rl() -> int:
     """Trains bilevel model-based agents; returns the exit status."""
+    interrupts.end_at_once()
+    from purejax_bilevel.studies import command_line
+
     return command_line.main(
         rl_configuration,
         "Train bilevel model-based agents; options with several values give one member per combination. "
@@ -56,6 +63,9 @@ def train_rl() -> int:
 
 def train_regression() -> int:
     """Tracks a moving regression problem; returns the exit status."""
+    interrupts.end_at_once()
+    from purejax_bilevel.studies import command_line
+
     return command_line.main(
         regression_configuration,
         "Non-stationary regression; options with several values give one member per combination.",
@@ -64,6 +74,7 @@ def train_regression() -> int:
 
 def sweep() -> int:
     """Runs a whole study; returns the exit status."""
-    from purejax_bilevel.studies import sweep as sweeps
+    interrupts.end_at_once()
+    from purejax_bilevel.studies import sweep_command
 
-    return sweeps.main(sys.argv[1:])
+    return sweep_command.main()

@@ -21,7 +21,7 @@ import numpy as np
 import xarray
 
 from purejax_bilevel.errors import UserError
-from purejax_bilevel.members import format_value
+from purejax_bilevel.members import bytes_in_words, counted, format_value
 from purejax_bilevel.results import comparison, plots, statistics
 from purejax_bilevel.results import dataset as datasets
 from purejax_bilevel.results.checks import choice, known_entries, load_yaml, mapping_of, number_of, text_of
@@ -336,8 +336,8 @@ class _Report:
         seeds = len(self.agents[0].dataset[SEED])
         settings = sum(len(agent.settings) for agent in self.agents)
         text = (
-            f"{members} members ({count(len(self.agents), 'agent')}, {count(settings, 'setting')}, "
-            f"{count(seeds, 'seed')}) of the program "
+            f"{counted(members, 'member')} ({counted(len(self.agents), 'agent')}, {counted(settings, 'setting')}, "
+            f"{counted(seeds, 'seed')}) of the program "
             f"{self.about['program']}" + (f" on {environment}" if environment else "") + f", {steps:,} "
             f"{self.about.get('step_name', 'steps')} each."
         )
@@ -525,15 +525,15 @@ class _Report:
                 ]
         if not names:
             return [Heading("Failed members"), Paragraph("None: every member ended with finite numbers.")]
-        text = (
-            f"{len(names)} of {total} members diverged or have no finite score. They are left out of all numbers above."
-        )
+        have, are = ("has", "is") if len(names) == 1 else ("have", "are")
+        whole = counted(total, "member")
+        text = f"{len(names)} of {whole} diverged or {have} no finite score, and {are} left out of all numbers above."
         listed = names[:MOST_FAILED] + ([f"and {len(names) - MOST_FAILED} more"] if len(names) > MOST_FAILED else [])
         return [Heading("Failed members"), Paragraph(text), Code("\n".join(listed))]
 
     def _provenance(self) -> list[Block]:
         versions = dict(self.about.get("versions", {}))
-        parts = count(self.about["sub_programs"], "sub-program")
+        parts = counted(self.about["sub_programs"], "sub-program")
         facts = [
             ("device", f"{versions.pop('device', 'unknown')}, {self.about.get('devices', '?')} used"),
             ("compiled", f"{parts} in one call, {self.about['compile_seconds']:.1f} s"),
@@ -640,19 +640,6 @@ def _curve(agent: AgentResult, variable: str) -> np.ndarray:
 
 def words(setting: dict[str, Any]) -> str:
     return ", ".join(f"{name}={plots._text(value)}" for name, value in setting.items())
-
-
-def count(number: int, noun: str) -> str:
-    """`1 agent`, `2 agents`."""
-    return f"{number} {noun}" + ("" if number == 1 else "s")
-
-
-def bytes_in_words(number: float) -> str:
-    """For example `3.2 MiB`."""
-    for size, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if number >= size:
-            return f"{number / size:.3g} {unit}"
-    return f"{number:.0f} B"
 
 
 def _score(score: Score) -> str:

@@ -26,7 +26,7 @@ import xarray
 from rich.console import Console
 
 from purejax_bilevel.configuration import RUN_LENGTH, to_dict
-from purejax_bilevel.errors import UserError
+from purejax_bilevel.errors import Interrupted, UserError
 from purejax_bilevel.program import POPULATION, Measure, Part
 from purejax_bilevel.results import dataset as datasets
 from purejax_bilevel.results import statistics
@@ -35,6 +35,7 @@ from purejax_bilevel.runtime import devices, processes
 from purejax_bilevel.runtime.compiled import CompiledProgram, mesh_of, precision
 from purejax_bilevel.runtime.devices import AXIS
 from purejax_bilevel.runtime.loggers import Loggers
+from purejax_bilevel.runtime.options import RunOptions
 from purejax_bilevel.runtime.progress import Progress
 from purejax_bilevel.runtime.schedule import Schedule
 from purejax_bilevel.runtime.steps import ROWS
@@ -43,44 +44,6 @@ CHUNK_SECONDS = 3.0  # between two looks of the host, unless --chunks says how m
 CHECKPOINT_SECONDS = 60.0
 BLOCK_STEPS = 32  # most steps in a block of an accelerator
 PLACEMENT = "placement"  # what a checkpoint calls the batches of members and their devices
-
-
-class Interrupted(Exception):
-    """The user asked to stop; everything up to the last chunk is kept."""
-
-
-@dataclasses.dataclass(frozen=True)
-class RunOptions:
-    """How to run, as opposed to what.
-
-    Args:
-        folder: where to write results and checkpoints, seen by all processes; None: nowhere.
-        devices: number of devices over all processes; None: all.
-        member_batch: members trained at once on a device; None: one on a CPU (tiny ones: all), all elsewhere, and as
-            the run began where it is resumed; 0: all.
-        chunks: number of calls of the compiled program; None: one every few seconds.
-        resume: go on from the folder's checkpoint if there is one.
-        wandb_mode: disabled, offline or online.
-        wandb_runs: one wandb run per member or per setting.
-        tensorboard: write TensorBoard files too.
-        quiet: print nothing.
-    """
-
-    folder: Path | None = None
-    devices: int | None = None
-    member_batch: int | None = None
-    chunks: int | None = None
-    resume: bool = False
-    wandb_mode: str = "disabled"
-    wandb_runs: str = "member"
-    tensorboard: bool = False
-    quiet: bool = False
-
-    def __post_init__(self) -> None:
-        if self.member_batch is not None and self.member_batch < 0:
-            raise UserError(f"--member_batch must be 0 (all) or a positive number, got {self.member_batch}.")
-        if self.chunks is not None and self.chunks < 1:
-            raise UserError(f"--chunks must be at least 1, got {self.chunks}.")
 
 
 @dataclasses.dataclass
@@ -312,9 +275,9 @@ class Run:
     def _logger(self, number: int, progress: Progress) -> Loggers:
         folder, options = self.options.folder, self.options
         if folder is None:
-            if options.wandb_mode != "disabled" or options.tensorboard:
+            if options.wandb_mode not in (None, "disabled") or options.tensorboard:
                 raise UserError("wandb_mode and tensorboard need an output folder.")
-            folder = Path()
+            folder, options = Path(), dataclasses.replace(options, wandb_mode="disabled")
         several = len(self.parts) > 1
         return Loggers(
             self.parts[number].grid,

@@ -14,6 +14,7 @@ import jax
 from jax.sharding import Mesh
 
 from purejax_bilevel.errors import UserError
+from purejax_bilevel.members import bytes_in_words
 from purejax_bilevel.program import Part
 from purejax_bilevel.runtime import devices
 from purejax_bilevel.runtime.compiled import CompiledProgram, mesh_of, precision, state_shapes
@@ -23,14 +24,6 @@ from purejax_bilevel.runtime.schedule import Schedule
 SAFE_SHARE = 0.9  # of the free memory that a run may plan with
 BYTES_PER_RESULT = 8  # 32 bits, and a copy while a chunk's rows are appended
 STATES = "the states of their members alone"
-
-
-def in_words(number: float) -> str:
-    """For example `3.2 MiB`."""
-    for size, unit in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if number >= size:
-            return f"{number / size:.3g} {unit}" if number < 1000 * size else f"{number / size:,.0f} {unit}"
-    return f"{number:.0f} B"
 
 
 def state_bytes(part: Part) -> int:
@@ -68,8 +61,8 @@ def check(parts: Sequence[Part], free: Callable[[Any], int | None] = devices.fre
     available = devices.free_host_memory()
     if available is not None and results > SAFE_SHARE * available:
         raise UserError(
-            f"the results would need about {in_words(results)}, this machine has {in_words(available)} free: evaluate "
-            "more rarely (--eval_frequency), or take fewer seeds (--num_seeds), settings or steps."
+            f"the results would need about {bytes_in_words(results)}, this machine has {bytes_in_words(available)} "
+            "free: evaluate more rarely (--eval_frequency), or take fewer seeds (--num_seeds), settings or steps."
         )
 
 
@@ -131,15 +124,15 @@ def check_fits(
     members = sum(len(part.grid) for part in parts)
     fitting = int(members * SAFE_SHARE * available / wanted)
     size, label = max(zip(sizes, (part.label for part in parts), strict=True))
-    smaller = f"its capacity, widths and windows ({in_words(size)} per member{f' of {label}' if label else ''})"
+    smaller = f"its capacity, widths and windows ({bytes_in_words(size)} per member{f' of {label}' if label else ''})"
     lower = (
         f"About {fitting} members fit: take fewer seeds (--num_seeds) or settings, lower"
         if fitting
         else "Not even one fits: lower"
     )
     raise UserError(
-        f"{members} member{'s do' if members > 1 else ' does'} not fit: {what} would need {in_words(wanted)}, "
-        f"{'this machine has' if shared else f'each {device.platform} device has'} {in_words(available)} free. "
+        f"{members} member{'s do' if members > 1 else ' does'} not fit: {what} would need {bytes_in_words(wanted)}, "
+        f"{'this machine has' if shared else f'each {device.platform} device has'} {bytes_in_words(available)} free. "
         f"{lower} {smaller}, or use more memory."
     )
 

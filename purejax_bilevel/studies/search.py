@@ -32,7 +32,7 @@ import numpy as np
 import optax
 from rich.console import Console
 
-from purejax_bilevel.errors import UserError
+from purejax_bilevel.errors import Interrupted, UserError
 from purejax_bilevel.members import Grid
 from purejax_bilevel.program import Part, Program
 from purejax_bilevel.results import dataset as datasets
@@ -41,10 +41,10 @@ from purejax_bilevel.results.statistics import ranking, row_scores, setting_scor
 from purejax_bilevel.runtime import checkpoint as checkpoints
 from purejax_bilevel.runtime import loop, processes
 from purejax_bilevel.runtime.compiled import CompiledProgram
+from purejax_bilevel.runtime.options import RunOptions
+from purejax_bilevel.studies.folder import ROUNDS, SCORES
 from purejax_bilevel.studies.study import Agent, Interval, Search, Study, Template, listed_grid
 
-ROUNDS = "rounds"
-SCORES = "scores.json"  # of a round
 Setting = dict[str, Any]
 Member = tuple[Setting, int]  # setting and seed
 
@@ -114,7 +114,7 @@ class Rounds:
         study: Study,
         agents: Sequence[Agent],
         places: Sequence[int],
-        options: loop.RunOptions,
+        options: RunOptions,
         console: Console,
         watcher: Any = None,
     ):
@@ -215,8 +215,8 @@ class Rounds:
             if not self.options.quiet:
                 self.console.print(f"{name.replace('-', ' ')}:", highlight=False)
             outcome = run.to_the_end()
-        except loop.Interrupted as error:
-            raise loop.Interrupted(f"stopped in {name}; go on with --resume {self.options.folder}") from error
+        except Interrupted as error:
+            raise Interrupted(f"stopped in {name}; go on with --resume {self.options.folder}") from error
         self.compile_seconds += self.compiled.compile_seconds - before
         return outcome
 
@@ -278,9 +278,7 @@ def _plain(scores: np.ndarray) -> list[float | None]:
 # ---------------------------------------------------------------- the search
 
 
-def search(
-    study: Study, agents: Sequence[Agent], options: loop.RunOptions, console: Console, watcher: Any = None
-) -> Found:
+def search(study: Study, agents: Sequence[Agent], options: RunOptions, console: Console, watcher: Any = None) -> Found:
     """Searches by the study's method, then trains the finalists on the seeds that are reported.
 
     Raises:

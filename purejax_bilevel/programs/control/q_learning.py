@@ -160,7 +160,7 @@ class Config:
         config = agents.without_alias(self)
         tuned = TUNED.get(config.agent_type, {})
         config = replace(config, **{name: value for name, value in tuned.items() if getattr(config, name) is None})
-        if config.transition_steps == 0:
+        if config.transition_steps == 0 and config.non_stationary == "drift":
             config = replace(config, transition_steps=config.num_train_steps)
         validate(config)
         _check_together(config)

@@ -22,10 +22,10 @@ import jax.numpy as jnp
 
 from purejax_bilevel import networks
 from purejax_bilevel.networks import Layer, Network
+from purejax_bilevel.programs.regression import GRID_LIMIT, GRID_POINTS
 from purejax_bilevel.programs.regression.agents import Summary
 
 TRUTH_MEAN = 0.1
-GRID_LIMIT, GRID_POINTS = 2.5, {1: 64, 2: 24}  # where approximations of functions of one or two inputs are drawn
 PARALLEL = 1e-3  # lambda counts as parallel to 1 when the rest is relatively smaller
 
 

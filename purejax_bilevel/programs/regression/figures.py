@@ -19,7 +19,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from purejax_bilevel.programs.regression.data import GRID_LIMIT, GRID_POINTS
+from purejax_bilevel.programs.regression import GRID_LIMIT, GRID_POINTS
 from purejax_bilevel.results import plots, statistics
 from purejax_bilevel.results.dataset import SEED, STEP, setting_dimensions, setting_labels
 

@@ -21,7 +21,7 @@ from purejax_bilevel.programs.tabular import program as tabular
 from purejax_bilevel.programs.tabular.program import Config, Model
 from purejax_bilevel.results import dataset as datasets
 from purejax_bilevel.runtime import loop
-from purejax_bilevel.studies import command_line, sweep
+from purejax_bilevel.studies import command_line, sweep_command
 from purejax_bilevel.studies import run as runs
 
 GOLDEN = Path(__file__).parents[2] / "data" / "tabular_curve.npz"
@@ -481,11 +481,11 @@ def test_a_sweep_draws_its_figure_where_the_axes_are_those_of_the_figure(tmp_pat
     words = ["tabular_norm_bound", "num_train_steps=10", "eval_frequency=5", "norm_bound=1,4", "seeds.count=4"]
     where = ["--output_dir", str(tmp_path), "--quiet", "--name"]
     title = "Return against the norm bound"
-    assert sweep.main([*words, *where, "own"]) == 0
+    assert sweep_command.main([*words, *where, "own"]) == 0
     assert f"![{title}" in (tmp_path / "own" / "report.md").read_text()
     for agent in ("mle", "omd"):
         dataset = datasets.load(tmp_path / "own" / agent)
         assert dataset.attrs["compilations"] == 1
         assert dataset.evaluation_return.dtype == np.float64
-    assert sweep.main([*words, "lr=0.01,0.1", *where, "other"]) == 0
+    assert sweep_command.main([*words, "lr=0.01,0.1", *where, "other"]) == 0
     assert title not in (tmp_path / "other" / "report.md").read_text()
