@@ -484,6 +484,14 @@ def test_a_real_program_end_to_end(tmp_path):
     assert "optimality gap to 500" in (tmp_path / "sweep" / "report.md").read_text()
 
 
+@pytest.mark.parametrize("words", [["lr=0.1"], ["lr=0.1", "agents=left"], ["lr=0.1", "seeds.count=1"], ["lr=10"]])
+def test_figures_of_an_axis_that_was_overridden_are_left_out(toy, tmp_path, words):
+    shown = [{"kind": "sensitivity", "axis": name} for name in ("lr", "width")]
+    assert run(tmp_path, described(report={"figures": shown}), *words) == int(words == ["lr=10"])
+    assert not list((tmp_path / "sweep" / "figures").glob("study-*"))
+    assert (tmp_path / "sweep" / "report.html").exists()
+
+
 def test_the_video_shows_the_median_member_of_the_best_setting(toy, tmp_path, monkeypatch):
     shown = []
     monkeypatch.setattr(toy.program(toy()).__class__, "episode", None, raising=False)
