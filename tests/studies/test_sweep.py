@@ -9,8 +9,10 @@ import pytest
 import yaml
 from rich.console import Console
 
+from purejax_bilevel.configuration import fields
 from purejax_bilevel.errors import UserError
 from purejax_bilevel.results import dataset as datasets
+from purejax_bilevel.results.statistics import TASKS
 from purejax_bilevel.runtime import compiled, loop
 from purejax_bilevel.studies import presets, study, sweep, sweep_command
 from purejax_bilevel.studies import run as runs
@@ -144,6 +146,17 @@ TWO = ["CartPole-v1", "Acrobot-v1"]
 def test_tasks_are_compared_one_by_one(changes, sentence):
     with pytest.raises(UserError, match=sentence):
         make_agents(parse({"program": "rl", "agents": ["omd"], **changes}))
+
+
+@pytest.mark.parametrize("program", study.PROGRAMS)
+def test_no_task_of_a_program_can_be_a_best_setting(program):
+    declared = {field.name for field in fields(study.config_class(program)) if field.metadata.get("task")}
+    assert declared <= set(TASKS)
+
+
+def test_every_task_is_declared_by_a_program():
+    classes = [study.config_class(program) for program in study.PROGRAMS]
+    assert set(TASKS) == {field.name for cls in classes for field in fields(cls) if field.metadata.get("task")}
 
 
 def test_numbers_are_read_as_the_fields_need_them(toy):
