@@ -9,8 +9,10 @@ import pytest
 import yaml
 from rich.console import Console
 
+from purejax_bilevel.configuration import fields
 from purejax_bilevel.errors import UserError
 from purejax_bilevel.results import dataset as datasets
+from purejax_bilevel.results.statistics import TASKS
 from purejax_bilevel.runtime import compiled, loop
 from purejax_bilevel.studies import presets, study, sweep, sweep_command
 from purejax_bilevel.studies import run as runs
@@ -144,6 +146,17 @@ TWO = ["CartPole-v1", "Acrobot-v1"]
 def test_tasks_are_compared_one_by_one(changes, sentence):
     with pytest.raises(UserError, match=sentence):
         make_agents(parse({"program": "rl", "agents": ["omd"], **changes}))
+
+
+@pytest.mark.parametrize("program", study.PROGRAMS)
+def test_no_task_of_a_program_can_be_a_best_setting(program):
+    declared = {field.name for field in fields(study.config_class(program)) if field.metadata.get("task")}
+    assert declared <= set(TASKS)
+
+
+def test_every_task_is_declared_by_a_program():
+    classes = [study.config_class(program) for program in study.PROGRAMS]
+    assert set(TASKS) == {field.name for cls in classes for field in fields(cls) if field.metadata.get("task")}
 
 
 def test_numbers_are_read_as_the_fields_need_them(toy):
@@ -482,6 +495,14 @@ def test_a_real_program_end_to_end(tmp_path):
     assert dataset.final_return.shape == (2, 2, 2)
     assert not dataset.failed.values.any()
     assert "optimality gap to 500" in (tmp_path / "sweep" / "report.md").read_text()
+
+
+@pytest.mark.parametrize("words", [["lr=0.1"], ["lr=0.1", "agents=left"], ["lr=0.1", "seeds.count=1"], ["lr=10"]])
+def test_figures_of_an_axis_that_was_overridden_are_left_out(toy, tmp_path, words):
+    shown = [{"kind": "sensitivity", "axis": name} for name in ("lr", "width")]
+    assert run(tmp_path, described(report={"figures": shown}), *words) == int(words == ["lr=10"])
+    assert not list((tmp_path / "sweep" / "figures").glob("study-*"))
+    assert (tmp_path / "sweep" / "report.html").exists()
 
 
 def test_the_video_shows_the_median_member_of_the_best_setting(toy, tmp_path, monkeypatch):

@@ -51,7 +51,7 @@ def curves(dataset: xarray.Dataset, path: str | Path) -> Path:
     Returns:
         The path.
     """
-    names = [name for name in PANELS if _has_values(dataset, name)]
+    names = [name for name in PANELS if _has_values(dataset, name)] or list(PANELS[:1])
     all_curves = [plots._curves(dataset, name) for name in names]
     layout = _one_panel_layout(dataset, all_curves[0])
     with matplotlib.rc_context(plots.STYLE):

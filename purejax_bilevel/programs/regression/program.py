@@ -64,7 +64,7 @@ class Config:
     noise_level: float = traced(1.0, "standard deviation of the targets' noise", NONNEGATIVE, "data")
     # shift
     shift_type: Literal["sinusoidal", "linear", "abrupt", "none"] = static(
-        "sinusoidal", "how the targets move", group="shift"
+        "sinusoidal", "how the targets move", group="shift", task=True
     )
     beta: float = traced(10.0, "amplitude (sinusoidal, abrupt)", FINITE, "shift")
     omega: float = traced(0.2, "radians per time step (sinusoidal)", FINITE, "shift")

@@ -62,12 +62,13 @@ class Config:
     eval_frequency: int = static(500, "outer steps between evaluations (0: only at the end)", at_least(0), "schedule")
     # the true MDP
     mdp: Literal["two_state", "garnet", "file"] = static(
-        "two_state", "the paper's MDP, random ones, or (implied by --mdp_file) your own", group="environment"
+        "two_state", "the paper's MDP, random ones, or (implied by --mdp_file) your own", group="environment", task=True
     )
     mdp_file: str = static(
         "",
         "numpy archive with P [actions, states, states], R [states, actions], gamma and start [states]",
         group="environment",
+        task=True,
     )
     garnet_seed: int = traced(0, "garnet: which random MDP", at_least(0), "environment")
     num_states: int = static(10, "garnet: number of states", at_least(1), "environment")
