@@ -197,9 +197,10 @@ def options() -> set[str]:
 
 def help_of(script: Callable[[], int], words: str) -> set[str]:
     out = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), pytest.raises(SystemExit):
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
         patch.setattr("sys.argv", ["script", *words.split(), "--help"])
-        script()
+        with pytest.raises(SystemExit):
+            script()
     return set(re.findall(r"--\w+", out.getvalue()))
 
 
