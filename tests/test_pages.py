@@ -277,7 +277,7 @@ def test_attributes_are_those_in_the_file(first_page: Path) -> None:
 
 
 def test_tuned_defaults_are_those_of_the_agents() -> None:
-    discrete, continuous = CONTROL.read_text().split("## Continuous actions")
+    discrete, continuous = CONTROL.read_text().split("## Continuous control")
     for text, config_class in ((discrete, RLConfig), (continuous, ContinuousConfig)):
         (table,) = re.findall(r"^\| agent \| `--lr` .*?\n\n", text, re.DOTALL | re.MULTILINE)
         heading, *agents = rows(table)
