@@ -1,9 +1,9 @@
 """The three commands, for the scripts beside the package and for those that an installation makes."""
 
 import sys
-import typing
 from collections.abc import Sequence
 
+from purejax_bilevel import agents
 from purejax_bilevel.studies import command_line
 
 
@@ -16,7 +16,7 @@ def rl_configuration(arguments: Sequence[str] | None = None) -> type:
     import purejax_bilevel
 
     environment = command_line.named_environment(arguments)
-    agent = command_line.named_setting("agent_type", arguments).lower()
+    agent = agents.spelled(command_line.named_setting(agents.FIELD, arguments))
     if environment == "tabular":
         return purejax_bilevel.TabularConfig
     discrete = purejax_bilevel.RLConfig
@@ -24,17 +24,18 @@ def rl_configuration(arguments: Sequence[str] | None = None) -> type:
     from purejax_bilevel import environments
 
     is_continuous = environments.is_continuous(environment)
-    if not is_continuous and (not agent or agent in agents_of(discrete)):
+    if not is_continuous and (not agent or has_agent(discrete, agent)):
         return discrete
     continuous = purejax_bilevel.ContinuousConfig
     if is_continuous:
-        return discrete if agent in agents_of(discrete) - agents_of(continuous) else continuous
-    return continuous if agent in agents_of(continuous) else discrete
+        return discrete if has_agent(discrete, agent) and not has_agent(continuous, agent) else continuous
+    return continuous if has_agent(continuous, agent) else discrete
 
 
-def agents_of(config_class: type) -> set[str]:
-    """The names that a class of options accepts as `agent_type`."""
-    return set(typing.get_args(typing.get_type_hints(config_class)["agent_type"]))
+def has_agent(config_class: type, name: str) -> bool:
+    """Whether a class of options accepts a name as `agent_type`."""
+    known = agents.registry(config_class)
+    return known is not None and name in known
 
 
 def regression_configuration() -> type:

@@ -16,6 +16,7 @@ RANKS = {
     "bilevel": 0,
     "errors": 0,
     "configuration": 1,
+    "agents": 2,
     "environments": 2,
     "members": 2,
     "networks": 2,

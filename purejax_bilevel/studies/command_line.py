@@ -20,6 +20,7 @@ import tyro
 import yaml
 from rich.console import Console
 
+from purejax_bilevel import agents
 from purejax_bilevel.configuration import fields
 from purejax_bilevel.errors import UserError
 from purejax_bilevel.results import statistics
@@ -196,7 +197,9 @@ def parse(config_class: type, description: str, arguments: Sequence[str] | None 
     Raises:
         UserError: a value that is not allowed, or a setting that differs from the run to be resumed.
     """
-    words = _lower_agent_type(sys.argv[1:] if arguments is None else list(arguments))
+    words = _spell_agent_type(sys.argv[1:] if arguments is None else list(arguments))
+    if ":" in (agent := _option(words, agents.FIELD)) and (known := agents.registry(config_class)) is not None:
+        known.check(agent)  # loaded now, so that `--help` knows it
     parser = _arguments_class(config_class)
     _check_single(parser, words)
     words, flags = _take_flags(parser, words)
@@ -262,32 +265,35 @@ def _take_flags(parser: type, words: Sequence[str]) -> tuple[list[str], dict[str
     return rest, flags
 
 
-def _lower_agent_type(words: list[str]) -> list[str]:
+def _spell_agent_type(words: list[str]) -> list[str]:
     """The original code writes funcBO; case does not matter here."""
-    lowered = list(words)
+    flags, spelled = ("--agent_type", "--agent-type"), list(words)
     for index, word in enumerate(words):
-        if word in ("--agent_type", "--agent-type") and index + 1 < len(words):
-            lowered[index + 1] = words[index + 1].lower()
-        elif word.startswith(("--agent_type=", "--agent-type=")):
-            lowered[index] = word.lower()
-    return lowered
+        flag, equals, name = word.partition("=")
+        if word in flags and index + 1 < len(words):
+            spelled[index + 1] = agents.spelled(words[index + 1])
+        elif flag in flags and equals:
+            spelled[index] = f"{flag}={agents.spelled(name)}"
+    return spelled
 
 
 def _arguments_class(config_class: type) -> type:
     """A dataclass for tyro: `run` and one nested dataclass per group of the configuration's fields."""
-    hints = typing.get_type_hints(config_class)
+    hints, lines = typing.get_type_hints(config_class), agents.explain(config_class)
     groups: dict[str, list] = {}
     for field in fields(config_class):
         if field.metadata.get("hidden"):
             continue
         hint, default = hints[field.name], field.default
         metavar = None
+        if (choices := field.metadata.get("choices")) is not None:
+            metavar = choices.notation
         if field.metadata["traced"]:
             optional = isinstance(hint, types.UnionType)
             element: Any = typing.get_args(hint)[0] if optional else hint
             metavar = f"{element.__name__.upper()} [{element.__name__.upper()} ...]"
             hint, default = (tuple[element, ...] | None, None) if optional else (tuple[element, ...], (default,))
-        argument: Any = Annotated[hint, explained(field.metadata["help"], metavar)]
+        argument: Any = Annotated[hint, explained(lines[field.name], metavar)]
         entry = (field.name, argument, dataclasses.field(default=default))
         groups.setdefault(field.metadata["group"], []).append(entry)
     made: list[tuple[str, Any, Any]] = []
