@@ -247,15 +247,20 @@ def named_object(option: str, name: str, kind: str) -> Any:
     Raises:
         UserError: the module cannot be imported or has no such attribute.
     """
-    module, _, attribute = name.partition(":")
+    path, _, attribute = name.partition(":")
     try:
-        return getattr(importlib.import_module(module), attribute)
+        module = importlib.import_module(path) if path else None
+    except UserError:
+        raise
     except ImportError as error:
         raise UserError(
-            f"--{option} {name}: the module {module} cannot be imported ({error}); install it or set PYTHONPATH."
+            f"--{option} {name}: the module {path} cannot be imported ({error}); install it or set PYTHONPATH."
         ) from error
-    except (AttributeError, ValueError, TypeError) as error:
-        raise UserError(f"--{option} {name}: the module {module!r} has no {kind} {attribute!r}.") from error
+    except Exception as error:  # whatever a stranger's code may raise
+        raise UserError(f"--{option} {name}: the module {path} fails ({type(error).__name__}: {error}).") from error
+    if not hasattr(module, attribute):
+        raise UserError(f"--{option} {name}: the module {path!r} has no {kind} {attribute!r}.")
+    return getattr(module, attribute)
 
 
 @functools.cache
