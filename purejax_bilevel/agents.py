@@ -123,15 +123,13 @@ class Agents(Generic[A]):
         Raises:
             UserError: there is none.
         """
-        if name in self._aliases:
-            return self._agents[self._aliases[name].agent]
-        if name not in self._agents and isinstance(name, str) and ":" in name:
+        if not isinstance(name, str) or (name not in self._names and ":" not in name):
+            raise UserError(f"--{FIELD} must be one of {', '.join(self._names)}, or module:agent, got {name!r}.")
+        if name not in self._names:
             agent = named_object(FIELD, name, "agent")
             self._check_kind(agent, f"--{FIELD} {name}")
             self._add(name, agent)
-        if name not in self._agents:
-            raise UserError(f"--{FIELD} must be one of {', '.join(self._names)}, or module:agent, got {name!r}.")
-        return self._agents[name]
+        return self._agents[self._aliases[name].agent if name in self._aliases else name]
 
     def __contains__(self, name: object) -> bool:
         try:
@@ -168,6 +166,7 @@ class Agents(Generic[A]):
             UserError: there is no such agent, it names a field that the configuration has not, or has no value for
                 one that agents tune.
         """
+        self.check(config.agent_type)  # type: ignore[attr-defined]
         config = self._without_alias(config)
         name: str = config.agent_type  # type: ignore[attr-defined]
         agent = self[name]

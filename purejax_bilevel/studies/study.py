@@ -6,7 +6,6 @@
     agents:                              # label: own settings; agent_type is the label unless it is given
       omd: {}
       omd with CG: {agent_type: omd, with_inv_jac: cg}
-      mine: {agent_type: mypackage.mine:MINE}                      # an agent of your own, see purejax_bilevel/agents.py
     axes:
       - grid: {model_hidden_dim: [2, 8, 32]}                       # every combination
       - zip: {lr: [1e-3, 3e-4], inner_lr: [3e-4, 1e-4]}            # first with first, second with second
@@ -17,6 +16,7 @@
 
 A list in `settings` or in an agent's own settings is a grid axis too, there of that agent alone. Values that are leaves
 of the configuration become members of one sub-program; values that change the program become sub-programs of their own.
+An agent of your own is `module:agent`, as a label or as `agent_type` (see `purejax_bilevel/agents.py`).
 """
 
 import dataclasses

@@ -166,6 +166,12 @@ def test_a_registered_agent_goes_by_its_name(capsys: pytest.CaptureFixture):
     agents.AGENTS.register(outside.SLOW)  # once more, as where a notebook's cell is run again
 
 
+@pytest.mark.parametrize("name", [None, 3, ["omd"], {"omd": {}}])
+def test_what_is_no_name_is_refused(name: Any):
+    with pytest.raises(UserError, match=r"--agent_type must be one of omd, .*, or module:agent, got"):
+        RLConfig(agent_type=name).resolved()
+
+
 @pytest.mark.parametrize("name", ["omd", "smoothfbo"])
 def test_the_packages_own_names_are_taken(name: str):
     with pytest.raises(UserError, match=f"agents.register: {name} is an agent already"):

@@ -22,7 +22,7 @@ from purejax_bilevel.configuration import (
 class Task:
     """What runs."""
 
-    agent_type: str = static("omd", "who trains the model", group="agent")
+    agent_type: str = static("", "who trains the model", group="agent")
     env_name: str = static("", "environment with vector observations", group="environment", task=True)
 
 

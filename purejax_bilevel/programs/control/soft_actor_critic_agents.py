@@ -25,7 +25,6 @@ others as in `agents.py`.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -67,13 +66,13 @@ class Learner(agents.Learner):
     log_temperature: jax.Array
     temperature_optimizer: optax.OptState
 
-    def predict(self, config: Any, model: Network, batch: Batch) -> Batch:
+    def predict(self, config: object, model: Network, batch: Batch) -> Batch:
         """The batch as `model` would have it: next observation and reward for the same observation and action."""
         del config
         outputs = networks.apply_network(model, jnp.concatenate([batch.obs, batch.action]))
         return batch._replace(next_obs=outputs[:-1], reward=outputs[-1])
 
-    def model_error(self, config: Any, model: Network, batch: Batch, predicted: Batch) -> jax.Array:
+    def model_error(self, config: object, model: Network, batch: Batch, predicted: Batch) -> jax.Array:
         """Mean squared distance of the predicted next observation from the real one."""
         del config, model
         return agents.model_error(predicted, batch)

@@ -22,7 +22,7 @@ from purejax_bilevel.configuration import (
 class Task:
     """What runs."""
 
-    agent_type: str = static("funcbo", "where the gradient of lambda comes from", group="agent")
+    agent_type: str = static("", "where the gradient of lambda comes from", group="agent")
 
 
 @configuration

@@ -21,7 +21,7 @@ BOUND = Check("a number, 0 or above (inf: no bound)", lambda x: x >= 0)
 class Task:
     """What runs, and the true MDP."""
 
-    agent_type: str = static("omd", "who trains the model", group="agent")
+    agent_type: str = static("", "who trains the model", group="agent")
     env_name: Literal["tabular"] = static("tabular", "a finite MDP, see below", group="environment")
     num_train_steps: int = static(10_000, "outer steps of each member", at_least(1), "schedule")
     eval_frequency: int = static(500, "outer steps between evaluations (0: only at the end)", at_least(0), "schedule")
