@@ -32,7 +32,6 @@ PACKAGE = ROOT / "purejax_bilevel"
 PAGES = [ROOT / "README.md", ROOT / "setup" / "README.md", *sorted(PACKAGE.rglob("README.md"))]
 FIRST, RESULTS, SWEEPS = ROOT / "README.md", PACKAGE / "results" / "README.md", PACKAGE / "studies" / "README.md"
 CONTROL, TABULAR = (PACKAGE / "programs" / name / "README.md" for name in ("control", "tabular"))
-NOT_YET = PACKAGE / "programs" / "README.md"  # "adding a program"
 STAND_INS = (
     "setup/run",
     *(f"setup/docker/{action}_{target}.sh" for action in ("build", "run") for target in ("cpu", "gpu")),
@@ -84,7 +83,7 @@ def test_links_lead_somewhere(page: Path) -> None:
     found = list(linked(page))
     assert found or "](" not in prose(page)
     for path, anchor in found:
-        assert path.exists() or path == NOT_YET, f"{path} is linked and does not exist"
+        assert path.exists(), f"{path} is linked and does not exist"
         assert not anchor or anchor in anchors(path), f"{path} has no heading for #{anchor}"
 
 
@@ -93,9 +92,8 @@ def test_every_page_and_figure_is_reached_from_the_first_page() -> None:
     while waiting:
         new = {path for path, _ in linked(waiting.pop())} - reached
         reached |= new
-        waiting += [path for path in new if path.suffix == ".md" and path != NOT_YET]
+        waiting += [path for path in new if path.suffix == ".md"]
     assert {*PAGES, *(ROOT / ".github").glob("*.png")} <= reached
-    assert not NOT_YET.exists(), "it is there now: take NOT_YET out of this file"
 
 
 # --- commands ---------------------------------------------------------------------------------------------------------

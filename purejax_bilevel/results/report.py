@@ -332,14 +332,18 @@ class _Report:
     def _what(self) -> str:
         members = sum(agent.scores.size for agent in self.agents)
         environment = ", ".join(self._environments())
-        steps = int(self.agents[0].dataset[STEP].values[-1])
+        programs = dict.fromkeys(agent.dataset.attrs["program"] for agent in self.agents)
+        lengths = dict.fromkeys(
+            f"{int(agent.dataset[STEP].values[-1]):,} {agent.dataset.attrs.get('step_name', 'steps')}"
+            for agent in self.agents
+        )
         seeds = len(self.agents[0].dataset[SEED])
         settings = sum(len(agent.settings) for agent in self.agents)
         text = (
             f"{counted(members, 'member')} ({counted(len(self.agents), 'agent')}, {counted(settings, 'setting')}, "
-            f"{counted(seeds, 'seed')}) of the program "
-            f"{self.about['program']}" + (f" on {environment}" if environment else "") + f", {steps:,} "
-            f"{self.about.get('step_name', 'steps')} each."
+            f"{counted(seeds, 'seed')}) of the program{'s' if len(programs) > 1 else ''} {', '.join(programs)}"
+            + (f" on {environment}" if environment else "")
+            + f", {' or '.join(lengths)} each."
         )
         long_name = self.agents[0].dataset[self.variable].attrs.get("long_name", "")
         meaning = f" ({long_name})" if long_name not in ("", self.score_name) else ""
@@ -615,13 +619,18 @@ class _Report:
         usable = [
             agent for agent in self.succeeded if variable in agent.dataset and STEP in agent.dataset[variable].dims
         ]
-        if not usable:
-            return []
-        steps, step_name = usable[0].dataset[STEP].values, str(self.about.get("step_name", "steps"))
-        series = [(agent.label, _curve(agent, variable)) for agent in usable]
+        groups: dict[tuple[str, tuple[int, ...]], list[AgentResult]] = {}  # by what a step is, and when it was measured
+        for agent in usable:
+            step_name = str(agent.dataset.attrs.get("step_name", "steps"))
+            groups.setdefault((step_name, tuple(agent.dataset[STEP].values.tolist())), []).append(agent)
         measured = variable.replace("_", " ")
-        path = comparison.curves(steps, series, step_name, measured, self._path(name), title)
-        return [Picture(path, f"{variable.replace('_', ' ')} of the best setting of each agent.")]
+        pictures: list[Block] = []
+        for number, ((step_name, steps), agents) in enumerate(groups.items()):
+            series = [(agent.label, _curve(agent, variable)) for agent in agents]
+            path = self._path(f"{number + 1}_{name}" if number else name)
+            path = comparison.curves(np.array(steps), series, step_name, measured, path, title)
+            pictures.append(Picture(path, f"{measured} of the best setting of each agent."))
+        return pictures
 
 
 def _curve(agent: AgentResult, variable: str) -> np.ndarray:

@@ -4,7 +4,7 @@ report.
     folder/config.yaml             the sweep file after all overrides: what --resume needs
     folder/<agent>/results.nc      labelled arrays of all settings and seeds of an agent
     folder/report.html, report.md  with figures/
-    folder/checkpoint.npz          or rounds/ while a search runs
+    folder/checkpoint.npz          or rounds/ while a search runs; programs/*/ where agents have several programs
 
 Before it starts, a sweep tells its members, sub-programs, memory and time; what does not fit is refused.
 """
@@ -34,11 +34,14 @@ from purejax_bilevel.runtime.options import RunOptions
 from purejax_bilevel.runtime.progress import duration
 from purejax_bilevel.runtime.schedule import num_rows
 from purejax_bilevel.studies import folder as folders
+from purejax_bilevel.studies import run as runs
 from purejax_bilevel.studies import search as searches
 from purejax_bilevel.studies import video as videos
 from purejax_bilevel.studies.command_line import how_to_run
 from purejax_bilevel.studies.study import Agent, Study, make_agents
 from purejax_bilevel.studies.sweep_command import SweepOptions
+
+PROGRAMS_FOLDER = "programs"  # of a sweep of several programs: the checkpoint of each
 
 # ---------------------------------------------------------------- the sweep
 
@@ -82,16 +85,18 @@ def _run_in(
     elif study.search.in_rounds:
         found = _in_rounds(study, agents, run_options, console, plan)
     else:
-        trained = _at_once(agents, run_options, console, plan)
-        found = _datasets(study, agents, trained, plan)
+        trained = _at_once(study, agents, run_options, console, plan)
+        found = _datasets(agents, trained, plan)
     if not processes.is_first():
         return found
     for file, dataset in zip(files, found, strict=True):
         datasets.save(dataset, file)
     searches.clean(folder)
     written = report.write(folder, study.name, study.report, files)
-    if options.video and trained is not None:
-        _write_videos(agents, trained, written, files)
+    for own in trained or ():
+        _save_artefacts(agents, own, files)
+        if options.video:
+            _write_videos(agents, own, written, files)
     if not options.quiet:
         _print_summary(study, written, found, console, folder)
     return found
@@ -103,6 +108,11 @@ def check_report(study: Study, agents: Sequence[Agent]) -> None:
     Raises:
         UserError: no such variable or axis.
     """
+    if study.families:
+        for family in study.families:
+            check_report(family, [agent for agent in agents if agent.label in family.agents])
+        _check_one_score(study, agents)
+        return
     program = agents[0].templates[0].config.program()
     measured = {measure.name for measure in program.measures}
     named = [study.report.variable, study.report.select_by]
@@ -121,10 +131,19 @@ def check_report(study: Study, agents: Sequence[Agent]) -> None:
             raise UserError(f"report: a figure names the axis {figure['axis']!r}, which is no setting of the program.")
 
 
+def _check_one_score(study: Study, agents: Sequence[Agent]) -> None:
+    """Agents of several programs are compared by something that all of them measure."""
+    found = {searches.selecting(study, agent.templates[0].config.program())[0] for agent in agents}
+    if len(found) > 1:
+        raise UserError(
+            f"report: the programs have other scores ({', '.join(sorted(found))}); name a variable that all measure."
+        )
+
+
 def _check_names(agents: Sequence[Agent]) -> None:
     names = [loop.file_name(agent.label) for agent in agents]
     for agent, name in zip(agents, names, strict=True):
-        if not name or names.count(name) > 1 or name in (report.FIGURES, searches.ROUNDS):
+        if not name or names.count(name) > 1 or name in (report.FIGURES, searches.ROUNDS, PROGRAMS_FOLDER):
             raise UserError(
                 f"agents: {agent.label!r} cannot name a folder of its own ({name!r}); choose another label."
             )
@@ -132,34 +151,61 @@ def _check_names(agents: Sequence[Agent]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """All members of a sweep, trained in one go.
+    """All members of one program, trained in one go.
 
     Args:
-        parts: sub-programs of all agents, agent by agent.
+        study: of this program.
+        labels: of its agents.
+        parts: sub-programs of all its agents, agent by agent.
         outcome: in the same order.
         counts: sub-programs of each agent.
     """
 
+    study: Study
+    labels: tuple[str, ...]
     parts: list[Part]
     outcome: loop.Outcome
     counts: tuple[int, ...]
 
-    def spans(self) -> list[slice]:
+    def spans(self) -> dict[str, slice]:
         """Where each agent's sub-programs are."""
         ends = list(itertools.accumulate(self.counts))
-        return [slice(end - count, end) for end, count in zip(ends, self.counts, strict=True)]
+        slices = [slice(end - count, end) for end, count in zip(ends, self.counts, strict=True)]
+        return dict(zip(self.labels, slices, strict=True))
 
 
-def _at_once(agents: Sequence[Agent], options: RunOptions, console: Console, plan: "Plan") -> Trained:
-    own = [agent.parts() for agent in agents]
-    parts = [part for listed in own for part in listed]
-    with sizes.explained():
-        return Trained(parts, loop.train(parts, options, console, plan), tuple(map(len, own)))
+def _at_once(
+    study: Study, agents: Sequence[Agent], options: RunOptions, console: Console, plan: "Plan"
+) -> list[Trained]:
+    """One compiled call for each program."""
+    trained = []
+    for family in study.by_program:
+        own = {agent.label: agent.parts() for agent in agents if agent.label in family.agents}
+        parts = [part for listed in own.values() for part in listed]
+        with sizes.explained():
+            outcome = loop.train(parts, _in_own_folder(study, family, options), console, plan)
+        trained.append(Trained(family, tuple(own), parts, outcome, tuple(map(len, own.values()))))
+    return trained
 
 
-def _datasets(study: Study, agents: Sequence[Agent], trained: Trained, plan: "Plan") -> list[xarray.Dataset]:
-    found, outcome = [], trained.outcome
-    for agent, span in zip(agents, trained.spans(), strict=True):
+def _in_own_folder(study: Study, family: Study, options: RunOptions) -> RunOptions:
+    """Where there are several programs, each has its own checkpoint."""
+    if not study.families or options.folder is None:
+        return options
+    return dataclasses.replace(options, folder=options.folder / PROGRAMS_FOLDER / loop.file_name(family.program))
+
+
+def _datasets(agents: Sequence[Agent], trained: Sequence[Trained], plan: "Plan") -> list[xarray.Dataset]:
+    found: dict[str, xarray.Dataset] = {}
+    for own in trained:
+        labelled = [agent for agent in agents if agent.label in own.labels]
+        found |= zip(own.labels, _datasets_of(own, labelled, plan), strict=True)
+    return [found[agent.label] for agent in agents]
+
+
+def _datasets_of(trained: Trained, agents: Sequence[Agent], plan: "Plan") -> list[xarray.Dataset]:
+    found, outcome, study = [], trained.outcome, trained.study
+    for agent, span in zip(agents, trained.spans().values(), strict=True):
         names = outcome.rows[span][0]
         merged = dataclasses.replace(
             outcome,
@@ -173,8 +219,20 @@ def _datasets(study: Study, agents: Sequence[Agent], trained: Trained, plan: "Pl
     return found
 
 
+def _save_artefacts(agents: Sequence[Agent], trained: Trained, files: Sequence[Path]) -> None:
+    """What each agent leaves for others, in its folder; where it has several sub-programs, in a folder of each."""
+    spans = trained.spans()
+    for agent, file in zip(agents, files, strict=True):
+        parts = trained.parts[spans[agent.label]] if agent.label in spans else []
+        states = trained.outcome.state[spans[agent.label]] if parts and trained.outcome.state else []
+        for part, state, template in zip(parts, states, agent.templates, strict=False):
+            folder = file.parent if len(parts) == 1 else file.parent / loop.file_name(part.label)
+            runs.save_artefact(part, template.config, state, folder)
+
+
 def _check_video(study: Study, agents: Sequence[Agent]) -> None:
-    videos.check(agents[0].templates[0].config.program())
+    for agent in agents:
+        videos.check(agent.templates[0].config.program())
     if study.search.in_rounds:
         raise UserError("--video does not go with es and halving, which keep no policy: train the setting they find.")
 
@@ -183,7 +241,11 @@ def _write_videos(
     agents: Sequence[Agent], trained: Trained, results: Sequence[report.AgentResult], files: Sequence[Path]
 ) -> None:
     """The median member of each agent's best setting."""
-    for agent, result, span, file in zip(agents, results, trained.spans(), files, strict=True):
+    spans = trained.spans()
+    for agent, result, file in zip(agents, results, files, strict=True):
+        if agent.label not in spans:
+            continue
+        span = spans[agent.label]
         shape = (agent.num_settings, len(agent.grid.seeds))
         members = by_task(result.dataset, np.arange(len(agent.grid)).reshape(shape))[result.best].reshape(-1)
         setting, seed = divmod(int(members[videos.median_member(result.scores[result.best].reshape(-1))]), shape[1])
