@@ -117,6 +117,9 @@ class Agents(Generic[A]):
     def __iter__(self) -> Iterator[str]:
         return iter(self._agents)
 
+    def __len__(self) -> int:
+        return len(self._agents)
+
     def __getitem__(self, name: str) -> A:
         """The agent of that name, or the one that `module:attribute` names.
 

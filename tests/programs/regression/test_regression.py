@@ -223,8 +223,9 @@ def test_a_well_fitted_dual_gives_the_exact_hypergradient():
         ("reference", "funcbo", True),
     ):
         config = batched(replace(base, agent_type=agent_type, reference_dual=reference))
-        learner = regression_agents.init_learner(config, jax.random.key(1))
-        step = jax.jit(lambda *args, config=config: regression_agents.AGENTS[config.agent_type].step(config, *args)[0])
+        agent = regression_agents.AGENTS[agent_type]
+        learner = agent.init(config, jax.random.key(1))
+        step = jax.jit(lambda *args, config=config, agent=agent: agent.step(config, *args)[0])
         gradients[name] = step(learner, data, summary).gradient.target.ravel()
     np.testing.assert_allclose(gradients["dual"], gradients["exact"], atol=0.05 * jnp.abs(gradients["exact"]).max())
     np.testing.assert_allclose(
