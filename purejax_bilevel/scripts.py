@@ -4,7 +4,6 @@ What takes time to import is imported inside the functions: an interrupt meanwhi
 `--help` needs little of it.
 """
 
-import typing
 from collections.abc import Sequence
 
 from purejax_bilevel import interrupts
@@ -17,10 +16,11 @@ def rl_configuration(arguments: Sequence[str] | None = None) -> type:
     class is imported only when it may be the one: policies for continuous actions take as long to import as jax.
     """
     import purejax_bilevel
+    from purejax_bilevel import agents
     from purejax_bilevel.studies import command_line
 
     environment = command_line.named_environment(arguments)
-    agent = command_line.named_setting("agent_type", arguments).lower()
+    agent = agents.spelled(command_line.named_setting(agents.FIELD, arguments))
     if environment == "tabular":
         return purejax_bilevel.TabularConfig
     discrete = purejax_bilevel.RLConfig
@@ -28,17 +28,20 @@ def rl_configuration(arguments: Sequence[str] | None = None) -> type:
     from purejax_bilevel import environments
 
     is_continuous = environments.is_continuous(environment)
-    if not is_continuous and (not agent or agent in agents_of(discrete)):
+    if not is_continuous and (not agent or has_agent(discrete, agent)):
         return discrete
     continuous = purejax_bilevel.ContinuousConfig
     if is_continuous:
-        return discrete if agent in agents_of(discrete) - agents_of(continuous) else continuous
-    return continuous if agent in agents_of(continuous) else discrete
+        return discrete if has_agent(discrete, agent) and not has_agent(continuous, agent) else continuous
+    return continuous if has_agent(continuous, agent) else discrete
 
 
-def agents_of(config_class: type) -> set[str]:
-    """The names that a class of options accepts as `agent_type`."""
-    return set(typing.get_args(typing.get_type_hints(config_class)["agent_type"]))
+def has_agent(config_class: type, name: str) -> bool:
+    """Whether a class of options accepts a name as `agent_type`."""
+    from purejax_bilevel import agents
+
+    known = agents.registry(config_class)
+    return known is not None and name in known
 
 
 def regression_configuration() -> type:

@@ -17,6 +17,7 @@ RANKS = {
     "errors": 0,
     "interrupts": 0,
     "configuration": 1,
+    "agents": 2,
     "environments": 2,
     "members": 2,
     "networks": 2,

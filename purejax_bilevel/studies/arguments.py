@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from purejax_bilevel import agents
 from purejax_bilevel.configuration import fields
 from purejax_bilevel.errors import UserError
 from purejax_bilevel.runtime.options import HowToRun, option
@@ -69,14 +70,16 @@ def stated(words: Sequence[str], name: str) -> str:
 def parser_of(options: type, config_class: type | None = None) -> type:
     """A dataclass for tyro: a nested one for the options, and one per group of the configuration's fields."""
     groups: dict[str, list] = {}
+    lines = agents.explain(config_class) if config_class else {}
     for field in fields(config_class) if config_class else ():
         if not field.metadata.get("hidden"):
             hint = typing.get_type_hints(config_class)[field.name]
-            groups.setdefault(field.metadata["group"].replace(" ", "_"), []).append(_entry(field, hint))
+            entry = _entry(field, hint, lines[field.name])
+            groups.setdefault(field.metadata["group"].replace(" ", "_"), []).append(entry)
     hints = typing.get_type_hints(options)
     declared = [field for field in dataclasses.fields(options) if not field.metadata.get("hidden")]
     declared.sort(key=lambda field: field.name in HowToRun.__dataclass_fields__)  # what most people look for first
-    groups[RUN] = [_entry(field, hints[field.name]) for field in declared]
+    groups[RUN] = [_entry(field, hints[field.name], field.metadata["help"]) for field in declared]
     made: list[tuple[str, Any, Any]] = []
     for group, entries in groups.items():
         section = dataclasses.make_dataclass(group, entries, frozen=True)
@@ -89,9 +92,11 @@ def _builder(section: type) -> Callable[[], Any]:
     return lambda: section()
 
 
-def _entry(field: dataclasses.Field, hint: Any) -> tuple[str, Any, dataclasses.Field]:
-    """One option of the parser; a traced field takes several values."""
-    default, metavar, text = field.default, None, field.metadata["help"]
+def _entry(field: dataclasses.Field, hint: Any, text: str) -> tuple[str, Any, dataclasses.Field]:
+    """One option of the parser, with its line in `--help`; a traced field takes several values."""
+    default, metavar = field.default, None
+    if (choices := field.metadata.get("choices")) is not None:
+        metavar = choices.notation
     if field.metadata.get("traced"):
         optional = isinstance(hint, types.UnionType)
         element: Any = typing.get_args(hint)[0] if optional else hint

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from purejax_bilevel import configuration, interrupts
+from purejax_bilevel import agents, configuration, interrupts
 from purejax_bilevel.configuration import fields
 from purejax_bilevel.errors import Interrupted, UserError
 from purejax_bilevel.runtime.options import HowToRun
@@ -196,7 +196,9 @@ def parse(config_class: type, description: str, given: Sequence[str] | None = No
     Raises:
         UserError: a value that is not allowed, or a setting that differs from the run to be resumed.
     """
-    words = _lower_agent_type(words_of(given))
+    words = _spell_agent_type(words_of(given))
+    if ":" in (agent := stated(words, agents.FIELD)) and (known := agents.registry(config_class)) is not None:
+        known.check(agent)  # loaded now, so that `--help` knows it
     parser = arguments.parser_of(Options, config_class)
     values = arguments.read(parser, description, words)
     if values["resume"] is not None:
@@ -227,12 +229,13 @@ def _as_arguments(config: Any) -> dict[str, Any]:
     return values
 
 
-def _lower_agent_type(words: list[str]) -> list[str]:
+def _spell_agent_type(words: list[str]) -> list[str]:
     """The original code writes funcBO; case does not matter here."""
-    lowered = list(words)
+    flags, spelled = ("--agent_type", "--agent-type"), list(words)
     for index, word in enumerate(words):
-        if word in ("--agent_type", "--agent-type") and index + 1 < len(words):
-            lowered[index + 1] = words[index + 1].lower()
-        elif word.startswith(("--agent_type=", "--agent-type=")):
-            lowered[index] = word.lower()
-    return lowered
+        flag, equals, name = word.partition("=")
+        if word in flags and index + 1 < len(words):
+            spelled[index + 1] = agents.spelled(words[index + 1])
+        elif flag in flags and equals:
+            spelled[index] = f"{flag}={agents.spelled(name)}"
+    return spelled

@@ -16,6 +16,7 @@
 
 A list in `settings` or in an agent's own settings is a grid axis too, there of that agent alone. Values that are leaves
 of the configuration become members of one sub-program; values that change the program become sub-programs of their own.
+An agent of your own is `module:agent`, as a label or as `agent_type` (see `purejax_bilevel/agents.py`).
 """
 
 import dataclasses
@@ -29,6 +30,7 @@ from typing import Any
 
 import numpy as np
 
+from purejax_bilevel import agents as agent_values
 from purejax_bilevel.configuration import fields, replace, validate
 from purejax_bilevel.errors import UserError
 from purejax_bilevel.members import Axis, Grid, batch_config, format_value
@@ -310,8 +312,8 @@ def _valid(cls: type) -> Any:
 def _typed(cls: type, name: str, value: Any) -> Any:
     hint = typing.get_type_hints(cls)[name]
     kinds = {hint, *typing.get_args(hint)}
-    if name == "agent_type" and isinstance(value, str):
-        return value.lower()
+    if name == agent_values.FIELD and isinstance(value, str):
+        return agent_values.spelled(value)
     if isinstance(value, bool) or not kinds & {int, float}:
         return value
     found = as_number(value)
@@ -329,7 +331,7 @@ def _agents(cls: type, given: Any, settings: dict[str, Any]) -> dict[str, dict[s
         given = {label: {} for label in given}
     agents = {}
     for label, own in mapping_of(given, "agents").items():
-        agents[label] = {"agent_type": label.lower(), **_settings(cls, own, f"agents: {label}")}
+        agents[label] = {agent_values.FIELD: agent_values.spelled(label), **_settings(cls, own, f"agents: {label}")}
     if not agents:
         raise UserError("agents must name at least one agent.")
     if isinstance(settings.get("agent_type"), list):

@@ -144,7 +144,7 @@ def outer_step(config: Settings) -> Any:
     key = jax.random.key(0)
 
     def step(learner: Any, batch: replay.Batch) -> tuple:
-        return program.agent(config, learner, lambda _: batch, key, jnp.int32(0))
+        return program.agent.step(config, learner, lambda _: batch, key, jnp.int32(0))
 
     return jax.jit(step).trace(program.init(key, config).learner, batch)
 

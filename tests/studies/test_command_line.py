@@ -65,6 +65,8 @@ def test_several_values_are_an_axis():
         ("--env_name Pendulum-v1", "continuous actions"),
         ("--lr -1", "--lr must be"),
         ("--lr 1e-3 nan", "--lr must be"),
+        ("--agent_type dqn", "--agent_type must be one of omd, funcbo"),
+        ("--agent_type=no_such_module:mine", "the module no_such_module cannot be imported"),
         ("--batch_size 64 --init_steps 32", "--batch_size 64 is larger"),
         ("--capacity 10", "--capacity 10 is smaller"),
         ("--devices 99", "--devices must be from 1 to 8"),
@@ -89,7 +91,7 @@ def test_bad_input_is_one_sentence_and_status_2(
     assert not (tmp_path / "run" / "config.yaml").exists()
 
 
-@pytest.mark.parametrize("words", ["--no_such_flag 3", "--lr abc", "--agent_type dqn"])
+@pytest.mark.parametrize("words", ["--no_such_flag 3", "--lr abc"])
 def test_unparsable_words_exit_with_status_2(words: str, capsys: pytest.CaptureFixture):
     with pytest.raises(SystemExit) as raised:
         parse(words)

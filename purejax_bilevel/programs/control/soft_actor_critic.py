@@ -13,53 +13,40 @@ Outline of a run (every line inside one compiled loop):
 The agent is an argument; nothing else in this file depends on which one it is.
 """
 
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
 from purejax_bilevel import environments, networks, replay
-from purejax_bilevel.configuration import (
-    FRACTION,
-    NONNEGATIVE,
-    POSITIVE,
-    at_least,
-    configuration,
-    replace,
-    static,
-    traced,
-    validate,
-    warn_if_idle,
-)
+from purejax_bilevel.configuration import at_least, changed, configuration, replace, validate, warn_if_idle
 from purejax_bilevel.errors import UserError
 from purejax_bilevel.program import Measure, Metrics, Program, Stage, Tree
 from purejax_bilevel.programs.control import agents, policies, rollouts, soft_actor_critic_agents
+from purejax_bilevel.programs.control.settings import (
+    Copies,
+    Evaluation,
+    Hypergradient,
+    Inner,
+    Outer,
+    Replay,
+    Schedule,
+    SoftActorCritic,
+    Task,
+    WarmStart,
+)
 
 # Named streams of random numbers; a constant each, so that adding one moves no other.
 INIT, STEP, EVALUATE, VIDEO = range(4)  # of a member
 ACT, ENVIRONMENT, LEARN = range(3)  # of a step
 
-# The paper's rate, and for the bilevel agents what learned in this project's own runs on Pendulum-v1 (README,
-# "Continuous control"). omd with one critic step did so for few seeds: model and critic chase each other. (That is not
-# quite the paper's omd: Adam states are fresh here, see `warm_opt`.)
-PAPER = {"lr": 3e-4, "inner_lr": 3e-4, "num_Q_steps": 1}
-TUNED: dict[str, dict[str, Any]] = {
-    "omd": {"lr": 1e-3, "inner_lr": 5e-4, "num_Q_steps": 3},
-    "funcbo": {"lr": 1e-4, "inner_lr": 1e-3, "num_Q_steps": 1},
-    "mle": PAPER,
-    "vep": PAPER,
-    "sac": PAPER,
-}
-
 LARGEST_CAPACITY = 1_000_000  # transitions stored unless told otherwise
 LARGEST_COUNT = 2**31 - 1  # steps are counted in 32 bits
 
-AgentType = Literal["omd", "funcbo", "smoothfbo", "mle", "vep", "sac"]
-
 
 @configuration
-class Config:
+class Config(Replay, SoftActorCritic, Evaluation, Copies):
     """Settings of one training program; a traced field may hold several values, one per point of a grid.
 
     The defaults are near those of OMD's MuJoCo study. Different are the lengths of runs and of the random start, what
@@ -67,87 +54,30 @@ class Config:
     carried: `warm_opt`), and the order of steps (see `soft_actor_critic_agents`).
     """
 
-    # what runs
-    agent_type: AgentType = static(
-        "omd", "who trains the model (smoothfbo = funcbo with --smoothing window; sac has none)", group="agent"
+    agent_type: str = changed(Task, "agent_type", "omd", choices=soft_actor_critic_agents.AGENTS)
+    env_name: str = changed(Task, "env_name", "Pendulum-v1", "environment with vector observations, continuous actions")
+    num_train_steps: int = changed(
+        Schedule, "num_train_steps", 30_000, "steps of each copy of the environment (in all: times num_envs)"
     )
-    env_name: str = static(
-        "Pendulum-v1", "environment with vector observations, continuous actions", group="environment", task=True
+    init_steps: int = changed(
+        Schedule, "init_steps", 1000, "steps with uniform actions before learning starts (the paper: 10000)"
     )
-    dim_distract: int = static(0, "standard normal numbers appended to every observation", at_least(0), "environment")
-    num_envs: int = static(1, "copies of the environment of each member", at_least(1), "environment")
-    num_train_steps: int = static(
-        30_000, "steps of each copy of the environment (in all: times num_envs)", at_least(1), "schedule"
+    model_hidden_dim: int = changed(Outer, "model_hidden_dim", 256)
+    num_T_steps: int = changed(Outer, "num_T_steps", 1, "model steps per update")
+    smoothing_window: int = changed(Hypergradient, "smoothing_window", 100)
+    inner_lr: float | None = changed(Inner, "inner_lr", None, "Adam rate of the critic (default: tuned per agent)")
+    num_Q_steps: int | None = changed(Inner, "num_Q_steps", None, "critic steps per update (default: tuned per agent)")
+    hidden_dim: int = changed(Inner, "hidden_dim", 256, "units in each hidden layer of critic and policy")
+    tau: float = changed(Inner, "tau", 0.005, "target network's step")
+    no_warm: bool = changed(WarmStart, "no_warm", False, "start each inner problem from a fresh critic")
+    warm_opt: bool = changed(WarmStart, "warm_opt", False, "carry the critic's Adam state between inner problems")
+    capacity: int = changed(
+        Replay,
+        "capacity",
+        0,
+        f"transitions stored, in multiples of num_envs (0: all, at most {LARGEST_CAPACITY})",
+        check=at_least(0),
     )
-    init_steps: int = static(
-        1000, "steps with uniform actions before learning starts (the paper: 10000)", at_least(1), "schedule"
-    )
-    updates_per_step: int = static(1, "updates after each step of all copies", at_least(1), "schedule")
-    eval_frequency: int = static(1000, "steps between evaluations (0: only at the end)", at_least(0), "schedule")
-    eval_episodes: int = static(10, "episodes of an evaluation", at_least(1), "schedule")
-    final_eval_episodes: int = static(20, "episodes of the last evaluation", at_least(1), "schedule")
-    # outer problem
-    lr: float | None = traced(None, "Adam rate of the model (default: tuned per agent)", POSITIVE, "outer problem")
-    model_hidden_dim: int = traced(
-        256, "units in each hidden layer of the model", at_least(1), "outer problem", "max_model_hidden_dim"
-    )
-    num_T_steps: int = static(1, "model steps per update (mle, vep)", at_least(1), "outer problem")
-    num_ensemble_vep: int = static(5, "random value functions (vep)", at_least(1), "outer problem")
-    # hypergradient
-    with_inv_jac: Literal["identity", "cg", "gmres", "neumann", "dense"] = static(
-        "identity", "inverse Hessian of omd: identity approximation or a linear solver", group="hypergradient"
-    )
-    damping: float = traced(1e-5, "added to the Hessian (cg, gmres, dense)", NONNEGATIVE, "hypergradient")
-    solver_steps: int = static(
-        100,
-        "largest number of solver steps, terms of the Neumann series, size of GMRES's Krylov space",
-        at_least(1),
-        "hypergradient",
-    )
-    neumann_step_size: float = traced(0.1, "step size of the Neumann series", POSITIVE, "hypergradient")
-    num_dual_Q_steps: int = static(
-        0, "funcbo: steps on a dual network per outer step (0: closed-form adjoint)", at_least(0), "hypergradient"
-    )
-    dual_lr: float = traced(3e-4, "Adam rate of the dual network", POSITIVE, "hypergradient")
-    smoothing: Literal["none", "window", "ema"] = static(
-        "none", "time smoothing of the hypergradient: exact window, exponential average", group="hypergradient"
-    )
-    smoothing_window: int = traced(
-        100, "hypergradients averaged (ema: effective number)", at_least(1), "hypergradient", "max_smoothing_window"
-    )
-    beta: float = traced(0.3, "share of the newest hypergradient beside the average", FRACTION, "hypergradient")
-    # inner problem
-    inner_lr: float | None = traced(
-        None, "Adam rate of the critic (default: tuned per agent)", POSITIVE, "inner problem"
-    )
-    num_Q_steps: int | None = static(
-        None, "critic steps per update (default: tuned per agent)", at_least(1), "inner problem"
-    )
-    hidden_dim: int = traced(
-        256, "units in each hidden layer of critic and policy", at_least(1), "inner problem", "max_hidden_dim"
-    )
-    tau: float = traced(0.005, "target network's step", FRACTION, "inner problem")
-    discount: float = traced(0.99, "discount factor", FRACTION, "inner problem")
-    no_warm: bool = static(False, "start each inner problem from a fresh critic", group="inner problem")
-    # A fresh Adam starts with a step of the rate's size along the gradient's sign: the critic follows the model's
-    # targets at full speed. With its state carried, as in OMD's code, omd learned later on Pendulum-v1.
-    warm_opt: bool = static(
-        False, "carry the critic's Adam state between inner problems (omd, funcbo)", group="inner problem"
-    )
-    # policy
-    policy_lr: float = traced(3e-4, "Adam rate of the policy", POSITIVE, "policy")
-    temperature_lr: float = traced(3e-4, "Adam rate of the temperature's logarithm", POSITIVE, "policy")
-    init_temperature: float = traced(1.0, "weight of the entropy at the start", POSITIVE, "policy")
-    target_entropy: float = traced(-0.5, "entropy aimed at, per dimension of the action", group="policy")
-    # data
-    batch_size: int = static(256, "transitions per batch", at_least(1), "data")
-    capacity: int = static(
-        0, f"transitions stored, in multiples of num_envs (0: all, at most {LARGEST_CAPACITY})", at_least(0), "data"
-    )
-    # array sizes: the largest values among the members
-    max_hidden_dim: int = static(0, "array size of critic and policy", hidden=True)
-    max_model_hidden_dim: int = static(0, "array size of the model", hidden=True)
-    max_smoothing_window: int = static(0, "array size of the smoothing window", hidden=True)
 
     def program(self) -> "ActorCritic":
         """The training program of this (resolved) configuration."""
@@ -156,7 +86,8 @@ class Config:
     @property
     def title(self) -> str:
         """Short name of the experiment."""
-        return f"{self.agent_type}-{self.env_name}{'' if self.smoothing == 'none' else '-smoothed'}"
+        name = soft_actor_critic_agents.AGENTS[self.agent_type].name
+        return f"{name}-{self.env_name}{'' if self.smoothing == 'none' else '-smoothed'}"
 
     def resolved(self) -> Self:
         """Fills in the agent's tuned values and the capacity, and checks everything.
@@ -164,9 +95,7 @@ class Config:
         Raises:
             UserError: for a value that is not allowed, or two that do not go together.
         """
-        config = agents.without_alias(self)
-        tuned = TUNED.get(config.agent_type, {})
-        config = replace(config, **{name: value for name, value in tuned.items() if getattr(config, name) is None})
+        config = soft_actor_critic_agents.AGENTS.tuned(self)
         validate(config)
         capacity = config.capacity or min(config.num_train_steps * config.num_envs, LARGEST_CAPACITY)
         config = replace(config, capacity=-(-capacity // config.num_envs) * config.num_envs)
@@ -191,14 +120,14 @@ def _check_together(config: Config) -> None:
             f"--num_train_steps {config.num_train_steps} with {config.num_envs} environments and "
             f"{config.updates_per_step} updates per step is more than can be counted ({LARGEST_COUNT})."
         )
-    agents.check_hypergradient(config, soft_actor_critic_agents.BILEVEL)
+    soft_actor_critic_agents.AGENTS.check_settings(config)
     _make_task(config)
 
 
 def _make_task(config: Config) -> environments.Continuous:
     name, agent = config.env_name, config.agent_type
     if _is_discrete(name):
-        use = "--agent_type sql" if agent == "sac" else "RLConfig"
+        use = "RLConfig" if agent in agents.AGENTS else "--agent_type sql"
         raise UserError(f"--agent_type {agent} needs continuous actions; {name} has discrete ones, use {use}.")
     return environments.make_continuous(name, config.dim_distract)
 
@@ -280,7 +209,7 @@ class ActorCritic(Program):
             environment=environment,
             episode_return=jnp.zeros(config.num_envs),
             storage=replay.init(config.capacity, task.obs_dim, task.action_dim),
-            learner=soft_actor_critic_agents.init_learner(config, init_key, task.obs_dim, task.action_dim),
+            learner=self.agent.init(config, init_key, task.obs_dim, task.action_dim),
         )
 
     def collect(self, state: State, config: Config, t: jax.Array, shared: Tree = ()) -> tuple[State, Metrics]:
@@ -338,7 +267,7 @@ class ActorCritic(Program):
 
         def update(learner: soft_actor_critic_agents.Learner, i: jax.Array) -> tuple[Any, agents.Losses]:
             number = t * config.updates_per_step + i
-            return self.agent(config, learner, draw, jax.random.fold_in(key, i), number)
+            return self.agent.step(config, learner, draw, jax.random.fold_in(key, i), number)
 
         if config.updates_per_step == 1:
             return update(learner, jnp.int32(0))

@@ -356,7 +356,7 @@ def test_policy_climbs_the_soft_value_and_temperature_follows_the_entropy(proble
         ({"num_train_steps": 10**9, "num_envs": 3}, "is more than can be counted"),
         (
             {"agent_type": "sac", "smoothing": "ema"},
-            "--smoothing ema needs an agent with a hypergradient (omd, funcbo)",
+            "--smoothing ema is for --agent_type omd, funcbo, not sac.",
         ),
         ({"agent_type": "mle", "with_inv_jac": "cg"}, "--with_inv_jac cg is for --agent_type omd"),
         ({"init_temperature": 0.0}, "--init_temperature must be a finite number above 0"),
@@ -380,7 +380,8 @@ def test_capacity_is_the_run_up_to_a_bound_in_whole_steps():
 
 
 def test_tuned_values_fill_in_only_what_is_not_given():
-    for agent, tuned in soft_actor_critic.TUNED.items():
+    for agent in soft_actor_critic_agents.AGENTS:
+        tuned = soft_actor_critic_agents.AGENTS[agent].defaults
         config = Config(agent_type=agent, inner_lr=0.5).resolved()
         assert (config.lr, config.num_Q_steps, config.inner_lr) == (tuned["lr"], tuned["num_Q_steps"], 0.5)
 
