@@ -20,11 +20,11 @@ import pytest
 import yaml
 
 import purejax_bilevel
-from purejax_bilevel import ContinuousConfig, RegressionConfig, RLConfig, TabularConfig, run, scripts
+from purejax_bilevel import ContinuousConfig, RegressionConfig, RLConfig, RunOptions, TabularConfig, run, scripts
 from purejax_bilevel.configuration import replace
 from purejax_bilevel.results import __main__ as report_again
 from purejax_bilevel.results import dataset as datasets
-from purejax_bilevel.studies import command_line, study, sweep
+from purejax_bilevel.studies import command_line, study, sweep_command
 from purejax_bilevel.studies import folder as folders
 
 ROOT = Path(__file__).parents[1]
@@ -111,7 +111,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "my_sweep.yaml").write_text(example)
     datasets.write_config(place / "runs" / "capacity", {"sweep": yaml.safe_load(example)})
     seeds, config = {"seed": 0, "num_seeds": 8}, RLConfig().resolved()
-    folders.describe(place / "runs" / "first", config, seeds, {}, resumed=False)
+    folders.describe(place / "runs" / "first", folders.as_told(config, seeds), RunOptions(), False, video=False)
     return place
 
 
@@ -150,7 +150,7 @@ def accept(words: list[str]) -> None:
         case ["python", "train_regression.py", *rest]:
             command_line.parse(scripts.regression_configuration(), "", rest)
         case ["python", "sweep.py", *rest]:
-            _, found = sweep.read_arguments(rest)
+            _, found = sweep_command.read_arguments(rest)
             if found.settings.get("env_name") != "halfcheetah":
                 study.make_agents(found)
         case ["python", "-m", "purejax_bilevel.results", *rest]:

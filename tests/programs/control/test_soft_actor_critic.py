@@ -412,7 +412,7 @@ def test_script_chooses_the_configuration(tmp_path: Path, capsys: pytest.Capture
         assert sentence in " ".join(capsys.readouterr().err.split())
 
 
-def test_command_line_runs_and_resumes(tmp_path: Path):
+def test_command_line_runs_and_resumes(tmp_path: Path, capsys: pytest.CaptureFixture):
     words = (
         f"--agent_type sac --num_train_steps 20 --init_steps 10 --batch_size 8 --hidden_dim 3 --eval_frequency 10 "
         f"--eval_episodes 1 --final_eval_episodes 1 --output_dir {tmp_path} --name run --quiet --video"
@@ -420,4 +420,7 @@ def test_command_line_runs_and_resumes(tmp_path: Path):
     assert command_line.main(train_rl.configuration(words), "", words) == 0
     assert (tmp_path / "run" / "policy.gif").stat().st_size > 0
     words = f"--resume {tmp_path / 'run'} --num_train_steps 30 --quiet".split()
+    assert command_line.main(train_rl.configuration(words), "", words) == 2
+    assert "--capacity 0 stood for 20" in capsys.readouterr().err  # all of 20 steps are not all of 30
+    words += ["--capacity", "20"]
     assert command_line.main(train_rl.configuration(words), "", words) == 0
