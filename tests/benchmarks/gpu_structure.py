@@ -1,6 +1,6 @@
 """What a GPU would be asked to do, counted without one: the compiled program of an agent for an H200.
 
-    ./setup/run python tests/benchmarks/gpu_structure.py h200.txtpb --members 64
+    ./setup/run python tests/benchmarks/gpu_structure.py tests/data/h200.txtpb --members 64
 
 Takes a description of the target (`xla.GpuTargetConfigProto` as text; it must name driver_version, else XLA leaves most
 kinds of command buffers out) and needs jax's CUDA plug-in and nvcc's package, but no GPU and no driver:
@@ -173,6 +173,7 @@ def main() -> None:
     given = parser.parse_args()
     folder = given.dump or Path(tempfile.mkdtemp())
     os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # what comes from a cache is not written down
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     os.environ["XLA_FLAGS"] = f"--xla_dump_to={folder} --xla_gpu_autotune_level=0"
     columns = ("program", "members", "steps in a block", "operations", "copies", "in graphs", "round trips")
