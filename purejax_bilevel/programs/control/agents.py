@@ -160,8 +160,9 @@ def _init_model(
     outputs = 2 * obs_dim if config.prob_model else obs_dim
     next_obs = networks.init_network(next_obs_key, (inputs, *hidden, outputs), config.model_hidden_dim)
     if config.no_learn_reward:
-        return Model(next_obs, None)
-    return Model(next_obs, networks.init_network(reward_key, (inputs, *hidden, 1), config.model_hidden_dim))
+        return networks.joined(Model(next_obs, None))
+    reward = networks.init_network(reward_key, (inputs, *hidden, 1), config.model_hidden_dim)
+    return networks.joined(Model(next_obs, reward))
 
 
 def q_optimizer(config: Inner) -> optax.GradientTransformation:
@@ -202,13 +203,14 @@ def predict(config: ModelHeads, model: Model, batch: Batch) -> Batch:
     With `prob_model` the next observation is a reparametrised sample with the batch's noise.
     """
     inputs = jnp.concatenate([batch.obs, batch.action])
-    next_obs = networks.apply_network(model.next_obs, inputs)
+    outputs = networks.apply_each(model, inputs)
+    next_obs = next(outputs)
     if config.prob_model:
         assert batch.noise is not None
         mean, log_std = _mean_and_log_std(next_obs)
         next_obs = mean + jnp.exp(log_std) * batch.noise
-    reward = batch.reward if model.reward is None else networks.apply_network(model.reward, inputs)[0]
-    return batch._replace(next_obs=next_obs, reward=reward)
+    reward = next(outputs, None)
+    return batch._replace(next_obs=next_obs, reward=batch.reward if reward is None else reward[0])
 
 
 def _mean_and_log_std(outputs: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -267,7 +269,7 @@ def likelihood_loss(config: ModelHeads, learner: Learner, batch: Batch, predicte
     """Squared error of next observation (summed) and reward; Gaussian negative log-likelihood with `prob_model`."""
     if not config.prob_model:
         return squared_error_loss(config, learner, batch, predicted)
-    outputs = networks.apply_network(learner.model.next_obs, jnp.concatenate([batch.obs, batch.action]))
+    outputs = next(networks.apply_each(learner.model, jnp.concatenate([batch.obs, batch.action])))
     mean, log_std = _mean_and_log_std(outputs)
     negative_log_likelihood = -jax.scipy.stats.norm.logpdf(batch.next_obs, mean, jnp.exp(log_std))
     return negative_log_likelihood.sum(0).mean() + _reward_error(predicted, batch)
