@@ -64,8 +64,8 @@ def parse(listing: str) -> Operation:
     open_operations = [(-1, root)]
     in_condition = False
     for line in listing.splitlines():
-        if line.strip() in ("condition:", "body:"):
-            in_condition = line.strip() == "condition:"
+        if line.endswith(("condition:", "body:")):  # "No thunks. body:" where there is nothing to ask
+            in_condition = line.endswith("condition:")
         found = re.match(r"( *)(\d+): (k\w+)", line)
         if found is None or in_condition:
             continue
