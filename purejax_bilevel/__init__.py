@@ -27,7 +27,7 @@ _LAZY = {
     "RLConfig": ("purejax_bilevel.programs.control.q_learning", "Config"),
     "RegressionConfig": ("purejax_bilevel.programs.regression.program", "Config"),
     "TabularConfig": ("purejax_bilevel.programs.tabular.program", "Config"),
-    "RunOptions": ("purejax_bilevel.runtime.loop", "RunOptions"),
+    "RunOptions": ("purejax_bilevel.runtime.options", "RunOptions"),
     "UserError": ("purejax_bilevel.errors", "UserError"),
     "run": ("purejax_bilevel.studies.run", "run"),
 }

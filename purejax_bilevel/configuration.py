@@ -5,25 +5,36 @@ field changes the program. The same declaration gives the command line, the chec
 a sweep. A *task* field is a static one that names what is to be solved, such as the environment.
 
     @configuration
-    class Config:
-        lr: float = traced(1e-3, "learning rate of the outer variable", POSITIVE)
+    class Inner:
+        inner_lr: float = traced(1e-3, "learning rate of the inner variable", POSITIVE)
         num_steps: int = static(1, "inner steps", at_least(1))
+
+Fields that belong together are a group, a configuration of its own: functions take the group that they need, and
+programs are composed of groups by inheritance, so that fields stay flat. Python puts the fields of the last base
+first. A program that has another default says so where it is composed:
+
+    @configuration
+    class Config(Inner, Outer):
+        num_steps: int = changed(Inner, "num_steps", 10)
 """
 
 import dataclasses
 import functools
+import importlib
 import math
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
 from purejax_bilevel.errors import UserError
 
 C = TypeVar("C")
+
+is_quiet = False  # whether another process prints the warnings, which all have in common
 
 RUN_LENGTH = ("num_train_steps", "T_max")  # static fields that a resumed run may raise
 LARGEST_WHOLE = 2**31 - 1  # whole numbers have 32 bits in a compiled program
@@ -35,6 +46,20 @@ class Check(NamedTuple):
 
     allowed: str
     accepts: Callable[[Any], bool]
+
+
+class Choices(Protocol):
+    """The values of a field where they are more than a type can list: those registered, and what a user names."""
+
+    @property
+    def notation(self) -> str:
+        """How `--help` writes them."""
+
+    def describe(self, text: str) -> str:
+        """The field's line in `--help`, with a word on each value."""
+
+    def check(self, value: Any) -> None:
+        """Raises UserError for a value that is none of them, naming the field and what is allowed."""
 
 
 POSITIVE = Check("a finite number above 0", lambda x: math.isfinite(x) and x > 0)
@@ -69,6 +94,8 @@ def static(
     group: str = "training",
     hidden: bool = False,
     task: bool = False,
+    choices: Choices | None = None,
+    particular: bool = False,
 ) -> Any:
     """Declares a field that is the same for all members because it changes the program.
 
@@ -80,16 +107,51 @@ def static(
         hidden: not a command line flag.
         task: names what is to be solved (environment, dataset, level set): statistics go over its values, and none is
             chosen as the best setting.
+        choices: the values allowed, where users may add some.
+        particular: another value than the default is refused for agents that do not name the field in their settings.
     """
     metadata = {"traced": False, "help": help, "check": check, "group": group, "hidden": hidden, "task": task}
-    return dataclasses.field(default=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata={**metadata, "choices": choices, "particular": particular})
+
+
+def changed(
+    group: type,
+    name: str,
+    default: Any,
+    help: str | None = None,
+    check: Check | None = None,
+    choices: Choices | None = None,
+) -> Any:
+    """A group's field declared anew for one program, with another default.
+
+    Args:
+        group: that declares it.
+        name: of the field.
+        default: its value when nothing is said.
+        help: one line for `--help`; None: the group's.
+        check: what is allowed; None: what the group allows.
+        choices: the values allowed, where users may add some; None: the group's.
+    """
+    metadata = next(field.metadata for field in fields(group) if field.name == name)
+    news = {"help": help, "check": check, "choices": choices}
+    said = {entry: value for entry, value in news.items() if value is not None}
+    return dataclasses.field(default=default, metadata={**metadata, **said})
 
 
 def configuration(cls: type[C]) -> type[C]:
-    """Makes a frozen dataclass that is a pytree: traced fields are leaves, static fields are structure."""
+    """Makes a frozen dataclass that is a pytree: traced fields are leaves, static fields are structure.
+
+    Its method `program()` gives what is trained. It may have `resolved()`, the configuration with every default filled
+    in and checked (else every field is checked by itself), and `title`, the heading of figures and name of runs (else
+    the program's class).
+    """
     import jax  # here alone: results read declarations on machines without jax
 
     cls = dataclasses.dataclass(frozen=True)(cls)
+    if not hasattr(cls, "resolved"):
+        cls.resolved = validate  # type: ignore[attr-defined]
+    if not hasattr(cls, "title"):
+        cls.title = property(lambda self: type(self.program()).__name__)  # type: ignore[attr-defined]
     names = {field.name: field.metadata["traced"] for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     leaves = [name for name, is_traced in names.items() if is_traced]
     structure = [name for name, is_traced in names.items() if not is_traced]
@@ -110,7 +172,11 @@ def fields(config: Any, is_traced: bool | None = None) -> Iterator[dataclasses.F
 
 def values_of(value: Any) -> tuple:
     """The values a traced field was given: a list, tuple or 1-D array is an axis, anything else one value."""
-    if (isinstance(value, list | tuple) or hasattr(value, "__array__")) and np.ndim(value) == 1:
+    try:
+        is_axis = (isinstance(value, list | tuple) or hasattr(value, "__array__")) and np.ndim(value) == 1
+    except ValueError:  # lists of different lengths: no value either
+        is_axis = False
+    if is_axis:
         return tuple(element.item() if hasattr(element, "item") else element for element in value)
     return (value,)
 
@@ -156,10 +222,13 @@ def _without_none(hint: Any) -> Any:
 
 
 def _check_value(field: dataclasses.Field, hint: Any, value: Any) -> None:
+    if field.metadata.get("choices") is not None:
+        field.metadata["choices"].check(value)
+        return
     choices = typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else None
     check = field.metadata["check"]
     if choices is not None:
-        allowed, fine = f"one of {', '.join(map(str, choices))}", value in choices
+        allowed, fine = f"one of {', '.join(map(str, choices))}", isinstance(value, Hashable) and value in choices
     elif hint is bool:
         allowed, fine = "True or False", isinstance(value, bool | np.bool_)
     elif hint in (int, float):
@@ -170,7 +239,7 @@ def _check_value(field: dataclasses.Field, hint: Any, value: Any) -> None:
         if fine and hint is int and abs(value) > LARGEST_WHOLE:
             allowed, fine = f"{allowed} and at most {LARGEST_WHOLE} (32 bits)", False
     else:
-        allowed, fine = (check.allowed, check.accepts(value)) if check else ("", True)
+        allowed, fine = (check.allowed, check.accepts(value)) if check else ("text", isinstance(value, Hashable))
     if not fine:
         raise UserError(f"--{field.name} must be {allowed}, got {value!r}.")
 
@@ -182,10 +251,38 @@ def _accepts(check: Check, value: Any) -> bool:
         return False
 
 
+def named_object(option: str, name: str, kind: str) -> Any:
+    """What `module:attribute` names.
+
+    Args:
+        option: the field whose value the name is.
+        name: `module:attribute`.
+        kind: what the attribute should be, in a word.
+
+    Raises:
+        UserError: the module cannot be imported or has no such attribute.
+    """
+    path, _, attribute = name.partition(":")
+    try:
+        module = importlib.import_module(path) if path else None
+    except UserError:
+        raise
+    except ImportError as error:
+        raise UserError(
+            f"--{option} {name}: the module {path} cannot be imported ({error}); install it or set PYTHONPATH."
+        ) from error
+    except Exception as error:  # whatever a stranger's code may raise
+        raise UserError(f"--{option} {name}: the module {path} fails ({type(error).__name__}: {error}).") from error
+    if not hasattr(module, attribute):
+        raise UserError(f"--{option} {name}: the module {path!r} has no {kind} {attribute!r}.")
+    return getattr(module, attribute)
+
+
 @functools.cache
 def warn(sentence: str) -> None:
-    """Prints a warning on standard error, each sentence once."""
-    print(f"warning: {sentence}", file=sys.stderr)
+    """Prints a warning on standard error, each sentence once, unless another process does."""
+    if not is_quiet:
+        print(f"warning: {sentence}", file=sys.stderr)
 
 
 def warn_if_idle(config: Any) -> None:

@@ -6,3 +6,7 @@ class UserError(ValueError):
 
     Scripts print it and exit with status 2.
     """
+
+
+class Interrupted(Exception):
+    """The user asked to stop; everything up to the last chunk is kept."""

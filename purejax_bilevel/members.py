@@ -93,6 +93,19 @@ def format_value(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float | np.floating) else str(value)
 
 
+def bytes_in_words(number: float) -> str:
+    """For example `3.2 MiB`."""
+    for size, unit in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if number >= size:
+            return f"{number / size:.3g} {unit}" if number < 1000 * size else f"{number / size:,.0f} {unit}"
+    return f"{number:.0f} B"
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 member`, `2 members`."""
+    return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
 def grid_of(config: Any, seeds: tuple[int, ...], axes: tuple[Axis, ...] = ()) -> Grid:
     """The grid that a configuration asks for: an axis per traced field with several values, in the order of
     declaration.

@@ -7,13 +7,18 @@ A network of traced width lives in arrays of the largest width; the units beyond
 both sides. Because relu(0) = 0 has derivative 0 and their outgoing weights are 0, such units receive exactly zero
 gradients of any order and stay dead: outputs and gradients are those of the small network, at no cost in the forward
 pass.
+
+On an accelerator, where every operation costs a launch, networks that see the same inputs are `Joined`: one matrix
+product per layer for all of them, one update for all their parameters. On a CPU they stay apart (`together`).
 """
 
+import itertools
 import math
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import chex
+import flax.struct
 import jax
 import jax.numpy as jnp
 
@@ -29,9 +34,75 @@ class Layer(NamedTuple):
     bias: jax.Array
 
 
-Network = tuple[Layer, ...]
-Heads = tuple[Network, ...]
+class Joined(flax.struct.PyTreeNode):
+    """Networks of the same inputs and hidden sizes, all parameters in one array.
+
+    Outputs are as many as the widest has; what others have less lies there as zeros that get no gradient.
+    """
+
+    parameters: jax.Array  # of each layer kernels [networks, out, in], then biases [networks, out]
+    sizes: tuple[int, ...] = flax.struct.field(pytree_node=False)  # inputs, hidden ..., widest outputs
+    outputs: tuple[int, ...] = flax.struct.field(pytree_node=False)  # of each network
+
+    def layers(self) -> Iterator[tuple[jax.Array, jax.Array]]:
+        """Kernels `[networks, out, in]` and biases `[networks, out]` of each layer."""
+        begin, count = 0, len(self.outputs)
+        for fan_in, fan_out in itertools.pairwise(self.sizes):
+            middle = begin + count * fan_out * fan_in
+            end = middle + count * fan_out
+            kernels = self.parameters[begin:middle].reshape(count, fan_out, fan_in)
+            yield kernels, self.parameters[middle:end].reshape(count, fan_out)
+            begin = end
+
+    def apart(self) -> "tuple[Apart, ...]":
+        """The networks one by one."""
+        layers = list(self.layers())
+        widths = [[*self.sizes[1:-1], outputs] for outputs in self.outputs]
+        return tuple(
+            tuple(
+                Layer(kernels[i, :width].T, biases[i, :width])
+                for (kernels, biases), width in zip(layers, widths[i], strict=True)
+            )
+            for i in range(len(self.outputs))
+        )
+
+
+Apart = tuple[Layer, ...]
+Network = Apart | Joined
+Heads = tuple[Apart, ...] | Joined
 Activation = Callable[[jax.Array], jax.Array]
+
+
+def together() -> bool:
+    """Whether networks are joined here: on a CPU cutting kernels out of an array would take a sixth of a step."""
+    return jax.default_backend() != "cpu"
+
+
+def joined(networks: Sequence[Network | None]) -> Any:
+    """Networks of the same inputs and hidden sizes, for `apply_each`: one `Joined`, or on a CPU what was given.
+
+    Args:
+        networks: a tuple, maybe a named one; None, after all others, for one that is missing.
+    """
+    if not together():
+        return networks
+    apart = [one for each in networks if each is not None for one in _apart(each)]
+    outputs = tuple(len(network[-1].bias) for network in apart)
+    sizes = (*(len(layer.kernel) for layer in apart[0]), max(outputs))
+    pieces: list[jax.Array] = []
+    for size, *layers in zip(sizes[1:], *apart, strict=True):
+        widened = [_widened(layer, size) for layer in layers]
+        pieces += [layer.kernel.T.ravel() for layer in widened] + [layer.bias for layer in widened]
+    return Joined(jnp.concatenate(pieces), sizes, outputs)
+
+
+def _apart(network: Network) -> Sequence[Apart]:
+    return network.apart() if isinstance(network, Joined) else (network,)
+
+
+def _widened(layer: Layer, size: int) -> Layer:
+    missing = size - len(layer.bias)
+    return Layer(jnp.pad(layer.kernel, ((0, 0), (0, missing))), jnp.pad(layer.bias, (0, missing)))
 
 
 def init_network(
@@ -53,8 +124,24 @@ def init_network(
         hidden_gain: singular values of the others; sqrt 2 suits ReLU.
 
     Returns:
-        One `Layer` for each pair of neighbouring sizes.
+        One `Layer` for each pair of neighbouring sizes; on an accelerator, `Joined`.
     """
+    return network_of(init_layers(key, sizes, width, output_gain, hidden_gain))
+
+
+def network_of(layers: Apart) -> Network:
+    """The network that has these layers; on an accelerator, `Joined`."""
+    return joined((layers,)) if together() else layers
+
+
+def init_layers(
+    key: jax.Array,
+    sizes: Sequence[int],
+    width: jax.Array | int | None = None,
+    output_gain: float = OUTPUT_GAIN,
+    hidden_gain: float = HIDDEN_GAIN,
+) -> Apart:
+    """The layers of `init_network`, each by itself on every platform."""
     used = [sizes[0], *(size if width is None else width for size in sizes[1:-1]), sizes[-1]]
     gains = [hidden_gain] * (len(sizes) - 2) + [output_gain]
     keys = jax.random.split(key, len(gains))
@@ -72,10 +159,10 @@ def init_heads(
     output_gain: float = OUTPUT_GAIN,
 ) -> Heads:
     """`num_heads` independent networks; arguments as for `init_network`."""
-    make = jax.vmap(lambda head_key: init_network(head_key, sizes, width, output_gain))  # together: less to compile
+    # All in one call: less to compile.
+    make = jax.vmap(lambda head_key: init_layers(head_key, sizes, width, output_gain, HIDDEN_GAIN))
     stacked = make(jax.random.split(key, num_heads))
-    # Apart: stacked arrays would have to be sliced for every matrix product, a sixth of a training step on a CPU.
-    return tuple(jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(num_heads))
+    return joined(tuple(jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(num_heads)))
 
 
 def apply_network(network: Network, inputs: jax.Array, activation: Activation = jax.nn.relu) -> jax.Array:
@@ -89,6 +176,8 @@ def apply_network(network: Network, inputs: jax.Array, activation: Activation = 
     Raises:
         AssertionError: the inputs are not `[in, batch]`, told while the program is traced.
     """
+    if isinstance(network, Joined):
+        return _apply_joined(network, inputs, activation)[0]
     chex.assert_shape(inputs, (network[0].kernel.shape[0], None))
     activations = inputs
     for layer in network[:-1]:
@@ -98,7 +187,29 @@ def apply_network(network: Network, inputs: jax.Array, activation: Activation = 
 
 def apply_heads(heads: Heads, inputs: jax.Array) -> jax.Array:
     """Evaluates all heads on the same `inputs` `[in, batch]`, giving `[heads, out, batch]`."""
+    if isinstance(heads, Joined):
+        return _apply_joined(heads, inputs)
     return jnp.stack([apply_network(head, inputs) for head in heads])
+
+
+def apply_each(networks: Any, inputs: jax.Array) -> Iterator[jax.Array]:
+    """Evaluates what `joined` returned on `inputs` `[in, batch]`, giving `[out, batch]` of each as it is asked for."""
+    if isinstance(networks, Joined):
+        outputs = _apply_joined(networks, inputs)
+        yield from (outputs[i, :size] for i, size in enumerate(networks.outputs))
+    else:
+        yield from (apply_network(network, inputs) for network in networks if network is not None)
+
+
+def _apply_joined(networks: Joined, inputs: jax.Array, activation: Activation = jax.nn.relu) -> jax.Array:
+    """Outputs `[networks, out, batch]`."""
+    chex.assert_shape(inputs, (networks.sizes[0], None))
+    (kernels, biases), *layers = networks.layers()
+    activations = jax.lax.dot_general(kernels, inputs, (((2,), (0,)), ((), ()))) + biases[:, :, None]
+    for kernels, biases in layers:
+        product = jax.lax.dot_general(kernels, activation(activations), (((2,), (1,)), ((0,), (0,))))
+        activations = product + biases[:, :, None]
+    return activations
 
 
 @jax.custom_jvp

@@ -1,55 +1,148 @@
 """The contract: what a training program offers, and nothing of how it is run.
 
 A program is a few pure functions of one member. Batching over members, sharding, chunks, checkpoints, progress, results
-and resume are the same for all programs (`runtime/`).
+and resume are the same for all programs (`runtime/`); programs/README.md shows three small ones.
 
-    init(key, config) -> state
-    for t in 0 .. warm_up - 1:           state, metrics = collect(state, config, t)
-    for t in warm_up .. num_steps - 1:   state, metrics = update(state, config, t)
-    every eval_frequency steps and after the last: evaluate(state, config, t, is_last)
+    state = init(key, config, shared)
+    for stage in stages:                       one after another; most programs have one
+        state = begin(state, config, shared)   if it has one
+        for t in 0 .. warm_up - 1:             state, metrics = collect(state, config, t, shared)
+        for t in warm_up .. num_steps - 1:     state, metrics = update(state, config, t, shared)
+        every eval_every steps and after the last: evaluate(state, config, t, is_last, shared), and done(state)?
 
-`t` is a scalar that all members share. Both bounds are decided between blocks of steps, not in each step: the loop over
-steps has no branch.
+`t` counts the steps of a stage and is a scalar that all members share. All bounds are decided between blocks of steps,
+not in each step: the loop over steps has no branch.
 """
 
 import dataclasses
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeVar
 
 import jax
+import jax.numpy as jnp
 
 from purejax_bilevel.members import Grid
 
 Tree = Any
+T = TypeVar("T")
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
 """Name -> (sum, count) since the last evaluation; count 0 where there was nothing to measure."""
 
+POPULATION = "population"  # axis name for `jax.lax.psum` and its like, in programs that have a population
 
-class Program(Protocol):
-    """What an algorithm offers (see `programs/`): pure functions of one member.
 
-    It may also have `warm_up` and `collect` (see above; without them every step is an `update`), `attributes` (per
-    measured variable: `better`, `units`, `dimension`, as in `results.build_dataset`), `tables` (variables to print at
-    the end) and `not_logged` (variables kept out of wandb and TensorBoard).
+@dataclasses.dataclass(frozen=True)
+class Measure:
+    """Something that a program measures: a metric of its updates or a value of its evaluations.
+
+    Args:
+        name: under which update or evaluate returns it; no two stages share one.
+        text: what it is, for axes and tables.
+        units: physical ones, if it has them.
+        better: higher or lower, where one of them is.
+        dims: names of its dimensions beside member and step.
+        when: "regular": at every evaluation; "end": at the last one of its stage only.
+        logged: whether wandb and TensorBoard get it.
+        tabled: whether a table of it is printed at the end.
     """
 
-    headline: str
-    step_unit: str
-    long_names: dict[str, str]
-    finals: dict[str, str]
+    name: str
+    text: str
+    units: str = ""
+    better: Literal["higher", "lower", ""] = ""
+    dims: tuple[str, ...] = ()
+    when: Literal["regular", "end"] = "regular"
+    logged: bool = True
+    tabled: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A stretch of a run with one kind of step.
+
+    Args:
+        num_steps: its length.
+        eval_every: steps between evaluations; 0: only after the last step.
+        update: `(state, config, t, shared) -> state, metrics`, one step.
+        evaluate: `(state, config, t, is_last, shared) -> {name: array}`, measures without changing anything.
+        name: of its dimension in the results; needed where there are several stages.
+        warm_up: steps in which `collect` stands for `update`.
+        collect: has the arguments of `update` and may leave metrics out.
+        begin: `(state, config, shared) -> state`, before the first step.
+        done: `state -> bool`, asked at every evaluation: a member that is done idles until all are or the stage ends.
+        most_block_steps: in one loop of fixed length on an accelerator, where a stop is noticed only after it; 1 where
+            a step takes seconds.
+    """
+
     num_steps: int
-    eval_frequency: int
+    eval_every: int
+    update: Callable[..., tuple[Tree, Metrics]]
+    evaluate: Callable[..., dict[str, jax.Array]]
+    name: str = "training"
+    warm_up: int = 0
+    collect: Callable[..., tuple[Tree, Metrics]] | None = None
+    begin: Callable[..., Tree] | None = None
+    done: Callable[[Tree], jax.Array] | None = None
+    most_block_steps: int = 32
 
-    def init(self, key: jax.Array, config: Any) -> Tree:
-        """State before the first step."""
 
-    def update(self, state: Tree, config: Any, t: jax.Array) -> tuple[Tree, Metrics]:
-        """One step. `collect` has the same arguments and may leave metrics out."""
+class Program:
+    """What an algorithm offers: pure functions of one member, made from its configuration (`config.program()`).
 
-    def evaluate(self, state: Tree, config: Any, t: jax.Array, is_last: jax.Array) -> dict[str, jax.Array]:
-        """Measures the current state, without changing it."""
+    Attributes:
+        measures: everything it measures.
+        headline: name of the measure that the progress bar and the figure show, one of the last stage.
+        stages: what is done, in order.
+        step_unit: what a step is, in words.
+        population: individuals in each member that may be spread over devices; 0: none.
+        artefact_kind: what `artefact` gives, in words (`dynamics ensemble`); "": nothing.
+    """
+
+    measures: Sequence[Measure]
+    headline: str
+    stages: Sequence[Stage]
+    step_unit: str = "steps"
+    population: int = 0
+    artefact_kind: str = ""
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of all stages."""
+        return sum(stage.num_steps for stage in self.stages)
+
+    @property
+    def finals(self) -> list[str]:
+        """Names of what is measured at the end only."""
+        return [measure.name for measure in self.measures if measure.when == "end"]
+
+    def measure(self, name: str) -> Measure | None:
+        """The measure of a name."""
+        return next((measure for measure in self.measures if measure.name == name), None)
+
+    def shared(self) -> Tree:
+        """Inputs that all members read and none changes, numpy arrays: a dataset, pretrained weights, level sets.
+
+        Every device holds them once; they are in no member's state and in no checkpoint. A run that goes on must be
+        given the same ones. Programs that share an array must return the same object.
+        """
+        return ()
+
+    def init(self, key: jax.Array, config: Any, shared: Tree) -> Tree:
+        """State of a member before its first step; the same structure in all stages."""
+        raise NotImplementedError
+
+    def individuals(self, state: Tree) -> Tree:
+        """Which leaves have the population's individuals as first dimension: booleans in the structure of the state."""
+        return jax.tree.map(lambda leaf: False, state)
+
+    def artefact(self, state: Tree) -> Tree:
+        """What other runs may start from, a tree of arrays; it is saved as `artefact_kind`."""
+        return None
 
     def is_finite(self, state: Tree) -> jax.Array:
-        """Whether the member has not diverged."""
+        """Whether a member has not diverged."""
+        numbers = [leaf for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+        return jnp.all(jnp.array([~jnp.isnan(leaf).any() for leaf in numbers]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +155,30 @@ class Part:
     label: str = ""
 
 
-def warm_up(program: Program) -> int:
-    """Steps of a program before its first update."""
-    return getattr(program, "warm_up", 0)
+# --- populations ------------------------------------------------------------------------------------------------------
+
+
+def own_individuals(population: int) -> jax.Array:
+    """Numbers `[individuals here]` of the individuals that this device holds, out of 0 .. population - 1."""
+    count = population // jax.lax.axis_size(POPULATION)
+    return jax.lax.axis_index(POPULATION) * count + jnp.arange(count)
+
+
+def population_mean(tree: T) -> T:
+    """Mean over all individuals, on whatever devices they are; leaves `[individuals here, ...]`."""
+    return jax.tree.map(lambda leaf: jax.lax.pmean(leaf.mean(0), POPULATION), tree)
+
+
+def population_gather(tree: T) -> T:
+    """All individuals on every device, in order; leaves `[individuals here, ...]` become `[population, ...]`."""
+    return jax.tree.map(lambda leaf: jax.lax.all_gather(leaf, POPULATION, tiled=True), tree)
+
+
+def alone(function: Callable[..., T]) -> Callable[..., T]:
+    """A function of a program with a population, to be called outside a run: the whole population in one place."""
+
+    def called(*arguments: Any) -> T:
+        mapped = jax.vmap(function, in_axes=None, axis_size=1, axis_name=POPULATION)
+        return jax.tree.map(lambda leaf: leaf[0], mapped(*arguments))
+
+    return called

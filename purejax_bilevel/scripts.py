@@ -1,10 +1,12 @@
-"""The three commands, for the scripts beside the package and for those that an installation makes."""
+"""The three commands, for the scripts beside the package and for those that an installation makes.
 
-import sys
-import typing
+What takes time to import is imported inside the functions: an interrupt meanwhile ends the script with one line, and
+`--help` needs little of it.
+"""
+
 from collections.abc import Sequence
 
-from purejax_bilevel.studies import command_line
+from purejax_bilevel import interrupts
 
 
 def rl_configuration(arguments: Sequence[str] | None = None) -> type:
@@ -14,9 +16,11 @@ def rl_configuration(arguments: Sequence[str] | None = None) -> type:
     class is imported only when it may be the one: policies for continuous actions take as long to import as jax.
     """
     import purejax_bilevel
+    from purejax_bilevel import agents
+    from purejax_bilevel.studies import command_line
 
     environment = command_line.named_environment(arguments)
-    agent = command_line.named_setting("agent_type", arguments).lower()
+    agent = agents.spelled(command_line.named_setting(agents.FIELD, arguments))
     if environment == "tabular":
         return purejax_bilevel.TabularConfig
     discrete = purejax_bilevel.RLConfig
@@ -24,17 +28,20 @@ def rl_configuration(arguments: Sequence[str] | None = None) -> type:
     from purejax_bilevel import environments
 
     is_continuous = environments.is_continuous(environment)
-    if not is_continuous and (not agent or agent in agents_of(discrete)):
+    if not is_continuous and (not agent or has_agent(discrete, agent)):
         return discrete
     continuous = purejax_bilevel.ContinuousConfig
     if is_continuous:
-        return discrete if agent in agents_of(discrete) - agents_of(continuous) else continuous
-    return continuous if agent in agents_of(continuous) else discrete
+        return discrete if has_agent(discrete, agent) and not has_agent(continuous, agent) else continuous
+    return continuous if has_agent(continuous, agent) else discrete
 
 
-def agents_of(config_class: type) -> set[str]:
-    """The names that a class of options accepts as `agent_type`."""
-    return set(typing.get_args(typing.get_type_hints(config_class)["agent_type"]))
+def has_agent(config_class: type, name: str) -> bool:
+    """Whether a class of options accepts a name as `agent_type`."""
+    from purejax_bilevel import agents
+
+    known = agents.registry(config_class)
+    return known is not None and name in known
 
 
 def regression_configuration() -> type:
@@ -46,6 +53,9 @@ def regression_configuration() -> type:
 
 def train_rl() -> int:
     """Trains bilevel model-based agents; returns the exit status."""
+    interrupts.end_at_once()
+    from purejax_bilevel.studies import command_line
+
     return command_line.main(
         rl_configuration,
         "Train bilevel model-based agents; options with several values give one member per combination. "
@@ -56,6 +66,9 @@ def train_rl() -> int:
 
 def train_regression() -> int:
     """Tracks a moving regression problem; returns the exit status."""
+    interrupts.end_at_once()
+    from purejax_bilevel.studies import command_line
+
     return command_line.main(
         regression_configuration,
         "Non-stationary regression; options with several values give one member per combination.",
@@ -64,6 +77,7 @@ def train_regression() -> int:
 
 def sweep() -> int:
     """Runs a whole study; returns the exit status."""
-    from purejax_bilevel.studies import sweep as sweeps
+    interrupts.end_at_once()
+    from purejax_bilevel.studies import sweep_command
 
-    return sweeps.main(sys.argv[1:])
+    return sweep_command.main()

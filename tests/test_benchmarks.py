@@ -1,6 +1,7 @@
 """The benchmarks' own logic: what they say when a machine is too busy, and the tables of the one for GPUs."""
 
 import importlib.util
+import os
 import sys
 import time
 from pathlib import Path
@@ -37,15 +38,24 @@ def test_the_share_of_evaluation_is_told_only_where_it_can_be(
     assert load("speed", monkeypatch).share_in_words(long, short).startswith(f"evaluation: {text}")
 
 
-def test_gpu_measurements_are_processes_that_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_works_small_on_a_cpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """Every measurement in its own process, with XLA's flag for whole loops as graphs, which a CPU has no use for."""
     gpu = load("gpu", monkeypatch)
-    deadline = time.monotonic() + 300
-    assert gpu.measured(deadline, "device", gpu.GRAPHS)["platform"] == "cpu"
-    found = gpu.measured(deadline, "learning", small=True)
-    assert found["passed"]
-    assert found["text"].startswith("sql, 40 steps, 2 seeds: ")
+    for name in ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR"):  # `main` sets them for the processes that it starts
+        monkeypatch.setenv(name, os.environ.get(name, ""))
+    assert gpu.main(gpu.Arguments(small=True)) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("omd on CartPole-v1, cpu, jax ")
+    (row,) = (line for line in lines if line.startswith("| 4 | 2 | whole loop | "))
+    assert int(row.split("|")[4].replace(",", "")) > 0
+    assert lines[-2].startswith("* learning: passed; sql, 40 steps, 2 seeds: ")
+    assert lines[-1].startswith("* resume: passed; omd, 2 members, stopped after 20 of 40 steps: 0 of ")
+
+
+def test_gpu_says_what_did_not_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = load("gpu", monkeypatch)
     with pytest.raises(gpu.Failed, match="unexpected keyword argument 'nothing'"):
-        gpu.measured(deadline, "device", nothing=1)
+        gpu.measured(time.monotonic() + 300, "device", nothing=1)
     with pytest.raises(gpu.Failed, match="no time left"):
         gpu.measured(time.monotonic(), "device")
 
@@ -101,8 +111,7 @@ condition:
       false_branch:
         012: kWhile        [source | sink]
 condition:
-            013: kCustomKernel [source | sink] compare
-          body:
+            No thunks.      body:
             014: kCustomKernel [source | sink] add
     015: kCustomKernel [source | sink] add
 016: kWhile         [prev=001 (1) | next=003 (1)]
@@ -119,8 +128,30 @@ condition:
 """
 
 
+PROGRAM = """\
+  %while.2 = (s32[], f32[64]{0}) while(%tuple.1), backend_config={"known_trip_count":{"n":"25"},"known_init_step":{}}
+  %while.1 = (s32[], f32[64]{0}) while(%tuple.2), backend_config={"known_trip_count":{"n":"25"}}
+  %while.3 = (s32[], f32[64]{0}) while(%tuple.3), backend_config={"known_trip_count":{"n":"40"}}
+  %while = (s32[], f32[64]{0}) while(%tuple.4)
+"""
+NAMES = """\
+thunk_metadata {
+  thunk_info {
+    profile_annotation: "while"
+    thunk_id: 2
+  }
+  thunk_kind: "kWhile"
+}
+""" + "".join(
+    f'  thunk_info {{\n    profile_annotation: "while.{name}"\n    thunk_id: {number}\n  }}\n'
+    for name, number in ((1, 5), (2, 12), (3, 16))
+)
+
+
 def test_operations_of_a_step_are_counted_in_the_loop_over_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the loop over learning steps in the loop over blocks: no condition, no other loop, however long."""
+    """Of the loops of a block's length the one with most to do: no condition, no other loop, however long."""
     structure = load("gpu_structure", monkeypatch)
-    step = structure.steps_of(structure.parse(LISTING))
+    loops = structure.loops_of_length(25, PROGRAM, NAMES)
+    assert loops == {5, 12}
+    step = structure.steps_of(structure.parse(LISTING), loops)
     assert structure.count(step) == {"operations": 4, "copies": 2, "in graphs": 2, "round trips": 1}

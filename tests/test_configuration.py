@@ -1,8 +1,9 @@
 """What configurations refuse, before anything is compiled."""
 
 import math
-from typing import ClassVar
+from typing import ClassVar, Literal
 
+import numpy as np
 import pytest
 
 from purejax_bilevel import RLConfig, configuration
@@ -17,6 +18,7 @@ class Single:
     lr: float | None = traced(1e-3, "rate", POSITIVE)
     bound: float = traced(math.inf, "bound", configuration.Check("a number above 0", lambda x: x > 0))
     level: str = static("plain", "what is solved", task=True)
+    kind: Literal["a", "b"] = static("a", "kind")
 
 
 @configuration.configuration
@@ -52,9 +54,31 @@ def test_64_bits_hold_more():
     assert validate(Double(lr=(0.1, 0.1 + 1e-12, 1e39, 1e-50)))
 
 
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"lr": [[0.1, 0.2], [0.3]]}, r"--lr must be a finite number above 0, got \[\[0\.1, 0\.2\], \[0\.3\]\]\.$"),
+        ({"lr": (0.1, [0.2])}, r"--lr must be .*, got \(0\.1, \[0\.2\]\)\.$"),
+        ({"lr": {"a": 1}}, "--lr must be .*, got {'a': 1}"),
+        ({"level": ["plain"]}, r"--level must be text, got \['plain'\]\.$"),
+        ({"kind": ["a"]}, r"--kind must be one of a, b, got \['a'\]\.$"),
+        ({"kind": np.array(["a", "b"])}, "--kind must be one of a, b, got array"),
+    ],
+)
+def test_what_is_no_value_is_refused(changes: dict, sentence: str):
+    with pytest.raises(UserError, match=sentence):
+        validate(Single(**changes))
+
+
 def test_environments_are_tasks():
     assert [field.name for field in fields(Single) if field.metadata.get("task")] == ["level"]
     assert [field.name for field in fields(RLConfig) if field.metadata.get("task")] == ["env_name"]
+
+
+def test_one_of_several_processes_prints_the_warnings(capsys, monkeypatch):
+    monkeypatch.setattr(configuration, "is_quiet", True)
+    configuration.warn("of a process that is not the first")
+    assert capsys.readouterr().err == ""
 
 
 def test_a_run_of_random_steps_alone_is_told_once(capsys):

@@ -15,7 +15,9 @@ PACKAGE = ROOT / "purejax_bilevel"
 RANKS = {
     "bilevel": 0,
     "errors": 0,
+    "interrupts": 0,
     "configuration": 1,
+    "agents": 2,
     "environments": 2,
     "members": 2,
     "networks": 2,

@@ -1,5 +1,8 @@
 """Networks of traced width: the same function, gradients and law of initialisation as a small network."""
 
+from collections.abc import Callable
+from typing import Any
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -105,6 +108,57 @@ def test_heads_are_different_networks():
     assert outputs.shape == (2, 2, 5)
     assert not np.allclose(outputs[0], outputs[1])
     np.testing.assert_allclose(outputs[1], networks.apply_network(heads[1], inputs))
+
+
+def stored(on_accelerator: bool, make: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """What `make` returns on an accelerator or on a CPU."""
+    with monkeypatch.context() as patch:
+        patch.setattr(networks, "together", lambda: on_accelerator)
+        return make()
+
+
+def pair() -> Any:
+    """Two networks that differ in their outputs, and none."""
+    keys = jax.random.split(jax.random.key(SEED))
+    made = [networks.init_network(key, (4, 8, 8, size), 6, 1.0) for key, size in zip(keys, (3, 1), strict=True)]
+    return networks.joined((*made, None))
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize(
+    ("make", "apply"),
+    [
+        (lambda: networks.init_network(jax.random.key(SEED), (4, 8, 3), 5, 1.0), networks.apply_network),
+        (lambda: networks.init_heads(jax.random.key(SEED), 2, (4, 8, 8, 2), 6, 1.0), networks.apply_heads),
+        (pair, lambda networks_, inputs: jnp.concatenate(list(networks.apply_each(networks_, inputs)))),
+    ],
+    ids=["network", "heads", "pair"],
+)
+def test_joined_networks_are_the_same_functions(make: Callable, apply: Callable, monkeypatch: pytest.MonkeyPatch):
+    """Outputs, and what they are after two steps down the gradient of their squares."""
+    inputs = jax.random.normal(jax.random.key(1), (4, 12))
+
+    @jax.jit
+    def trained(given: Any) -> list[jax.Array]:
+        outputs = [apply(given, inputs)]
+        for _ in range(2):
+            gradient = jax.grad(lambda x: (apply(x, inputs) ** 2).mean())(given)
+            given = jax.tree.map(lambda p, g: p - 0.1 * g, given, gradient)
+            outputs.append(apply(given, inputs))
+        return outputs
+
+    apart, together = (stored(on_accelerator, make, monkeypatch) for on_accelerator in (False, True))
+    assert isinstance(together, networks.Joined)
+    assert len(jax.tree.leaves(together)) == 1
+    for one, other in zip(trained(apart), trained(together), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-10, atol=1e-14)
+    chex.assert_trees_all_equal(jax.tree.leaves(together.apart()), jax.tree.leaves(apart))
+
+
+def test_joined_networks_refuse_inputs_that_are_not_features_first(monkeypatch: pytest.MonkeyPatch):
+    network = stored(True, lambda: networks.init_network(jax.random.key(SEED), (4, 4, 2)), monkeypatch)
+    with pytest.raises(AssertionError):
+        networks.apply_network(network, jnp.zeros((12, 4)))
 
 
 @pytest.mark.usefixtures("float64")

@@ -37,6 +37,7 @@ FOLDER = Path(os.environ.get("PUREJAX_BILEVEL_REFERENCE_DATA", Path(__file__).pa
 TOLERANCE, ITERATIVE_TOLERANCE = 1e-8, 1e-5
 # The reference calls its reward-only rule funcBO.
 AGENTS = {"funcBO": "funcbo_reward_only", "omd": "omd", "mle": "mle", "vep": "vep"}
+BILEVEL = {"omd": agents.hypergradient_omd, "funcbo_reward_only": agents.hypergradient_reward_only}
 
 Entries = dict[str, np.ndarray]
 
@@ -87,7 +88,7 @@ def model_based_outputs(golden: Entries) -> dict[str, Any]:
         "model_reward": predicted.reward[:, None],
         "model_mse": agents.model_error(predicted, batch),
     }
-    if config.agent_type in agents.BILEVEL:
+    if config.agent_type in BILEVEL:
         out |= bilevel_outputs(config, learner, batch, predicted)
     else:
         out |= predictive_outputs(config, learner, batch)
@@ -96,8 +97,7 @@ def model_based_outputs(golden: Entries) -> dict[str, Any]:
 
 def bilevel_outputs(config: Config, learner: agents.Learner, batch: Batch, predicted: Batch) -> dict[str, Any]:
     learner, losses = agents.solve_inner(config, learner, predicted, jax.random.key(0))
-    hypergradient = agents.hypergradient_omd if config.agent_type == "omd" else agents.hypergradient_funcbo
-    outer_losses, gradient, learner = hypergradient(config, learner, batch)
+    outer_losses, gradient, learner = BILEVEL[config.agent_type](config, learner, batch)
     return {
         "outer_loss": outer_losses["model_loss"],
         "inner_loss": losses["q_loss"],
@@ -422,7 +422,7 @@ def regression_outputs(golden: Entries, config: regression.Config) -> Entries:
         jnp.asarray(x_inner[0].T), jnp.asarray(golden["batch/x_outer"].T), jnp.asarray(golden["batch/y_outer"].T)
     )
     summary = regression_agents.Summary(weights.sum(), jnp.tensordot(weights, targets, 1))
-    agent = jax.jit(lambda *arguments: regression_agents.AGENTS[config.agent_type](config, *arguments))
+    agent = jax.jit(lambda *arguments: regression_agents.AGENTS[config.agent_type].step(config, *arguments))
     step, learner = agent(regression_learner(golden, config), data, summary)
     by_block = step.gradient.weight + jnp.tensordot(targets, step.gradient.target, 2)
     constant = weights @ (targets**2).sum(1).mean(1)
@@ -443,7 +443,7 @@ def split_blocks(golden: Entries, array: np.ndarray) -> np.ndarray:
 
 def regression_learner(golden: Entries, config: regression.Config) -> regression_agents.Learner:
     inner = read_network(golden, "inner/mlp")
-    dual = read_network(golden, "dual/mlp") if regression_agents.uses_dual(config) else None
+    dual = read_network(golden, "dual/mlp") if config.agent_type.startswith("funcbo") else None
     weights = jnp.asarray(golden["lambda"])
     return regression_agents.Learner(
         inner=inner,

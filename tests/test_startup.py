@@ -4,8 +4,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
-UNUSED = ("distrax", "tensorflow_probability", "wandb", "tensorboardX", "evosax", "scipy.stats", "seaborn.relational")
+UNUSED = ("distrax", "tensorflow_probability", "wandb", "tensorboardX", "evosax", "scipy.stats", "seaborn")
+UNUSED_BY_HELP = ("matplotlib", "xarray", "pandas", "PIL", "h5netcdf")
 
 
 def printed(code: str) -> list[str]:
@@ -23,7 +26,7 @@ def test_a_discrete_agent_imports_nothing_that_it_does_not_use() -> None:
         "words = ['--agent_type', 'sql']\n"
         "run, config = command_line.parse(train_rl.configuration(words), '', words)\n"
         "found()\n"
-        "config.program()\n"
+        "config.resolved().program()\n"
         "found()\n"
     )
     assert lines == ["[]", "[]"]
@@ -34,13 +37,29 @@ def test_a_regression_imports_no_environment() -> None:
     assert printed(code + "print('gymnax' in sys.modules)") == ["False"]
 
 
+DRAWN = """
+import sys
+from purejax_bilevel.environments._gymnax import gymnax, DRAWING
+print([name for name in DRAWING if name in sys.modules])
+from gymnax.environments.misc import pong
+print(pong.sns.color_palette("cubehelix", 2).as_hex()[0][0], pong.colors.to_hex("red"))
+import matplotlib, matplotlib.pyplot, seaborn
+print(pong.plt.subplots is matplotlib.pyplot.subplots, type(seaborn).__name__, type(matplotlib.pyplot).__name__)
+from gymnax.visualize import Visualizer
+print(Visualizer.__name__)
+"""
+
+
 def test_gymnax_can_still_draw() -> None:
-    lines = printed(
-        "import sys\n"
-        "from purejax_bilevel.environments._gymnax import gymnax\n"
-        "from gymnax.environments.misc import pong\n"
-        "print(type(sys.modules['seaborn']).__name__, 'seaborn.relational' in sys.modules)\n"
-        "print(pong.sns.color_palette('cubehelix', 2).as_hex()[0][0])\n"
-        "print(type(sys.modules['seaborn']).__name__, 'seaborn.relational' in sys.modules)\n"
+    assert printed(DRAWN) == ["[]", "# #ff0000", "True module module", "Visualizer"]
+    assert printed(f"import matplotlib, seaborn\n{DRAWN}")[1:] == ["# #ff0000", "True module module", "Visualizer"]
+
+
+@pytest.mark.parametrize(("script", "more"), [("train_rl", ()), ("train_regression", ("gymnax",)), ("sweep", ("jax",))])
+def test_help_imports_nothing_that_it_does_not_use(script: str, more: tuple[str, ...]) -> None:
+    code = (
+        f"import contextlib, io, sys; from purejax_bilevel import scripts; sys.argv = ['{script}.py', '--help']\n"
+        f"with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()): scripts.{script}()\n"
+        f"print([name for name in {(*UNUSED, *UNUSED_BY_HELP, *more)} if name in sys.modules])\n"
     )
-    assert lines == ["_LazyModule False", "#", "module True"]
+    assert printed(code) == ["[]"]

@@ -1,12 +1,13 @@
 """A toy training program for sweeps: best at one learning rate, worse further away, failing where it is too large."""
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
 from purejax_bilevel.configuration import POSITIVE, at_least, configuration, static, traced, validate
+from purejax_bilevel.program import Measure, Program, Stage
 from purejax_bilevel.studies import study
 
 BEST = 1e-2
@@ -41,25 +42,29 @@ class State(flax.struct.PyTreeNode):
     cells: jax.Array
 
 
-class Toy:
+class Toy(Program):
     headline = "score"
-    step_unit = "steps"
-    long_names: ClassVar = {"score": "score of the toy", "error": "error of the toy", "motion": "change of the walk"}
-    finals: ClassVar = {"final_score": "episode"}
-    attributes: ClassVar = {"error": {"better": "lower"}}
+    measures = (
+        Measure("score", "score of the toy", better="higher"),
+        Measure("error", "error of the toy", better="lower"),
+        Measure("motion", "change of the walk"),
+        Measure("final_score", "final score", dims=("episode",), when="end"),
+    )
 
     def __init__(self, config: Config):
-        self.num_steps, self.eval_frequency = config.num_train_steps, config.eval_frequency
+        self.stages = (Stage(config.num_train_steps, config.eval_frequency, self.update, self.evaluate),)
 
-    def init(self, key: jax.Array, config: Config) -> State:
+    def init(self, key: jax.Array, config: Config, shared: tuple = ()) -> State:
         return State(key, jnp.zeros(()), jnp.zeros(config.max_width))
 
-    def update(self, state: State, config: Config, t: jax.Array) -> tuple[State, dict]:
+    def update(self, state: State, config: Config, t: jax.Array, shared: tuple = ()) -> tuple[State, dict]:
         step = config.noise * jax.random.normal(jax.random.fold_in(state.key, t))
         step = jnp.where(config.lr > FAILS_ABOVE, jnp.nan, step)
         return state.replace(walk=0.5 * state.walk + step), {"motion": (step, jnp.ones(()))}
 
-    def evaluate(self, state: State, config: Config, t: jax.Array, is_last: jax.Array) -> dict[str, jax.Array]:
+    def evaluate(
+        self, state: State, config: Config, t: jax.Array, is_last: jax.Array, shared: tuple = ()
+    ) -> dict[str, jax.Array]:
         error = config.repeats * (jnp.log10(config.lr) - jnp.log10(BEST)) ** 2 + state.walk
         error = error + (1.0 if config.agent_type == "right" else 0.0)
         finals = jnp.where(is_last, -error, jnp.nan)[None]

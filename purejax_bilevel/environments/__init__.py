@@ -15,11 +15,11 @@ On the command line `--env_name mypackage.envs:make` names a function without ar
 import dataclasses
 import difflib
 import functools
-import importlib
 from typing import Any
 
 import jax
 
+from purejax_bilevel.configuration import named_object
 from purejax_bilevel.environments import brax, probes
 from purejax_bilevel.environments._gymnax import Environment, gymnax, spaces
 from purejax_bilevel.environments.continuous import UnitActions
@@ -70,15 +70,7 @@ def register(name: str, environment: Environment, params: Any = None) -> None:
 @functools.cache
 def _from_function(name: str) -> tuple[Environment, Any]:
     """What the function `module:function` returns: an environment, or one with its parameters."""
-    module, _, function = name.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), function)
-    except ImportError as error:
-        raise UserError(
-            f"--env_name {name}: the module {module} cannot be imported ({error}); install it or set PYTHONPATH."
-        ) from error
-    except (AttributeError, ValueError) as error:
-        raise UserError(f"--env_name {name}: the module {module!r} has no function {function!r}.") from error
+    found = named_object("env_name", name, "function")
     if not callable(found):
         raise UserError(f"--env_name {name} must name a function that returns an environment, got {found!r}.")
     try:

@@ -1,46 +1,46 @@
-"""gymnax, without the drawing library that it imports beside its environments.
+"""gymnax, without the drawing libraries that it imports beside its environments.
 
-One of gymnax's environments draws with seaborn, and importing any part of gymnax imports it and with it scipy's
-statistics: nearly half of the time that a script took to start. Here seaborn is imported as a lazy module of the
-standard library: the real one from its first use on, which training never makes.
+Some of gymnax's environments draw with matplotlib and seaborn, and importing any part of gymnax imports both and with
+them scipy's statistics: more than half of the time that a script took to start. Here gymnax gets stand-ins, which
+import the real modules when something in them is used; training never does. Nobody else sees the stand-ins.
 """
 
 import contextlib
-import importlib.abc
-import importlib.machinery
-import importlib.util
+import importlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from types import ModuleType
+from typing import Any
+
+DRAWING = ("matplotlib", "matplotlib.animation", "matplotlib.colors", "matplotlib.pyplot", "seaborn")
 
 
-class _LazyFinder(importlib.abc.MetaPathFinder):
-    """Finds one module as the standard finder does, and puts off running it."""
+class _StandIn(ModuleType):
+    """Has what the real module of its name has."""
 
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        spec = importlib.machinery.PathFinder.find_spec(fullname, path) if fullname == self._name else None
-        if spec is not None and spec.loader is not None:
-            spec.loader = importlib.util.LazyLoader(spec.loader)
-        return spec
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # asked for by the import system
+            raise AttributeError(name)
+        return getattr(importlib.import_module(self.__name__), name)
 
 
 @contextlib.contextmanager
-def _lazily(name: str) -> Iterator[None]:
-    """Inside of it, the import of a module waits for the module's first use."""
-    finder = _LazyFinder(name)
-    sys.meta_path.insert(0, finder)
+def _stand_ins(names: tuple[str, ...]) -> Iterator[None]:
+    """Inside of it, imports of modules that are not loaded yet find their stand-ins."""
+    made = {name: _StandIn(name) for name in names if name not in sys.modules}
+    for name, module in made.items():
+        parent, _, child = name.rpartition(".")
+        if parent in made:
+            setattr(made[parent], child, module)
+    sys.modules.update(made)
     try:
         yield
     finally:
-        sys.meta_path.remove(finder)
+        for name in made:
+            del sys.modules[name]
 
 
-with _lazily("seaborn"):
+with _stand_ins(DRAWING):
     import gymnax
     from gymnax.environments import spaces
     from gymnax.environments.environment import Environment

@@ -12,9 +12,7 @@ from rich.console import Console
 
 from purejax_bilevel.errors import UserError
 from purejax_bilevel.results import dataset as datasets
-from purejax_bilevel.results import plots, report, statistics
-
-CURVES = "learning_curves.png"
+from purejax_bilevel.results import outputs, report
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def write(folder: Path) -> Path:
-    """Writes a sweep's report, or prints a run's table and draws its learning curves; returns the file.
+    """Writes a sweep's report, or prints a run's tables and draws its figures; returns the report or the folder.
 
     Raises:
         UserError: the folder holds neither.
@@ -40,11 +38,9 @@ def write(folder: Path) -> Path:
         report.write_again(folder)
         return folder / report.HTML
     dataset = datasets.load(folder)
-    variable = report.reported_variable(dataset, report.Reporting())
-    lower = statistics.lower_is_better(dataset, variable)
-    title = str(dataset[variable].attrs.get("long_name", variable))
-    statistics.render_table(statistics.summary_table(dataset, variable), Console(), title, lower)
-    return plots.learning_curves(dataset, folder / CURVES, dataset.attrs["headline"], title=dataset.attrs["title"])
+    outputs.print_tables(dataset, Console())
+    outputs.write_figures(dataset, folder)
+    return folder
 
 
 if __name__ == "__main__":

@@ -43,47 +43,67 @@ def build_dataset(
     series: Mapping[str, np.ndarray],
     finals: Mapping[str, np.ndarray],
     attrs: Mapping[str, Any],
-    variables: Mapping[str, Mapping[str, str]] | None = None,
+    variables: Mapping[str, Mapping[str, Any]] | None = None,
+    earlier: Mapping[str, np.ndarray] | None = None,
 ) -> xarray.Dataset:
     """Labels the arrays of all members.
 
     Args:
         grid: the members, in the order of the arrays' first axis.
         steps: `[steps]`, number of environment (or outer) steps done at each row of `series`.
-        series: per name `[members, steps]` or `[members, steps, k]`.
-        finals: per name `[members]` or `[members, episodes]`, measured once at the end. A boolean `failed` `[members]`
-            marks members that diverged; statistics leave them out and count them.
+        series: per name `[members, steps, ...]`.
+        finals: per name `[members, ...]`, measured once at the end, by default of episodes. A boolean `failed`
+            `[members]` marks members that diverged; statistics leave them out and count them.
         attrs: about the whole experiment: `program`, `environment`, `config`, `command`, `versions`, `device`,
             `headline` (the variable to report), `compile_seconds`, `run_seconds`, `step_name`. Dictionaries, booleans
             and None are stored as JSON.
-        variables: per name its `long_name`, `units`, `better` (`higher` or `lower`) and, for `[members, steps, k]`,
-            `dimension`, the name of the extra dimension.
+        variables: per name its `long_name`, `units`, `better` (`higher` or `lower`), `dims`, the names of further
+            dimensions, and `stage`, the earlier stage that it is of, if it is not of the last one.
+        earlier: per earlier stage the number of its steps done at each of its rows.
 
     Returns:
-        Dataset with one dimension per axis, then `seed`, then `step`, `episode` or an extra dimension.
+        Dataset with one dimension per axis, then `seed`, then `step` (`step_<stage>` for an earlier stage) and further
+        ones.
 
     Raises:
         ValueError: an array does not have the members' or steps' length, or two dimensions share a name.
     """
     dimensions = _grid_dimensions(grid)
-    described = variables or {}
+    described, earlier = variables or {}, earlier or {}
     data = {}
     for name, array in series.items():
-        expected = (len(grid), len(steps))
-        extra = (STEP, described.get(name, {}).get("dimension", f"{name}_component"))
-        data[name] = _variable(name, array, grid, dimensions, expected, extra, described)
+        stage = described.get(name, {}).get("stage", "")
+        expected = (len(grid), len(earlier[stage] if stage else steps))
+        extra = described.get(name, {}).get("dims") or (f"{name}_component",)
+        data[name] = _variable(name, array, grid, dimensions, expected, (step_dimension(stage), *extra), described)
     for name, array in finals.items():
-        data[name] = _variable(name, array, grid, dimensions, (len(grid),), (EPISODE,), described)
+        extra = described.get(name, {}).get("dims") or (EPISODE,)
+        data[name] = _variable(name, array, grid, dimensions, (len(grid),), extra, described)
     step_name = str(attrs.get("step_name", "environment steps"))
     coordinates: dict[str, Any] = {SEED: (SEED, np.asarray(grid.seeds), {"long_name": "seed"})}
     coordinates[STEP] = (STEP, np.asarray(steps), {"long_name": step_name})
+    for stage, its_steps in earlier.items():
+        dimension = step_dimension(stage)
+        coordinates[dimension] = (dimension, np.asarray(its_steps), {"long_name": f"{step_name} of {stage}"})
     for axis in grid.axes:
         coordinates.update(_axis_coordinates(axis))
     if clash := sorted(set(coordinates) & set(data)):
         raise ValueError(f"{clash[0]!r} is both a hyper-parameter and a measured variable; rename the variable")
     axes = {axis.dimension: list(axis.names) for axis in grid.axes}
-    about = {"format": FORMAT, "axes": axes, "created": _now(), **attrs}
+    about = {"format": FORMAT, "axes": axes, "stages": list(earlier), "created": _now(), **attrs}
     return xarray.Dataset(data, coordinates, about)
+
+
+def step_dimension(stage: str) -> str:
+    """Name of the dimension of the steps of an earlier stage; of the last one for ""."""
+    return f"{STEP}_{stage}" if stage else STEP
+
+
+def stage_of(dataset: xarray.Dataset, stage: str) -> xarray.Dataset:
+    """What an earlier stage measured, as if it were a run of its own: statistics and figures take it."""
+    dimension = step_dimension(stage)
+    own = [name for name in dataset.data_vars if dimension in dataset[name].dims or name == "failed"]
+    return dataset[own].rename({dimension: STEP})
 
 
 def setting_dimensions(dataset: xarray.Dataset) -> tuple[str, ...]:
@@ -127,7 +147,7 @@ def _variable(
     dimensions: tuple[str, ...],
     expected: tuple[int, ...],
     trailing: tuple[str, ...],
-    described: Mapping[str, Mapping[str, str]],
+    described: Mapping[str, Mapping[str, Any]],
 ) -> tuple[tuple[str, ...], np.ndarray, dict[str, str]]:
     array = np.asarray(array)
     most = 1 + len(trailing)
@@ -135,7 +155,8 @@ def _variable(
         raise ValueError(f"{name} has shape {array.shape}; expected {expected} and at most {most} dimensions")
     folded = array.reshape(*grid.shape, *array.shape[1:])
     attributes = {"long_name": name.replace("_", " "), **described.get(name, {})}
-    attributes.pop("dimension", None)
+    for key in ("dims", "stage"):
+        attributes.pop(key, None)
     return (*dimensions, *trailing[: array.ndim - 1]), folded, attributes
 
 

@@ -25,7 +25,7 @@ from matplotlib.text import Text
 from matplotlib.ticker import EngFormatter, FixedLocator, NullLocator
 
 from purejax_bilevel.errors import UserError
-from purejax_bilevel.members import format_value
+from purejax_bilevel.members import counted, format_value
 from purejax_bilevel.results import statistics
 from purejax_bilevel.results.dataset import SEED, STEP, setting_dimensions, setting_labels, write_bytes
 
@@ -332,7 +332,7 @@ def _title(figure: Figure, panels: Sequence[Axes], dataset: xarray.Dataset, titl
     lines = [title if title is not None else " on ".join(about)]
     if failed:
         members = math.prod(dataset.sizes[name] for name in (*setting_dimensions(dataset), SEED))
-        lines.append(f"{failed} of {members} members failed and are left out")
+        lines.append(f"{failed} of {counted(members, 'member')} failed and {'is' if failed == 1 else 'are'} left out")
     text = "\n".join(line for line in lines if line)
     if len(panels) == 1:
         panels[0].set_title(text, fontsize=11)

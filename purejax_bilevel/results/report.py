@@ -21,7 +21,7 @@ import numpy as np
 import xarray
 
 from purejax_bilevel.errors import UserError
-from purejax_bilevel.members import format_value
+from purejax_bilevel.members import bytes_in_words, counted, format_value
 from purejax_bilevel.results import comparison, plots, residuals, statistics
 from purejax_bilevel.results import dataset as datasets
 from purejax_bilevel.results.checks import choice, known_entries, load_yaml, mapping_of, number_of, text_of
@@ -333,14 +333,18 @@ class _Report:
     def _what(self) -> str:
         members = sum(agent.scores.size for agent in self.agents)
         environment = ", ".join(self._environments())
-        steps = int(self.agents[0].dataset[STEP].values[-1])
+        programs = dict.fromkeys(agent.dataset.attrs["program"] for agent in self.agents)
+        lengths = dict.fromkeys(
+            f"{int(agent.dataset[STEP].values[-1]):,} {agent.dataset.attrs.get('step_name', 'steps')}"
+            for agent in self.agents
+        )
         seeds = len(self.agents[0].dataset[SEED])
         settings = sum(len(agent.settings) for agent in self.agents)
         text = (
-            f"{members} members ({count(len(self.agents), 'agent')}, {count(settings, 'setting')}, "
-            f"{count(seeds, 'seed')}) of the program "
-            f"{self.about['program']}" + (f" on {environment}" if environment else "") + f", {steps:,} "
-            f"{self.about.get('step_name', 'steps')} each."
+            f"{counted(members, 'member')} ({counted(len(self.agents), 'agent')}, {counted(settings, 'setting')}, "
+            f"{counted(seeds, 'seed')}) of the program{'s' if len(programs) > 1 else ''} {', '.join(programs)}"
+            + (f" on {environment}" if environment else "")
+            + f", {' or '.join(lengths)} each."
         )
         long_name = self.agents[0].dataset[self.variable].attrs.get("long_name", "")
         meaning = f" ({long_name})" if long_name not in ("", self.score_name) else ""
@@ -526,9 +530,9 @@ class _Report:
                 ]
         if not names:
             return [Heading("Failed members"), Paragraph("None: every member ended with finite numbers.")]
-        text = (
-            f"{len(names)} of {total} members diverged or have no finite score. They are left out of all numbers above."
-        )
+        have, are = ("has", "is") if len(names) == 1 else ("have", "are")
+        whole = counted(total, "member")
+        text = f"{len(names)} of {whole} diverged or {have} no finite score, and {are} left out of all numbers above."
         listed = names[:MOST_FAILED] + ([f"and {len(names) - MOST_FAILED} more"] if len(names) > MOST_FAILED else [])
         return [Heading("Failed members"), Paragraph(text), Code("\n".join(listed))]
 
@@ -542,7 +546,7 @@ class _Report:
 
     def _provenance(self) -> list[Block]:
         versions = dict(self.about.get("versions", {}))
-        parts = count(self.about["sub_programs"], "sub-program")
+        parts = counted(self.about["sub_programs"], "sub-program")
         facts = [
             ("device", f"{versions.pop('device', 'unknown')}, {self.about.get('devices', '?')} used"),
             ("compiled", f"{parts} in one call, {self.about['compile_seconds']:.1f} s"),
@@ -624,13 +628,18 @@ class _Report:
         usable = [
             agent for agent in self.succeeded if variable in agent.dataset and STEP in agent.dataset[variable].dims
         ]
-        if not usable:
-            return []
-        steps, step_name = usable[0].dataset[STEP].values, str(self.about.get("step_name", "steps"))
-        series = [(agent.label, _curve(agent, variable)) for agent in usable]
+        groups: dict[tuple[str, tuple[int, ...]], list[AgentResult]] = {}  # by what a step is, and when it was measured
+        for agent in usable:
+            step_name = str(agent.dataset.attrs.get("step_name", "steps"))
+            groups.setdefault((step_name, tuple(agent.dataset[STEP].values.tolist())), []).append(agent)
         measured = variable.replace("_", " ")
-        path = comparison.curves(steps, series, step_name, measured, self._path(name), title)
-        return [Picture(path, f"{variable.replace('_', ' ')} of the best setting of each agent.")]
+        pictures: list[Block] = []
+        for number, ((step_name, steps), agents) in enumerate(groups.items()):
+            series = [(agent.label, _curve(agent, variable)) for agent in agents]
+            path = self._path(f"{number + 1}_{name}" if number else name)
+            path = comparison.curves(np.array(steps), series, step_name, measured, path, title)
+            pictures.append(Picture(path, f"{measured} of the best setting of each agent."))
+        return pictures
 
 
 def _curve(agent: AgentResult, variable: str) -> np.ndarray:
@@ -649,19 +658,6 @@ def _curve(agent: AgentResult, variable: str) -> np.ndarray:
 
 def words(setting: dict[str, Any]) -> str:
     return ", ".join(f"{name}={plots._text(value)}" for name, value in setting.items())
-
-
-def count(number: int, noun: str) -> str:
-    """`1 agent`, `2 agents`."""
-    return f"{number} {noun}" + ("" if number == 1 else "s")
-
-
-def bytes_in_words(number: float) -> str:
-    """For example `3.2 MiB`."""
-    for size, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if number >= size:
-            return f"{number / size:.3g} {unit}"
-    return f"{number:.0f} B"
 
 
 def _score(score: Score) -> str:

@@ -26,7 +26,8 @@ from purejax_bilevel.errors import UserError
 from purejax_bilevel.members import format_value
 from purejax_bilevel.results.dataset import SEED, STEP, setting_dimensions, setting_labels
 
-TASKS = ("env_name",)  # axes that say what is solved: scores are aggregated over them, none is a best setting
+# Axes that say what is solved: scores are aggregated over them, none is a best setting. Programs declare them.
+TASKS = ("env_name", "mdp", "mdp_file", "shift_type")
 BLOCK = 4_000_000  # numbers held at once by the bootstrap
 
 

@@ -22,7 +22,7 @@ from purejax_bilevel.errors import UserError
 from purejax_bilevel.results.dataset import replacing, write_bytes
 from purejax_bilevel.runtime import processes
 
-FORMAT = "purejax_bilevel checkpoint 1"
+FORMAT = "purejax_bilevel checkpoint 2"
 FILE_NAME = "checkpoint.npz"
 Tree = Any
 
@@ -165,23 +165,25 @@ def load(path: Path, structure: list[Tree], fingerprint: dict[str, Any]) -> Chec
 
 
 def load_steps(path: Path) -> int:
-    """Steps done by each member of a checkpoint; raises as `load` does for a torn file."""
-    return _read(path)[1]["steps"]
+    """Steps done by each member of a checkpoint; raises as `load` does for a torn file, without reading its arrays."""
+    return _read(path, whole=False)[1]["steps"]
 
 
 def load_fingerprint(path: Path) -> dict[str, Any]:
-    """What a checkpoint was saved with (see `save`); raises as `load` does for a torn file."""
-    return _read(path)[1]["fingerprint"]
+    """What a checkpoint was saved with (see `save`); raises as `load_steps` does."""
+    return _read(path, whole=False)[1]["fingerprint"]
 
 
-def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def _read(path: Path, whole: bool = True) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The arrays, none unless `whole`, and what the file says about itself."""
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-        about = json.loads(arrays.pop("about").tobytes())
+            about = json.loads(archive["about"].tobytes())
+            names = set(archive.files) - {"about"}
+            arrays = {name: archive[name] for name in names} if whole else {}
         if about["format"] != FORMAT:
             raise ValueError(f"format {about['format']!r}")
-        _check(arrays, about)
+        _check(names, about)
     except (
         OSError,
         ValueError,
@@ -197,11 +199,11 @@ def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     return arrays, about
 
 
-def _check(arrays: dict[str, np.ndarray], about: dict[str, Any]) -> None:
+def _check(names: set[str], about: dict[str, Any]) -> None:
     """Whether what the file says about itself can be true."""
     if type(about["steps"]) is not int or about["steps"] < 0:
         raise ValueError(f"it says that it has done {about['steps']!r} steps")
-    if missing := set(about.get("arrays", ())) - arrays.keys():  # older files do not list their arrays
+    if missing := set(about["arrays"]) - names:
         raise ValueError(f"{min(missing)} is missing")
     compiling, running = map(float, about["seconds"])
     if min(compiling, running) < 0 or not isinstance(about["fingerprint"], dict):
@@ -225,10 +227,10 @@ def _short(value: Any) -> str:
 
 
 def _check_members(path: Path, members: int, arrays: dict[str, np.ndarray]) -> None:
-    """Whether there are results of all members, and as many of one metric as of another."""
-    lengths = {array.shape[1] for name, array in arrays.items() if name != "failed"}
+    """Whether there are results of all members, and as many of one metric of a stage as of another."""
+    lengths = {(name.partition("/")[0], array.shape[1]) for name, array in arrays.items() if name != "failed"}
     wrong = [name for name, array in arrays.items() if len(array) != members]
-    if wrong or len(lengths) > 1:
+    if wrong or len(lengths) > len({stage for stage, _ in lengths}):
         raise UserError(f"{path} is not a whole checkpoint (results are missing{': ' + wrong[0] if wrong else ''}).")
 
 

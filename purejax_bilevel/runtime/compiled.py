@@ -2,18 +2,17 @@
 
     chunk(state, start, stop, total) -> state, rows, finite
 
-Step bounds are arguments, so a single compilation serves every chunk, a resumed run and a longer run. An experiment
-may have several *parts*, sub-programs that differ in static settings (the agent, say); they share the compiled call.
+Step bounds are arguments, so a single compilation of a stage serves every chunk, a resumed run and a longer run. An
+experiment may have several *parts*, sub-programs that differ in static settings (the agent, say); they share the
+compiled call.
 
-Steps come in blocks without a branch: whether the program still warms up, and whether it is time to evaluate, is asked
-between two blocks only. On a CPU a block goes on to the next such moment. On an accelerator it has a fixed number of
-steps, so that the compiler knows the loop's length and nothing goes back to the host in between.
-
-Nothing is exchanged between members. Each process places its own members on its own devices; what is measured goes to
-all processes between two calls. Each device goes through its members in batches: one after another (`member_batch` 1),
-in batches of a fixed size, or all at once (None, vmap). What is compiled for a batch does not depend on how many
-batches there are, so a member's bits are the same on any number of devices from two up; for a single device the
-compiler takes other ways, and all at once is a batch of another size (`loop.py` stores which it was).
+Nothing is exchanged between members. Where there are more devices than members, several hold one member together if
+its program has a population: each has some of the individuals, and all the rest of the member's state. Each process
+places its own members on its own devices; what is measured goes to all processes between two calls. Each device goes
+through its members in batches: one after another (`member_batch` 1), in batches of a fixed size, or all at once (None,
+vmap). What is compiled for a batch does not depend on how many batches there are, so a member's bits are the same on
+any number of devices from two up; for a single device the compiler takes other ways, and all at once is a batch of
+another size (`loop.py` stores which it was).
 """
 
 import contextlib
@@ -29,12 +28,13 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from purejax_bilevel.program import Part, Program, Tree, warm_up
-from purejax_bilevel.runtime import processes
+from purejax_bilevel.program import POPULATION, Part, Program, Tree, alone
+from purejax_bilevel.runtime import devices, processes
 from purejax_bilevel.runtime.devices import AXIS
+from purejax_bilevel.runtime.schedule import common_schedule, num_rows
+from purejax_bilevel.runtime.steps import Functions, Stored, fresh_member, map_members, run_member, typed_keys
 
 TIMED_SECONDS = 1.0  # of steps, to tell the time that a run will take
-ROWS = 32  # most evaluations in one chunk: the size of the arrays that take them
 
 
 def precision(parts: Sequence[Part]) -> contextlib.AbstractContextManager:
@@ -55,10 +55,10 @@ def _in_precision(method: Callable) -> Callable:
 
 
 class CompiledProgram:
-    """All parts, compiled together once.
+    """All parts, compiled together, once for each of their stages.
 
     Args:
-        parts: sub-programs, with the same number of steps.
+        parts: sub-programs, with the same stages.
         mesh: devices that share the members.
         member_batch: members trained at once on a device; None: all.
         most_block_steps: largest number of steps in a block of fixed length; None: blocks end where they must.
@@ -72,17 +72,18 @@ class CompiledProgram:
         most_block_steps: int | None = None,
     ):
         self.parts, self.mesh, self.member_batch = tuple(parts), mesh, member_batch
-        self.block_steps = 1 if most_block_steps is None else block_length(parts, most_block_steps)
-        self._sharding = NamedSharding(mesh, P(AXIS))
+        self.schedule = common_schedule(parts)
+        self.block_steps = [block_length(parts, stage, most_block_steps or 1) for stage in self.schedule.stages]
+        self._functions = [Functions(part.program) for part in parts]
         self.num_traces = 0
-        batch = member_batch or 1
-        self._each = [batch * -(-len(part.grid) // (mesh.devices.size * batch)) for part in self.parts]
+        batch, self._places = member_batch or 1, mesh.shape[AXIS]
+        self._each = [batch * -(-len(part.grid) // (self._places * batch)) for part in self.parts]
         # Room for two batches even where there is one: the compiler treats arrays of one entry in another way.
         self._padded = [
-            _padded_indices(len(part.grid), mesh.devices.size, each, max(each, 2 * (member_batch or 0)))
+            _padded_indices(len(part.grid), self._places, each, max(each, 2 * (member_batch or 0)))
             for part, each in zip(self.parts, self._each, strict=True)
         ]
-        self._compiled: dict[int, Any] = {}  # by the number of steps in a block; 0: as many as there are
+        self._compiled: dict[tuple[int, int], Any] = {}  # by stage and number of steps in a block; 0: as many as can be
         self.compile_seconds = 0.0
         self._prepare()
 
@@ -96,51 +97,71 @@ class CompiledProgram:
         ]
         self._seeds = tuple(self._place(seed, index) for seed, index in zip(seeds, self._padded, strict=True))
         if not hasattr(self, "_structure"):  # what is swapped in has the same
-            self._structure = tuple(map(_member_arrays, self.parts, self._configs, self._seeds))
+            self._shared = self._place_shared()
+            arguments = (self._functions, self._configs, self._seeds, self._shared)
+            self._structure = tuple(map(_member_arrays, *arguments))
+            self._shardings = tuple(
+                jax.tree.map(functools.partial(NamedSharding, self.mesh), _specs(part.program, shapes))
+                for part, shapes in zip(self.parts, self._structure, strict=True)
+            )
 
-    def compile(self) -> None:
-        """Traces and compiles, once; the time it took is in `compile_seconds`."""
-        self._compile(self.block_steps if self.block_steps > 1 else 0)
+    def _place_shared(self) -> tuple[Tree, ...]:
+        """What all members read, on every device; what several parts share is there once."""
+        placed: dict[int, jax.Array] = {}
+        whole = NamedSharding(self.mesh, P())
+        trees = [part.program.shared() for part in self.parts]
+        for leaf in jax.tree.leaves(trees):
+            if id(leaf) not in placed:
+                array = _as_default_type(np.asarray(leaf))
+                placed[id(leaf)] = jax.make_array_from_callback(array.shape, whole, array.__getitem__)
+        return tuple(jax.tree.map(lambda leaf: placed[id(leaf)], tree) for tree in trees)
+
+    def compile(self, first_stage: int = 0) -> None:
+        """Traces and compiles the stages from one on, once; the time it took is in `compile_seconds`."""
+        for stage in self.schedule.stages[first_stage:]:
+            self._compile(stage, self.block_steps[stage] if self.block_steps[stage] > 1 else 0)
 
     @_in_precision
-    def _compile(self, block_steps: int) -> Any:
-        if block_steps not in self._compiled:
+    def _compile(self, stage: int, block_steps: int) -> Any:
+        if (stage, block_steps) not in self._compiled:
             begin = time.perf_counter()
-            self._compiled[block_steps] = self.lower(block_steps).compile()
+            self._compiled[stage, block_steps] = self.lower(stage, block_steps).compile()
             self.compile_seconds += time.perf_counter() - begin
-        return self._compiled[block_steps]
+        return self._compiled[stage, block_steps]
 
     @_in_precision
-    def lower(self, block_steps: int = 0) -> jax.stages.Lowered:
-        """The program before the compiler has seen it.
+    def lower(self, stage: int = 0, block_steps: int = 0) -> jax.stages.Lowered:
+        """The program of a stage before the compiler has seen it.
 
         Args:
+            stage: its number.
             block_steps: in a block, known to the compiler; 0: as many as there are.
         """
         with jax.default_matmul_precision("highest"):
             bounds = (*(jax.ShapeDtypeStruct((), jnp.int32),) * 3, jax.ShapeDtypeStruct((len(self.parts),), jnp.int32))
-            arguments = (self._structure, self._configs, self._seeds, *bounds)
-            return jax.jit(functools.partial(self._chunk, block_steps), donate_argnums=0).lower(*arguments)
+            arguments = (self._structure, self._configs, self._seeds, self._shared, *bounds)
+            chunk = functools.partial(self._chunk, stage, block_steps)
+            return jax.jit(chunk, donate_argnums=0).lower(*arguments)
 
     @_in_precision
     def initial(self) -> Tree:
         """Storage for all members; the compiled program fills it in when it starts from step 0."""
         empty = lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self._structure)  # noqa: E731
-        return jax.jit(empty, out_shardings=self._sharding)()
+        return jax.jit(empty, out_shardings=self._shardings)()
 
     @_in_precision
     def __call__(
-        self, state: Tree, start: int, stop: int, total: int
+        self, state: Tree, start: int, stop: int, total: int, stage: int = 0
     ) -> tuple[Tree, list[dict[str, np.ndarray]], list[np.ndarray]]:
-        """Runs steps start..stop-1 of a run of `total` steps; `state` is consumed.
+        """Runs steps start..stop-1 of a stage of `total` steps; `state` is consumed.
 
         Returns:
             The new state; per part the rows `{name: [members, evaluations, ...]}` and `[members]` whether it is
             finite.
         """
         pieces = []
-        for first, last, block_steps in self._stretches(start, stop):
-            state, *measured = self._run(state, first, last, total, block_steps)
+        for first, last, block_steps in self._stretches(start, stop, self.block_steps[stage]):
+            state, *measured = self._run(state, first, last, total, stage, block_steps)
             pieces.append(measured)
         rows = [
             {name: np.concatenate([piece[0][number][name] for piece in pieces], axis=1) for name in names}
@@ -148,9 +169,16 @@ class CompiledProgram:
         ]
         return state, *processes.everywhere((rows, pieces[-1][1]))
 
-    def _stretches(self, start: int, stop: int) -> list[tuple[int, int, int]]:
+    def all_done(self, state: Tree, stage: int) -> bool:
+        """Whether a stage is over before its last step, because every member is done."""
+        if any(functions.stages[stage].done is None for functions in self._functions):
+            return False
+        here = [self.local(number, stored.done).all() for number, stored in enumerate(state)]
+        return not processes.any_of(not all(here))
+
+    @staticmethod
+    def _stretches(start: int, stop: int, size: int) -> list[tuple[int, int, int]]:
         """Where whole blocks begin and end, and what is left before and after: `(start, stop, steps in a block)`."""
-        size = self.block_steps
         if size == 1:
             return [(start, stop, 0)]
         first, last = -(-start // size) * size, stop // size * size
@@ -158,15 +186,16 @@ class CompiledProgram:
             return [(start, stop, 0)]
         return [(a, b, n) for a, b, n in ((start, first, 0), (first, last, size), (last, stop, 0)) if a < b]
 
-    def _run(self, state: Tree, start: int, stop: int, total: int, block_steps: int) -> tuple:
+    def _run(self, state: Tree, start: int, stop: int, total: int, stage: int, block_steps: int) -> tuple:
         bounds = (np.int32(bound) for bound in (start, stop, total))
         batches = np.array([each // (self.member_batch or each) for each in self._each], np.int32)
-        state, rows, finite = self._compile(block_steps)(state, self._configs, self._seeds, *bounds, batches)
+        arguments = (self._configs, self._seeds, self._shared, *bounds, batches)
+        state, rows, finite = self._compile(stage, block_steps)(state, *arguments)
         jax.block_until_ready(finite)
         host_rows, host_finite = [], []
-        for number, part in enumerate(self.parts):
-            frequency = part.program.eval_frequency
-            done = num_rows(stop, total, frequency) - num_rows(start, total, frequency)
+        frequency = self.schedule.eval_every[stage]
+        done = num_rows(stop, total, frequency) - num_rows(start, total, frequency)
+        for number in range(len(self.parts)):
             host_rows.append({name: self.local(number, array)[:, :done] for name, array in rows[number].items()})
             host_finite.append(self.local(number, finite[number]))
         return state, host_rows, host_finite
@@ -194,14 +223,19 @@ class CompiledProgram:
     @property
     def device_bytes(self) -> int | None:
         """Memory that the compiled program needs on each device; None where the compiler does not tell."""
-        analysis = next(iter(self._compiled.values())).memory_analysis() if self._compiled else None
-        if analysis is None:
+        analyses = [compiled.memory_analysis() for compiled in self._compiled.values()]
+        if not analyses or None in analyses:
             return None
-        kept = analysis.argument_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-        return kept + analysis.temp_size_in_bytes
+        return max(
+            sizes.argument_size_in_bytes
+            + sizes.output_size_in_bytes
+            - sizes.alias_size_in_bytes
+            + sizes.temp_size_in_bytes
+            for sizes in analyses
+        )
 
-    def time_steps(self, state: Tree, total: int) -> tuple[Tree, float, float]:
-        """Measures the speed on late steps of a run that has just begun, for a second or a few.
+    def time_steps(self, state: Tree, total: int, stage: int = 0) -> tuple[Tree, float, float]:
+        """Measures the speed on late steps of a stage of a run that has just begun, for a second or a few.
 
         A call has a cost of its own, with large states that of hundreds of steps, and a run makes few calls: what is
         measured is the difference of a long call and one of a single step.
@@ -210,13 +244,13 @@ class CompiledProgram:
             State that a run may start from step 0 with (it is filled in then), seconds per step of all members, seconds
             per evaluation.
         """
-        frequency = self.parts[0].program.eval_frequency or total
+        frequency = self.schedule.eval_every[stage] or total
         first = max(total - frequency, 0) // frequency * frequency
 
         def seconds(start: int, stop: int) -> float:
             nonlocal state
             begin = time.perf_counter()
-            state, _, _ = self(state, start, stop, total)
+            state, _, _ = self(state, start, stop, total, stage)
             elapsed = time.perf_counter() - begin
             return processes.from_first(lambda: elapsed)
 
@@ -224,10 +258,10 @@ class CompiledProgram:
         most = max(1, min(first + frequency, total) - 1 - first)  # the steps before an evaluation
         seconds(first, first + 1)  # touches what only learning does
         single = seconds(first, first + 1)
-        count = 1
+        count, factor = 1, 4 if single < TIMED_SECONDS else 2
         longer = single
         while count < most and longer - single < TIMED_SECONDS:
-            count = min(4 * count, most)
+            count = min(factor * count, most)
             longer = seconds(first, first + count)
         per_step = single if count == 1 else max(longer - single, 0.0) / (count - 1)
         evaluation = min(first + frequency, total) - 1
@@ -241,7 +275,7 @@ class CompiledProgram:
     @_in_precision
     def scatter(self, host_state: Sequence[Tree]) -> Tree:
         """The inverse of `gather` from all members, on whatever number of devices and processes."""
-        return tuple(self._place(part, index) for part, index in zip(host_state, self._padded, strict=True))
+        return tuple(map(self._place, host_state, self._padded, self._shardings))
 
     @property
     def structure(self) -> list[Tree]:
@@ -260,209 +294,95 @@ class CompiledProgram:
         ]
 
     def local(self, part: int, array: jax.Array) -> np.ndarray:
-        """The members of this process, `[members, ...]`, padding dropped."""
-        shards = sorted(array.addressable_shards, key=lambda shard: shard.index[0].start or 0)
+        """The members of this process, `[members, ...]`, padding dropped; all individuals of a population."""
         number, each = len(self.parts[part].grid), self._each[part]
-        pieces = []
-        for shard in shards:
-            device = (shard.index[0].start or 0) // shard.data.shape[0]
-            pieces.append(np.asarray(shard.data)[: min(each, max(0, number - device * each))])
-        return np.concatenate(pieces)
+        pieces: dict[int, dict[int, np.ndarray]] = {}
+        for shard in array.addressable_shards:
+            first, *others = (index.start or 0 for index in shard.index)
+            place = first // shard.data.shape[0]
+            kept = min(each, max(0, number - place * each))
+            pieces.setdefault(first, {})[others[0] if others else 0] = np.asarray(shard.data)[:kept]
+        return np.concatenate(
+            [
+                own[0] if len(own) == 1 else np.concatenate([own[at] for at in sorted(own)], axis=1)
+                for own in (pieces[first] for first in sorted(pieces))
+            ]
+        )
 
     def members_here(self, part: int) -> slice:
         """The members of a part that live in this process."""
-        number, devices = len(self.parts[part].grid), self.mesh.devices.flat
-        here = [place for place, device in enumerate(devices) if device.process_index == processes.index()]
+        number = len(self.parts[part].grid)
+        here = [i for i, row in enumerate(self.mesh.devices) if row[0].process_index == processes.index()]
         each = self._each[part]
         return slice(min(here[0] * each, number), min((here[-1] + 1) * each, number))
 
-    def _place(self, tree: Tree, index: np.ndarray) -> Tree:
-        def place(leaf: Any) -> jax.Array:
+    def _place(self, tree: Tree, index: np.ndarray, shardings: Tree = None) -> Tree:
+        def place(leaf: Any, sharding: NamedSharding) -> jax.Array:
             whole = _as_default_type(np.asarray(leaf)[index])
             if processes.count() == 1:
-                return jax.device_put(whole, self._sharding)
-            return jax.make_array_from_callback(whole.shape, self._sharding, lambda own: whole[own])
+                return jax.device_put(whole, sharding)
+            return jax.make_array_from_callback(whole.shape, sharding, lambda own: whole[own])
 
-        return jax.tree.map(place, tree)
+        if shardings is None:
+            shardings = jax.tree.map(lambda leaf: NamedSharding(self.mesh, P(AXIS)), tree)
+        return jax.tree.map(place, tree, shardings)
 
     def _chunk(
-        self, block_steps: int, state: Tree, configs: Tree, seeds: Tree, *bounds: jax.Array
+        self, stage: int, block_steps: int, state: Tree, configs: Tree, seeds: Tree, shared: Tree, *bounds: jax.Array
     ) -> tuple[Tree, Tree, Tree]:
         self.num_traces += 1
 
-        def on_device(state: Tree, configs: Tree, seeds: Tree, *bounds: jax.Array) -> Tree:
+        def on_device(state: Tree, configs: Tree, seeds: Tree, shared: Tree, *bounds: jax.Array) -> Tree:
             *steps, batches = bounds
             results = []
-            for part, count, *members in zip(self.parts, batches, state, configs, seeds, strict=True):
-                run = functools.partial(_run_member, part.program, block_steps, bounds=steps)
-                results.append(_map_members(run, members, self.member_batch, count))
+            for functions, inputs, count, *members in zip(
+                self._functions, shared, batches, state, configs, seeds, strict=True
+            ):
+                run = jax.jit(functools.partial(run_member, functions, stage, block_steps), inline=True)
+                results.append(map_members(run, members, (inputs, *steps), self.member_batch, count))
             return tuple(zip(*results, strict=True))
 
-        members = P(AXIS)
+        members, states = P(AXIS), jax.tree.map(lambda sharding: sharding.spec, self._shardings)
         mapped = jax.shard_map(
             on_device,
             mesh=self.mesh,
-            in_specs=(members, members, members, *(P() for _ in bounds)),
-            out_specs=members,
+            in_specs=(states, members, members, P(), *(P() for _ in bounds)),
+            out_specs=(states, members, members),
             check_vma=False,  # gymnax's scans mix constants and members
         )
-        return mapped(state, configs, seeds, *bounds)
+        return mapped(state, configs, seeds, shared, *bounds)
 
 
-def block_length(parts: Sequence[Part], most: int) -> int:
-    """Steps in a block: the most, up to `most`, that divide warm-up and evaluation intervals of all parts."""
-    moments = (moment for part in parts for moment in (warm_up(part.program), part.program.eval_frequency))
-    common = math.gcd(*moments)
+def block_length(parts: Sequence[Part], number: int, most: int) -> int:
+    """Steps in a block of a stage: the most, up to `most`, that divide warm-up and evaluation intervals of all."""
+    stages = [part.program.stages[number] for part in parts]
+    common = math.gcd(*(moment for stage in stages for moment in (stage.warm_up, stage.eval_every)))
+    most = min(most, *(stage.most_block_steps for stage in stages))
     return next(steps for steps in range(most, 0, -1) if common % steps == 0)
 
 
-def num_rows(steps: int, total: int, frequency: int) -> int:
-    """Evaluations made in the first `steps` of `total` steps: every `frequency` (0: none) and after the last."""
-    regular = steps // frequency if frequency else 0
-    extra = steps >= total and (frequency == 0 or total % frequency != 0)
-    return regular + int(extra)
-
-
-def row_steps(total: int, frequency: int) -> np.ndarray:
-    """Number of steps done at each evaluation of a run."""
-    regular = np.arange(frequency, total + 1, frequency) if frequency else np.array([], int)
-    return regular if len(regular) and regular[-1] == total else np.append(regular, total)
-
-
-# --- members ----------------------------------------------------------------------------------------------------------
-
-
-def _map_members(run: Callable, members: Sequence[Tree], member_batch: int | None, batches: jax.Array) -> Tree:
-    """`run(state, config, seed) -> state, rows, finite` of all members of a device.
-
-    The number of batches is an argument: the compiler cannot treat one batch in another way than many. States are
-    replaced where they lie.
-    """
-    if member_batch is None:
-        return jax.vmap(run)(*members)
-    one = member_batch == 1  # without the dimension of a batch
-
-    def part_of(tree: Tree, i: jax.Array) -> Tree:
-        def cut(x: jax.Array) -> jax.Array:
-            return x[i] if one else jax.lax.dynamic_slice_in_dim(x, i * member_batch, member_batch)
-
-        return jax.tree.map(cut, tree)
-
-    def put(whole: Tree, part: Tree, i: jax.Array) -> Tree:
-        pieces = jax.tree.map(lambda x: x[None], part) if one else part
-        return jax.tree.map(
-            lambda x, piece: jax.lax.dynamic_update_slice_in_dim(x, piece, i * member_batch, 0), whole, pieces
-        )
-
-    run = run if one else jax.vmap(run)
-
-    def batch(i: jax.Array, carry: tuple) -> tuple:
-        state, *measured = carry
-        new_state, *new = run(*part_of((state, *members[1:]), i))
-        return put(state, new_state, i), *put(measured, new, i)
-
-    count = jax.tree.leaves(members[0])[0].shape[0]
-    measured = jax.eval_shape(run, *part_of(members, jnp.int32(0)))[1:]
-    empty = jax.tree.map(lambda x: jnp.zeros((count, *x.shape[not one :]), x.dtype), measured)
-    return jax.lax.fori_loop(0, batches, batch, (members[0], *empty))
-
-
-def _member_arrays(part: Part, config: Any, seeds: Any) -> Tree:
-    """Shapes and types of what the members of a part carry."""
-    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), (config, seeds))
-    shapes = jax.eval_shape(functools.partial(_fresh, part.program), *one)
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((seeds.shape[0], *leaf.shape), leaf.dtype), shapes)
-
-
-def _fresh(program: Program, config: Any, seed: jax.Array) -> Tree:
-    """A member before its first step: its state, keys as plain numbers, and the metrics since the last evaluation."""
-    state = program.init(jax.random.key(seed), config)
-    _, metrics = jax.eval_shape(program.update, state, config, jnp.int32(0))
-    return _plain_keys(state), jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), metrics)
-
-
-def _run_member(
-    program: Program, block_steps: int, stored: Tree, config: Any, seed: jax.Array, bounds: Sequence[jax.Array]
-) -> tuple[Tree, dict[str, jax.Array], jax.Array]:
-    """Steps start..stop-1 of a run of `total` steps of one member; `bounds` are these three."""
-    start, stop, total = bounds
-    keyed = jax.eval_shape(program.init, jax.random.key(0), config)
-
-    def fresh() -> Tree:  # as `_fresh`, without tracing a step to find out what it measures
-        state = program.init(jax.random.key(seed), config)
-        return _plain_keys(state), jax.tree.map(jnp.zeros_like, stored[1])
-
-    stored = jax.lax.cond(start == 0, fresh, lambda: stored)
-    state, sums = _typed_keys(stored[0], keyed), stored[1]
-    frequency = program.eval_frequency
-
-    def evaluate(state: Tree, sums: Tree, t: jax.Array) -> dict[str, jax.Array]:
-        means = {name: jnp.where(n > 0, total / jnp.maximum(n, 1), jnp.nan) for name, (total, n) in sums.items()}
-        return means | program.evaluate(state, config, t, t + 1 == total)
-
-    shapes = jax.eval_shape(evaluate, state, sums, start)
-    rows = jax.tree.map(lambda leaf: jnp.zeros((ROWS, *leaf.shape), leaf.dtype), shapes)
-
-    def block(carry: tuple) -> tuple:
-        t, state, sums, rows = carry
-        end = t + block_steps if block_steps else _block_end(program, t, stop)
-        state, sums = _steps(program, config, block_steps, t, end, (state, sums))
-
-        def record() -> tuple:
-            number = (end - 1) // frequency - start // frequency if frequency else 0
-            row = evaluate(state, sums, end - 1)
-            # A run that ends in between may be made longer: its next regular row is of all steps since the last one.
-            kept = jax.tree.map(lambda x: jnp.where(regular, 0, x).astype(x.dtype), sums)
-            return kept, jax.tree.map(lambda r, x: r.at[number].set(x), rows, row)
-
-        regular = end % frequency == 0 if frequency else jnp.bool_(False)
-        due = (end == total) | regular
-        sums, rows = jax.lax.cond(due, record, lambda: (sums, rows))
-        return end, state, sums, rows
-
-    _, state, sums, rows = jax.lax.while_loop(lambda carry: carry[0] < stop, block, (start, state, sums, rows))
-    return (_plain_keys(state), sums), rows, program.is_finite(state)
-
-
-def _block_end(program: Program, t: jax.Array, stop: jax.Array) -> jax.Array:
-    """The next moment at which something is decided."""
-    frequency, first = program.eval_frequency, warm_up(program)
-    end = jnp.minimum(stop, (t // frequency + 1) * frequency) if frequency else stop
-    return jnp.where(t < first, jnp.minimum(end, first), end) if first else end
-
-
-def _steps(
-    program: Program, config: Any, block_steps: int, t: jax.Array, end: jax.Array, carry: tuple[Tree, Tree]
-) -> tuple[Tree, Tree]:
-    """The steps t..end-1, all before or all after the end of the warm-up; `carry` is the state and what is measured."""
-
-    def loop(function: Callable, carry: tuple) -> tuple:
-        def step(i: jax.Array, carry: tuple) -> tuple:
-            state, sums = carry
-            state, metrics = function(state, config, t + i)
-            return state, sums | {name: jax.tree.map(jnp.add, sums[name], new) for name, new in metrics.items()}
-
-        return jax.lax.fori_loop(0, block_steps or end - t, step, carry)
-
-    learn = functools.partial(loop, program.update)
-    if not warm_up(program):
-        return learn(carry)
-    return jax.lax.cond(t < warm_up(program), functools.partial(loop, program.collect), learn, carry)  # type: ignore[attr-defined]
+def mesh_of(parts: Sequence[Part], num_devices: int | None = None) -> Mesh:
+    """The devices that share the members of these parts; see `devices.make_mesh`."""
+    population = math.gcd(*(part.program.population for part in parts))
+    return devices.make_mesh(max(len(part.grid) for part in parts), num_devices, population)
 
 
 # --- arrays -----------------------------------------------------------------------------------------------------------
 
 
-def _plain_keys(tree: Tree) -> Tree:
-    return jax.tree.map(lambda x: jax.random.key_data(x) if _is_key(x) else x, tree)
+def _member_arrays(functions: Functions, config: Any, seeds: Any, shared: Tree) -> Tree:
+    """Shapes and types of what the members of a part carry, with their whole population."""
+    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), (config, seeds))
+    fresh = functools.partial(fresh_member, functions)
+    shapes = jax.eval_shape(alone(fresh) if functions.program.population else fresh, *one, shared)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((seeds.shape[0], *leaf.shape), leaf.dtype), shapes)
 
 
-def _typed_keys(tree: Tree, like: Tree) -> Tree:
-    return jax.tree.map(lambda x, shape: jax.random.wrap_key_data(x) if _is_key(shape) else x, tree, like)
-
-
-def _is_key(leaf: Any) -> bool:
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+def _specs(program: Program, shapes: Stored) -> Stored:
+    """Along which axes of the mesh the members' arrays lie."""
+    split = program.individuals(shapes.state) if program.population else jax.tree.map(lambda _: False, shapes.state)
+    specs = jax.tree.map(lambda own: P(AXIS, POPULATION) if own else P(AXIS), split)
+    return Stored(specs, *jax.tree.map(lambda _: P(AXIS), (shapes.sums, shapes.done)))
 
 
 def _shapes(tree: Tree) -> Any:
@@ -476,7 +396,19 @@ def _with_length(length: int, leaf: Any) -> jax.ShapeDtypeStruct:
 def typed_state(part: Part, plain: Tree) -> Tree:
     """A member's state as the algorithm's functions take it, from the plain numbers that the host keeps."""
     own = jax.tree.map(lambda leaf: jnp.asarray(leaf)[0], part.config)
-    return _typed_keys(plain, jax.eval_shape(part.program.init, jax.random.key(0), own))
+    return typed_keys(plain, state_shapes(part.program, own))
+
+
+def state_shapes(program: Program, config: Any) -> Tree:
+    """Shapes and types of one member's state, with its whole population.
+
+    Args:
+        program: of the member.
+        config: of the member; shapes and types are enough.
+    """
+    shared = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, _default_type(leaf.dtype)), program.shared())
+    init = alone(program.init) if program.population else program.init
+    return jax.eval_shape(init, jax.eval_shape(lambda: jax.random.key(0)), config, shared)
 
 
 def _padded_indices(num_members: int, num_devices: int, each: int, room: int) -> np.ndarray:
@@ -488,4 +420,8 @@ def _padded_indices(num_members: int, num_devices: int, each: int, room: int) ->
 
 def _as_default_type(array: np.ndarray) -> np.ndarray:
     """Floats in the precision that jax is set to."""
-    return array.astype(jnp.result_type(float)) if array.dtype.kind == "f" and array.dtype != np.float16 else array
+    return array.astype(_default_type(array.dtype))
+
+
+def _default_type(dtype: Any) -> Any:
+    return jnp.result_type(float) if dtype.kind == "f" and dtype != np.float16 else dtype

@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from purejax_bilevel.errors import UserError
+from purejax_bilevel.program import POPULATION
 
 AXIS = "member"
 GROUPS, OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
@@ -92,12 +93,15 @@ def check_platforms() -> None:
         available()
 
 
-def make_mesh(num_members: int, num_devices: int | None = None) -> Mesh:
-    """A one-dimensional mesh over the devices that share the members, those of a process side by side.
+def make_mesh(num_members: int, num_devices: int | None = None, population: int = 0) -> Mesh:
+    """A mesh (members, population) over the devices in use, those of a process side by side.
+
+    Where a process has more devices than members, its members' populations are spread over the devices that are left.
 
     Args:
         num_members: no more devices than members are used, but at least one of every process.
         num_devices: how many to use, over all processes, the same number of each; None: all.
+        population: individuals in each member; 0: none. The devices of a member have the same number of them.
 
     Raises:
         UserError: fewer devices exist than asked for, or the processes cannot share them evenly.
@@ -115,9 +119,11 @@ def make_mesh(num_members: int, num_devices: int | None = None) -> Mesh:
             f"--devices counts the devices of all {len(own)} processes, which use the same number each, at most "
             f"{min(map(len, own))} here; got {num_devices}."
         )
-    most = max(1, min(most, -(-num_members // len(own))))
+    places = max(1, min(most, -(-num_members // len(own))))
+    spread = next(n for n in range(max(1, most // places), 0, -1) if n == 1 or (population and population % n == 0))
+    chosen = [devices[: places * spread] for devices in own]
     # Mesh, unlike make_mesh, has Auto axes, which vmap inside shard_map needs.
-    return Mesh(np.array([device for devices in own for device in devices[:most]]), (AXIS,))
+    return Mesh(np.array(chosen).reshape(-1, spread), (AXIS, POPULATION))
 
 
 def default_member_batch(mesh: Mesh) -> int | None:

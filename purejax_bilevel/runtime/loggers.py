@@ -19,7 +19,6 @@ import functools
 import json
 import os
 import secrets
-import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,7 +29,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from purejax_bilevel.errors import UserError
+from purejax_bilevel.errors import Interrupted, UserError
 from purejax_bilevel.members import Grid
 from purejax_bilevel.results.dataset import SEED, STEP, as_plain, write_text
 from purejax_bilevel.results.statistics import iqm
@@ -41,6 +40,8 @@ WANDB_RUNS = ("member", "setting")
 WANDB_MODE_WORDS = {"dryrun": "offline", "run": "online", **{mode: mode for mode in WANDB_MODES}}
 DEFAULT_PROJECT = "purejax_bilevel"
 STATE_FILE = "logged.json"
+WANDB_FILES = ("run-*.wandb", "logs/debug*.log")  # that an offline run of ours consists of
+EVENTS_SUFFIX = ".purejax_bilevel"  # of the names of our TensorBoard files
 LIVE_RUNS = 32  # with more runs than this, rows are written at the end
 OPEN_RUNS = 4  # runs open at once when written at the end
 
@@ -102,7 +103,7 @@ class Loggers:
         name: str,
         config: Any = None,
         *,
-        wandb_mode: str | None = "disabled",
+        wandb_mode: str | None = None,
         wandb_project: str | None = None,
         runs: str = "member",
         label: str = "",
@@ -365,7 +366,7 @@ def _exit_code(kind: type[BaseException] | None) -> int:
     """wandb's code for how a run ended: 0 finished, 255 stopped by the user, 1 failed."""
     if kind is None:
         return 0
-    return 255 if issubclass(kind, KeyboardInterrupt) else 1
+    return 255 if issubclass(kind, KeyboardInterrupt | Interrupted) else 1
 
 
 def _first_line(error: Exception) -> str:
@@ -392,6 +393,22 @@ def _read_state(path: Path) -> dict[str, Any]:
 def _offline_runs(folder: Path, identifier: str) -> list[Path]:
     """wandb's folders of an earlier process of this experiment."""
     return list(folder.glob(f"wandb/offline-run-*-{identifier}-*"))
+
+
+def _remove(folder: Path, names: Sequence[str]) -> None:
+    """Removes files that a logger wrote, and the folders that are empty then.
+
+    Args:
+        folder: of one run.
+        names: patterns of the files below it.
+    """
+    for name in names:
+        for path in folder.glob(name):
+            path.unlink()
+    below = [path for path in folder.rglob("*") if path.is_dir() and not path.is_symlink()]
+    for path in [*sorted(below, reverse=True), folder]:
+        with contextlib.suppress(OSError):  # it holds what others put there
+            path.rmdir()
 
 
 def _is_synced(folder: Path, identifier: str) -> bool:
@@ -441,7 +458,7 @@ class WandbSink:
         self._one_at_a_time = threading.Lock()  # inits side by side have mixed up run identifiers
         self._folder = folder
         for earlier in _offline_runs(folder, identifier) if mode == "offline" else ():
-            shutil.rmtree(earlier)
+            _remove(earlier, WANDB_FILES)
         if mode == "online":
             self._check_key()
         self._settings = wandb.Settings(
@@ -515,11 +532,12 @@ class TensorBoardSink:
                 "tensorboard needs the package tensorboardX: install the extra with `pip install -e .[tensorboard]`"
             ) from error
         self._folder, self._writer, self._summary = folder, FileWriter, Summary
-        shutil.rmtree(folder, ignore_errors=True)
+        for earlier in folder.glob("[0-9]*_*"):
+            _remove(earlier, (f"events.out.tfevents.*{EVENTS_SUFFIX}",))
 
     def open(self, run: Run) -> Any:
         name = f"{run.key:04d}_{run.name}".replace(", ", ",").replace("/", "-")
-        return self._writer(str(self._folder / name[:200]))
+        return self._writer(str(self._folder / name[:200]), filename_suffix=EVENTS_SUFFIX)
 
     def last_step(self, handle: Any) -> int:
         return -1

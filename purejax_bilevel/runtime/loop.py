@@ -11,6 +11,7 @@ Ctrl-C in any of them stops all, each saves its own members, and process 0 alone
 
 import contextlib
 import dataclasses
+import hashlib
 import re
 import signal
 import time
@@ -19,63 +20,30 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
+import jax
 import numpy as np
 import xarray
 from rich.console import Console
 
 from purejax_bilevel.configuration import RUN_LENGTH, to_dict
-from purejax_bilevel.errors import UserError
-from purejax_bilevel.program import Part, warm_up
+from purejax_bilevel.errors import Interrupted, UserError
+from purejax_bilevel.program import POPULATION, Measure, Part
 from purejax_bilevel.results import dataset as datasets
 from purejax_bilevel.results import statistics
 from purejax_bilevel.runtime import checkpoint as checkpoints
 from purejax_bilevel.runtime import devices, processes
-from purejax_bilevel.runtime.compiled import ROWS, CompiledProgram, num_rows, precision, row_steps
+from purejax_bilevel.runtime.compiled import CompiledProgram, mesh_of, precision
+from purejax_bilevel.runtime.devices import AXIS
 from purejax_bilevel.runtime.loggers import Loggers
+from purejax_bilevel.runtime.options import RunOptions
 from purejax_bilevel.runtime.progress import Progress
+from purejax_bilevel.runtime.schedule import Schedule
+from purejax_bilevel.runtime.steps import ROWS
 
 CHUNK_SECONDS = 3.0  # between two looks of the host, unless --chunks says how many
 CHECKPOINT_SECONDS = 60.0
 BLOCK_STEPS = 32  # most steps in a block of an accelerator
 PLACEMENT = "placement"  # what a checkpoint calls the batches of members and their devices
-
-
-class Interrupted(Exception):
-    """The user asked to stop; everything up to the last chunk is kept."""
-
-
-@dataclasses.dataclass(frozen=True)
-class RunOptions:
-    """How to run, as opposed to what.
-
-    Args:
-        folder: where to write results and checkpoints, seen by all processes; None: nowhere.
-        devices: number of devices over all processes; None: all.
-        member_batch: members trained at once on a device; None: one on a CPU (tiny ones: all), all elsewhere, and as
-            the run began where it is resumed; 0: all.
-        chunks: number of calls of the compiled program; None: one every few seconds.
-        resume: go on from the folder's checkpoint if there is one.
-        wandb_mode: disabled, offline or online.
-        wandb_runs: one wandb run per member or per setting.
-        tensorboard: write TensorBoard files too.
-        quiet: print nothing.
-    """
-
-    folder: Path | None = None
-    devices: int | None = None
-    member_batch: int | None = None
-    chunks: int | None = None
-    resume: bool = False
-    wandb_mode: str = "disabled"
-    wandb_runs: str = "member"
-    tensorboard: bool = False
-    quiet: bool = False
-
-    def __post_init__(self) -> None:
-        if self.member_batch is not None and self.member_batch < 0:
-            raise UserError(f"--member_batch must be 0 (all) or a positive number, got {self.member_batch}.")
-        if self.chunks is not None and self.chunks < 1:
-            raise UserError(f"--chunks must be at least 1, got {self.chunks}.")
 
 
 @dataclasses.dataclass
@@ -93,11 +61,12 @@ class Outcome:
     run_seconds: float
     num_traces: int
     bytes_per_member: list[int]
+    stage_of: dict[str, str] = dataclasses.field(default_factory=dict)  # of what is not measured in the last stage
 
 
 @dataclasses.dataclass(frozen=True)
 class Stretch:
-    """Some steps of a run: `start` .. `stop` - 1 (None: to the end), from the host state after `start` steps."""
+    """Some steps of a run of one stage: `start` .. `stop` - 1 (None: to the end), from the host state after `start`."""
 
     start: int = 0
     stop: int | None = None
@@ -153,9 +122,8 @@ class Run:
         self.parts, self.options, self.console = tuple(parts), options, console
         if not processes.is_first():
             self.options = dataclasses.replace(options, quiet=True, wandb_mode="disabled", tensorboard=False)
-        self.total = parts[0].program.num_steps
         self.num_members = sum(len(part.grid) for part in parts)
-        mesh = devices.make_mesh(max(len(part.grid) for part in parts), options.devices)
+        mesh = mesh_of(parts, options.devices)
         member_batch = self._member_batch(mesh)
         self._fingerprint = fingerprint(parts) | {PLACEMENT: _placement(parts, mesh, member_batch)}
         if program is None:
@@ -164,9 +132,10 @@ class Run:
         else:
             program.swap(parts)
         self.program, self.watcher = program, watcher
+        self.schedule, self.total = program.schedule, program.schedule.total
         self.stretch = stretch or Stretch()
         self.stop = self.total if self.stretch.stop is None else self.stretch.stop
-        self.rows: list[dict[str, np.ndarray]] = [{} for _ in parts]
+        self.rows: list[dict[str, np.ndarray]] = [{} for _ in parts]  # by `<number of the stage>/<name>`
         self.failed = [np.zeros(len(part.grid), bool) for part in parts]
         self.steps, self.earlier_seconds = 0, (0.0, 0.0)
         self.run_seconds = 0.0
@@ -198,65 +167,87 @@ class Run:
         with contextlib.ExitStack() as stack:
             loggers = [stack.enter_context(self._logger(number, progress)) for number in range(len(self.parts))]
             for number, rows in enumerate(self.rows):  # a resumed run: logs are written anew from the first row
-                self._log(number, rows, self.stretch.start, loggers[number])
+                for stage in self.schedule.stages:
+                    first = self.schedule.rows(stage, self.stretch.start)
+                    self._log(number, stage, _of_stage(rows, stage), first, loggers[number])
             stack.enter_context(progress)
             stopped = stack.enter_context(_stop_on_interrupt(progress))
             if self.steps < self.stop and not self.program.is_compiled:
                 with progress.compiling():
-                    self.program.compile()
+                    self.program.compile(self.schedule.stage_at(self.steps))
                     if self.watcher is not None:
                         self._state = self.watcher.compiled(self.program, self._state, self.steps, self.total)
             self._saved_at = time.monotonic()
             chunk = self._first_chunk()
             while self.steps < self.stop:
-                seconds = self._advance(min(chunk, self.stop - self.steps), loggers, progress)
+                end = min(self.stop, self.schedule.end(self.schedule.stage_at(self.steps)))
+                seconds = self._advance(min(chunk, end - self.steps), loggers, progress)
                 stopping = processes.any_of(stopped())
                 self._save_if_due(progress, force=stopping or self.steps == self.stop)
                 if stopping and self.steps < self.stop:
                     raise Interrupted(self._how_to_resume())
                 chunk = self._next_chunk(chunk, seconds)
+            measured = [_without_stages(rows) for rows in self.rows]
             for number, part in enumerate(self.parts):
-                finals = {name: self.rows[number][name][:, -1] for name in part.program.finals}
+                finals = {name: last_values(measured[number][name]) for name in part.program.finals}
                 loggers[number].log_finals(np.arange(len(part.grid)), finals)
         return Outcome(
             self.steps,
-            self.rows,
+            measured,
             self.failed,
             self._final_state(),
             self.program.compile_seconds + self.earlier_seconds[0],
             self.run_seconds + self.earlier_seconds[1],
             self.program.num_traces,
             self.program.bytes_per_member,
+            self._earlier_stages(),
         )
 
+    def _earlier_stages(self) -> dict[str, str]:
+        *earlier, _ = enumerate(self.schedule.names)
+        return {name: of for stage, of in earlier for rows in self.rows for name in _of_stage(rows, stage)}
+
     def _advance(self, count: int, loggers: list[Loggers], progress: Progress) -> float:
-        begin = time.perf_counter()
-        start, self.steps = self.steps, self.steps + count
-        self._state, rows, finite = self.program(self._state, start, self.steps, self.total)
+        begin, start = time.perf_counter(), self.steps
+        stage = self.schedule.stage_at(start)
+        before, length = self.schedule.start(stage), self.schedule.lengths[stage]
+        self.steps += count
+        self._state, rows, finite = self.program(self._state, start - before, self.steps - before, length, stage)
         seconds = time.perf_counter() - begin
         self.run_seconds += seconds
         for number, part in enumerate(self.parts):
             self._note_failures(number, part, ~finite[number], progress)
-            self._append(number, rows[number])
-            self._log(number, rows[number], start, loggers[number])
-        progress.update(self.steps, self._headline())
+            self._append(number, stage, rows[number])
+            self._log(number, stage, rows[number], self.schedule.rows(stage, start), loggers[number])
+        if self.program.all_done(self._state, stage):
+            self._skip_rest(stage)
+        progress.update(self.steps, self._headline(stage))
         return seconds
 
-    def _append(self, number: int, rows: dict[str, np.ndarray]) -> None:
+    def _append(self, number: int, stage: int, rows: dict[str, np.ndarray]) -> None:
         known = self.rows[number]
-        self.rows[number] = {
-            name: np.concatenate([known[name], array], axis=1) if name in known else array
-            for name, array in rows.items()
-        }
+        for name, array in rows.items():
+            key = f"{stage}/{name}"
+            known[key] = np.concatenate([known[key], array], axis=1) if key in known else array
 
-    def _log(self, number: int, rows: dict[str, np.ndarray], start: int, logger: Loggers) -> None:
-        program = self.parts[number].program
+    def _skip_rest(self, stage: int) -> None:
+        """Goes to the end of a stage that all members are done with; the evaluations left out are not numbers."""
+        self.steps = self.schedule.end(stage)
+        count = self.schedule.rows(stage, self.steps)
+        for number, rows in enumerate(self.rows):
+            missing = {}
+            for name, array in _of_stage(rows, stage).items():
+                empty = np.nan if array.dtype.kind == "f" else 0
+                missing[name] = np.full((len(array), count - array.shape[1], *array.shape[2:]), empty, array.dtype)
+            self._append(number, stage, missing)
+
+    def _log(self, number: int, stage: int, rows: dict[str, np.ndarray], first: int, logger: Loggers) -> None:
+        """Logs rows of a stage, the first of which has number `first`; steps are counted over all stages."""
         count = next(iter(rows.values())).shape[1] if rows else 0
         if not count:
             return
-        first = num_rows(start, self.total, program.eval_frequency)
-        steps = row_steps(self.total, program.eval_frequency)[first : first + count]
-        left_out = {*program.finals, *getattr(program, "not_logged", ())}
+        steps = self.schedule.start(stage) + self.schedule.row_steps(stage)[first : first + count]
+        left_out = {measure.name for measure in self.parts[number].program.measures if not is_logged(measure)}
         series = {name: array for name, array in rows.items() if name not in left_out}
         logger.log_rows(np.arange(len(self.parts[number].grid)), {"step": steps, **series})
 
@@ -269,19 +260,24 @@ class Run:
         if len(new) > 10:
             progress.note(f"... and {len(new) - 10} more members.")
 
-    def _headline(self) -> str:
-        name = self.parts[0].program.headline
-        if not all(name in rows and rows[name].shape[1] for rows in self.rows):
-            return ""
-        latest = np.concatenate([rows[name][:, -1] for rows in self.rows])
-        return f"IQM {name.replace('_', ' ')} {float(statistics.iqm(latest)):.4g}"
+    def _headline(self, stage: int) -> str:
+        """The latest value of the headline, or, in an earlier stage than its own, of that stage's first measure."""
+        program = self.parts[0].program
+        several = f"{self.schedule.names[stage]}: " if len(self.schedule.stages) > 1 else ""
+        regular = [m.name for m in program.measures if m.when == "regular" and not m.dims]
+        for name in (program.headline, *regular):
+            found = [rows.get(f"{stage}/{name}", np.empty((0, 0))) for rows in self.rows]
+            if all(array.shape[1] and array.ndim == 2 for array in found):
+                latest = float(statistics.iqm(np.concatenate([array[:, -1] for array in found])))
+                return f"{several}IQM {name.replace('_', ' ')} {latest:.4g}"
+        return several.removesuffix(": ")
 
     def _logger(self, number: int, progress: Progress) -> Loggers:
         folder, options = self.options.folder, self.options
         if folder is None:
-            if options.wandb_mode != "disabled" or options.tensorboard:
+            if options.wandb_mode not in (None, "disabled") or options.tensorboard:
                 raise UserError("wandb_mode and tensorboard need an output folder.")
-            folder = Path()
+            folder, options = Path(), dataclasses.replace(options, wandb_mode="disabled")
         several = len(self.parts) > 1
         return Loggers(
             self.parts[number].grid,
@@ -298,31 +294,39 @@ class Run:
 
     # --- chunks ---
 
-    def _most_steps(self) -> int:
-        frequency = self.parts[0].program.eval_frequency
+    def _most_steps(self, stage: int) -> int:
+        frequency = self.schedule.eval_every[stage]
         return (ROWS - 1) * frequency if frequency else self.total
 
     def _first_chunk(self) -> int:
         """One block, or what `--chunks` says: nothing is known of the speed."""
+        stage = self.schedule.stage_at(self.steps)
         if self.options.chunks is not None:
-            return min(-(-self.total // self.options.chunks), self._most_steps())
-        return self.program.block_steps
+            return min(-(-self.total // self.options.chunks), self._most_steps(stage))
+        return self.program.block_steps[stage]
 
     def _next_chunk(self, chunk: int, seconds: float) -> int:
         """As many steps as fit the time between two looks, in whole blocks; from one block on where learning starts."""
+        stage = self.schedule.stage_at(self.steps)
         if self.options.chunks is not None:
-            return chunk
-        block = self.program.block_steps
+            return min(-(-self.total // self.options.chunks), self._most_steps(stage))
+        block = self.program.block_steps[stage]
         if self.steps in self._learning_starts:
             return block
         wanted = chunk * CHUNK_SECONDS / max(processes.from_first(lambda: seconds), 1e-3)
-        wanted = min(wanted, 4 * chunk, self._most_steps())
+        wanted = min(wanted, 4 * chunk, self._most_steps(stage))
         nearest = min((start - self.steps for start in self._learning_starts if start > self.steps), default=self.total)
         return min(max(int(wanted) // block, 1) * block, nearest)
 
     @property
     def _learning_starts(self) -> set[int]:
-        return {warm_up(part.program) for part in self.parts}
+        """Moments after which a step may take another time than before."""
+        return {
+            self.schedule.start(number) + steps
+            for part in self.parts
+            for number, stage in enumerate(part.program.stages)
+            for steps in (0, stage.warm_up)
+        }
 
     # --- checkpoints ---
 
@@ -344,15 +348,17 @@ class Run:
             raise UserError(f"{path} has done {saved.steps} steps, more than the {self.total} asked for.")
         self.steps, self.failed, self.earlier_seconds = saved.steps, saved.failed, saved.seconds
         # A shorter run may have ended between two regular evaluations: a longer one does without that last row.
-        start = self.stretch.start
-        counts = [
-            num_rows(saved.steps, self.total, part.program.eval_frequency)
-            - num_rows(start, self.total, part.program.eval_frequency)
-            for part in self.parts
+        kept = [
+            self.schedule.rows(stage, saved.steps) - self.schedule.rows(stage, self.stretch.start)
+            for stage in self.schedule.stages
         ]
         self.rows = [
-            {name: array[:, :count] for name, array in rows.items()}
-            for rows, count in zip(saved.rows, counts, strict=True)
+            {
+                f"{stage}/{name}": array[:, :count]
+                for stage, count in enumerate(kept)
+                for name, array in _of_stage(rows, stage).items()
+            }
+            for rows in saved.rows
         ]
         self._state = self.program.scatter(saved.state)
 
@@ -394,6 +400,28 @@ class Run:
         return f"{done}, of which {earlier} are kept ({self._unsaved}); go on with --resume {self.options.folder}"
 
 
+def _of_stage(rows: dict[str, np.ndarray], stage: int) -> dict[str, np.ndarray]:
+    prefix = f"{stage}/"
+    return {key.removeprefix(prefix): array for key, array in rows.items() if key.startswith(prefix)}
+
+
+def _without_stages(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {key.partition("/")[2]: array for key, array in rows.items()}
+
+
+def last_values(array: np.ndarray) -> np.ndarray:
+    """The last row `[members, ...]` of `[members, evaluations, ...]` that holds numbers: a member may be done early."""
+    members, rows = array.shape[:2]
+    there = ~np.isnan(array.reshape(members, rows, -1)).all(-1)
+    last = np.where(there.any(1), rows - 1 - there[:, ::-1].argmax(1), rows - 1)
+    return array[np.arange(members), last]
+
+
+def is_logged(measure: Measure) -> bool:
+    """Whether wandb and TensorBoard get a measure while the run goes on."""
+    return measure.logged and measure.when == "regular"
+
+
 def file_name(label: str) -> str:
     """A label as the name of a folder or file."""
     return re.sub(r"[^\w.=+-]+", "_", label).strip("._")
@@ -409,7 +437,17 @@ def fingerprint(parts: Sequence[Part]) -> dict[str, Any]:
             if name not in RUN_LENGTH:
                 described[f"{prefix}{name}"] = _distinct(value)
         described[f"{prefix}precision"] = str(np.asarray(1.0, _float_type(parts)).dtype)
+        if leaves := jax.tree.leaves(part.program.shared()):
+            described[f"{prefix}shared inputs"] = _digest(leaves)
     return described
+
+
+def _digest(leaves: Sequence[Any]) -> str:
+    found = hashlib.sha256()
+    for array in map(np.asarray, leaves):
+        found.update(f"{array.shape} {array.dtype}".encode())
+        found.update(np.ascontiguousarray(array).data)
+    return found.hexdigest()
 
 
 def _distinct(value: Any) -> Any:
@@ -431,19 +469,27 @@ def _placement(parts: Sequence[Part], mesh: Any, member_batch: int | None) -> di
     """What a member's bits depend on beside its own settings.
 
     That is the size of the batch that it is computed in, and whether there is one device: for several the compiler
-    takes other ways, the same for any number of them. All members of a device at once are a batch of their number.
+    takes other ways, the same for any number of them. All members of a device at once are a batch of their number. A
+    population is summed up in an order that depends on the number of devices that share it.
     """
-    devices = mesh.devices.size
-    batches = None if member_batch else [-(-len(part.grid) // devices) for part in parts]
-    return {"member_batch": member_batch or 0, "devices": "one" if devices == 1 else "several", "all": batches}
+    batches = None if member_batch else [-(-len(part.grid) // mesh.shape[AXIS]) for part in parts]
+    several = "one" if mesh.devices.size == 1 else "several"
+    return {
+        "member_batch": member_batch or 0,
+        "devices": several,
+        "all": batches,
+        POPULATION: int(mesh.shape[POPULATION]),
+    }
 
 
 def _check_placement(path: Path, ours: dict[str, Any]) -> None:
     """Refuses to go on where the numbers would not be those of one run."""
     stored = checkpoints.load_fingerprint(path).get(PLACEMENT, ours)
-    for name, option in (("member_batch", "--member_batch"), ("devices", "--devices"), ("all", "--devices")):
+    words_of = {"all": "members at once on each device", POPULATION: "devices for each member's population"}
+    for name in ("member_batch", "devices", "all", POPULATION):
         if stored[name] != ours[name]:
-            words = "members at once on each device" if name == "all" else name.replace("_", " ")
+            words, option = words_of.get(name, name.replace("_", " ")), "--devices"
+            option = "--member_batch" if name == "member_batch" else "--devices"
             raise UserError(
                 f"the run in {path.parent} was begun with {words} {stored[name]}, got {ours[name]}: other bits would "
                 f"come out; go on with the same {option}."
@@ -494,11 +540,7 @@ def to_dataset(part: Part, outcome: Outcome, number: int, config: Any, attrs: di
     rows = outcome.rows[number]
     final_names = part.program.finals
     series = {name: array for name, array in rows.items() if name not in final_names}
-    finals = {name: rows[name][:, -1] for name in final_names} | {"failed": outcome.failed[number]}
-    attributes = getattr(part.program, "attributes", {})
-    variables: dict[str, dict[str, str]] = {
-        name: {"long_name": text, **attributes.get(name, {})} for name, text in part.program.long_names.items()
-    }
+    finals = {name: last_values(rows[name]) for name in final_names} | {"failed": outcome.failed[number]}
     about = {
         "program": type(part.program).__name__,
         "title": config.title,
@@ -506,15 +548,31 @@ def to_dataset(part: Part, outcome: Outcome, number: int, config: Any, attrs: di
         "config": to_dict(config),
         "versions": datasets.collect_versions(),
         "headline": part.program.headline,
-        "tables": list(getattr(part.program, "tables", [])),
+        "tables": [measure.name for measure in part.program.measures if measure.tabled],
         "compile_seconds": outcome.compile_seconds,
         "run_seconds": outcome.run_seconds,
         "step_name": part.program.step_unit,
         "bytes_per_member": outcome.bytes_per_member[number],
         **attrs,
     }
-    steps = row_steps(outcome.steps, part.program.eval_frequency)
-    return datasets.build_dataset(part.grid, steps, series, finals, about, variables)
+    schedule = Schedule.of(part.program)
+    *earlier, steps = (schedule.row_steps(stage) for stage in schedule.stages)
+    described = _described(part.program.measures, outcome.stage_of)
+    named = dict(zip(schedule.names, earlier, strict=False))
+    return datasets.build_dataset(part.grid, steps, series, finals, about, described, named)
+
+
+def _described(measures: Sequence[Measure], stage_of: dict[str, str]) -> dict[str, dict[str, Any]]:
+    """What the results say of each variable."""
+    return {
+        measure.name: {
+            "long_name": measure.text,
+            "dims": measure.dims,
+            "stage": stage_of.get(measure.name, ""),
+            **{key: value for key in ("units", "better") if (value := getattr(measure, key))},
+        }
+        for measure in measures
+    }
 
 
 def make_seeds(seed: int, num_seeds: int) -> tuple[int, ...]:

@@ -146,9 +146,9 @@ class Progress:
         left = (self.total - self._done) * self.members / speed if speed > 0 else 0.0
         parts = {
             "headline": self._headline,
-            "phase": "" if is_running else f"{self._phase} after {_duration(seconds)}",
+            "phase": "" if is_running else f"{self._phase} after {duration(seconds)}",
             "speed": f"{_short(speed)} steps/s" if speed > 0 else "",
-            "left": f"{_duration(left)} left" if is_running and left > 0 else "",
+            "left": f"{duration(left)} left" if is_running and left > 0 else "",
             "steps": f"{_short(self._done)} of {_short(self.total)} {self.unit}{members}",
         }
         return {name: text for name, text in parts.items() if text}
@@ -178,7 +178,7 @@ def _short(number: float) -> str:
     return f"{number:,.0f}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """`42 s`, `3 min 05 s` or `2 h 07 min`."""
     whole = round(seconds)
     if whole < 60:

@@ -14,20 +14,16 @@ import jax
 from jax.sharding import Mesh
 
 from purejax_bilevel.errors import UserError
+from purejax_bilevel.members import bytes_in_words
+from purejax_bilevel.program import Part
 from purejax_bilevel.runtime import devices
-from purejax_bilevel.runtime.compiled import CompiledProgram, Part, num_rows, precision
+from purejax_bilevel.runtime.compiled import CompiledProgram, mesh_of, precision, state_shapes
+from purejax_bilevel.runtime.devices import AXIS
+from purejax_bilevel.runtime.schedule import Schedule
 
 SAFE_SHARE = 0.9  # of the free memory that a run may plan with
 BYTES_PER_RESULT = 8  # 32 bits, and a copy while a chunk's rows are appended
 STATES = "the states of their members alone"
-
-
-def in_words(number: float) -> str:
-    """For example `3.2 MiB`."""
-    for size, unit in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if number >= size:
-            return f"{number / size:.3g} {unit}" if number < 1000 * size else f"{number / size:,.0f} {unit}"
-    return f"{number:.0f} B"
 
 
 def state_bytes(part: Part) -> int:
@@ -39,7 +35,7 @@ def state_bytes(part: Part) -> int:
     own = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), part.config)
     try:
         with precision([part]):
-            state = jax.eval_shape(lambda config: part.program.init(jax.random.key(0), config), own)
+            state = state_shapes(part.program, own)
     except (OverflowError, MemoryError) as error:
         raise UserError(
             f"one member does not fit any memory ({str(error).splitlines()[0]}): lower its capacity, widths or windows."
@@ -59,21 +55,25 @@ def check(parts: Sequence[Part], free: Callable[[Any], int | None] = devices.fre
     """
     devices.prepare()
     sizes = [state_bytes(part) for part in parts]
-    mesh = devices.make_mesh(max(len(part.grid) for part in parts))
+    mesh = mesh_of(parts)
     check_states(parts, sizes, mesh, free)
     results = sum(len(part.grid) * _results_of(part) for part in parts)
     available = devices.free_host_memory()
     if available is not None and results > SAFE_SHARE * available:
         raise UserError(
-            f"the results would need about {in_words(results)}, this machine has {in_words(available)} free: evaluate "
-            "more rarely (--eval_frequency), or take fewer seeds (--num_seeds), settings or steps."
+            f"the results would need about {bytes_in_words(results)}, this machine has {bytes_in_words(available)} "
+            "free: evaluate more rarely (--eval_frequency), or take fewer seeds (--num_seeds), settings or steps."
         )
 
 
 def _results_of(part: Part) -> int:
-    program = part.program
-    rows = num_rows(program.num_steps, program.num_steps, program.eval_frequency)
-    return rows * len(program.long_names) * BYTES_PER_RESULT
+    schedule = Schedule.of(part.program)
+    rows = sum(schedule.rows(stage, schedule.total) for stage in schedule.stages)
+    return rows * len(part.program.measures) * BYTES_PER_RESULT
+
+
+def _shared_leaves(parts: Sequence[Part]) -> list[Any]:
+    return jax.tree.leaves([part.program.shared() for part in parts])
 
 
 def check_states(
@@ -90,7 +90,8 @@ def check_states(
     Raises:
         UserError: they do not.
     """
-    needed = sum(-(-len(part.grid) // mesh.devices.size) * size for part, size in zip(parts, sizes, strict=True))
+    needed = sum(-(-len(part.grid) // mesh.shape[AXIS]) * size for part, size in zip(parts, sizes, strict=True))
+    needed += sum(leaf.nbytes for leaf in {id(leaf): leaf for leaf in _shared_leaves(parts)}.values())
     check_fits(parts, sizes, mesh, needed, STATES, free)
 
 
@@ -123,15 +124,15 @@ def check_fits(
     members = sum(len(part.grid) for part in parts)
     fitting = int(members * SAFE_SHARE * available / wanted)
     size, label = max(zip(sizes, (part.label for part in parts), strict=True))
-    smaller = f"its capacity, widths and windows ({in_words(size)} per member{f' of {label}' if label else ''})"
+    smaller = f"its capacity, widths and windows ({bytes_in_words(size)} per member{f' of {label}' if label else ''})"
     lower = (
         f"About {fitting} members fit: take fewer seeds (--num_seeds) or settings, lower"
         if fitting
         else "Not even one fits: lower"
     )
     raise UserError(
-        f"{members} member{'s do' if members > 1 else ' does'} not fit: {what} would need {in_words(wanted)}, "
-        f"{'this machine has' if shared else f'each {device.platform} device has'} {in_words(available)} free. "
+        f"{members} member{'s do' if members > 1 else ' does'} not fit: {what} would need {bytes_in_words(wanted)}, "
+        f"{'this machine has' if shared else f'each {device.platform} device has'} {bytes_in_words(available)} free. "
         f"{lower} {smaller}, or use more memory."
     )
 

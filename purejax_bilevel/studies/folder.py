@@ -17,19 +17,22 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from purejax_bilevel import interrupts
 from purejax_bilevel.configuration import RUN_LENGTH, from_dict, to_dict, validate
-from purejax_bilevel.errors import UserError
+from purejax_bilevel.errors import Interrupted, UserError
 from purejax_bilevel.results import dataset as datasets
 from purejax_bilevel.runtime import checkpoint as checkpoints
 from purejax_bilevel.runtime import loop, processes
+from purejax_bilevel.runtime.options import HowToRun
 
 CONFIG = "config.yaml"
 LOCK = ".lock"
+ROUNDS, SCORES = "rounds", "scores.json"  # of a search: their folder, and the file in the folder of each that is over
 LONGEST_NAME = 200  # bytes; file systems allow 255, and temporary names are longer
 KEPT_OPTIONS: dict[str, tuple] = {
     "video": (False, True),
     "tensorboard": (False, True),
-    "wandb_mode": ("disabled", "offline", "online"),
+    "wandb_mode": (None, "disabled", "offline", "online"),
     "wandb_runs": ("member", "setting"),
 }  # what --resume does again without being told, and the values allowed
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -38,7 +41,7 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 class Description(NamedTuple):
     """What a run was told."""
 
-    config: Any  # resolved
+    config: Any  # resolved, but for zeros (`as_told`)
     run: dict[str, int]  # seed and num_seeds
     options: dict[str, Any]  # some of KEPT_OPTIONS
 
@@ -101,12 +104,13 @@ def opened(chosen: Callable[[], Path], resume: bool) -> Iterator[Path]:
         UserError: another run has it, it is not empty, it holds no run to go on with, or it cannot be written.
         Interrupted: instead of KeyboardInterrupt; says what is left in the folder.
     """
+    interrupts.raise_from_now_on()  # there may be a folder to remove
     with contextlib.ExitStack() as stack:
         folder = Path(processes.from_first(lambda: str(stack.enter_context(_held(chosen(), resume)))))
         try:
             yield folder
         except KeyboardInterrupt as error:
-            raise loop.Interrupted(f"stopped at once; {_what_remains(folder)}") from error
+            raise Interrupted(f"stopped at once; {_what_remains(folder)}") from error
 
 
 @contextlib.contextmanager
@@ -182,6 +186,8 @@ def _check_content(folder: Path, resume: bool) -> None:
 def _what_remains(folder: Path) -> str:
     if any(folder.rglob(checkpoints.FILE_NAME)):
         return f"the last checkpoint remains: go on with --resume {folder}"
+    if any(folder.glob(f"{ROUNDS}/*/{SCORES}")):
+        return f"the rounds that are over remain: go on with --resume {folder}"
     if (folder / CONFIG).exists():
         return f"there is no checkpoint yet: --resume {folder} starts from the first step"
     return "nothing was written."
@@ -190,21 +196,33 @@ def _what_remains(folder: Path) -> str:
 # --- what it says -----------------------------------------------------------------------------------------------------
 
 
-def describe(folder: Path, config: Any, run: Mapping[str, int], options: Mapping[str, Any], resumed: bool) -> None:
-    """Writes what is needed to repeat or resume a run.
+def describe(folder: Path, told: Mapping[str, Any], options: HowToRun, resumed: bool, video: bool) -> None:
+    """Writes what is needed to repeat or resume a run or a sweep.
 
     Args:
         folder: of the run.
-        config: resolved configuration.
-        run: seed and num_seeds.
-        options: those of KEPT_OPTIONS that the run was given.
-        resumed: whether the run was begun before.
+        told: what runs: `config` and `run` of a run (`as_told`), `sweep` of a sweep.
+        options: how to run; KEPT_OPTIONS of them are written.
+        resumed: whether it was begun before.
+        video: the option of that name.
 
     Raises:
         UserError: the folder is not writable.
     """
-    told = {"config": to_dict(config), "run": dict(run), "options": dict(options)}
-    datasets.write_config(folder, told, resumed=resumed)
+    kept = {name: getattr(options, name) for name in KEPT_OPTIONS if name != "video"}
+    datasets.write_config(folder, {**told, "options": {"video": video, **kept}}, resumed=resumed)
+
+
+def as_told(config: Any, run: Mapping[str, int]) -> dict[str, Any]:
+    """What `describe` writes of a run: its resolved settings, but 0 where 0 stands for what depends on others.
+
+    Args:
+        config: as the user wrote it.
+        run: seed and num_seeds.
+    """
+    given = to_dict(config)
+    zeros = {name: value for name, value in given.items() if value == 0 and not isinstance(value, bool)}
+    return {"config": {**to_dict(config.resolved()), **zeros}, "run": dict(run)}
 
 
 def read_description(folder: Path, config_class: type) -> Description:
@@ -220,7 +238,7 @@ def read_description(folder: Path, config_class: type) -> Description:
         saved = yaml.safe_load(path.read_text(encoding="utf-8"))
         config: Any = validate(from_dict(config_class, saved["config"]))
         run = {name: int(saved["run"][name]) for name in ("seed", "num_seeds")}
-        return Description(config, run, _kept(saved.get("options") or {}))
+        return Description(config, run, kept_options(saved.get("options")))
     except OSError as error:
         raise UserError(f"--resume {folder}: its {CONFIG} cannot be read ({error.strerror}).") from error
     except (yaml.YAMLError, KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
@@ -228,11 +246,16 @@ def read_description(folder: Path, config_class: type) -> Description:
         raise UserError(f"--resume {folder}: its {CONFIG} is not of this script ({reason}).") from error
 
 
-def _kept(options: Mapping[str, Any]) -> dict[str, Any]:
-    for name, value in options.items():
+def kept_options(written: Any) -> dict[str, Any]:
+    """The options that `describe` wrote.
+
+    Raises:
+        ValueError: others.
+    """
+    for name, value in (options := dict(written or {})).items():
         if name not in KEPT_OPTIONS or value not in KEPT_OPTIONS[name]:
             raise ValueError(f"options: {name} is {value!r}")
-    return dict(options)
+    return options
 
 
 def check_unchanged(folder: Path, config: Any, run: Mapping[str, int]) -> None:
@@ -240,24 +263,29 @@ def check_unchanged(folder: Path, config: Any, run: Mapping[str, int]) -> None:
 
     Args:
         folder: of the run.
-        config: resolved configuration.
+        config: as the user wrote it.
         run: seed and num_seeds.
 
     Raises:
         UserError: a setting differs, or the run has done more steps.
     """
     saved = read_description(folder, type(config))
-    now = {**to_dict(config), **run}
-    for name, before in {**to_dict(saved.config), **saved.run}.items():
-        if now[name] != before and name not in RUN_LENGTH:
-            raise UserError(
-                f"--resume goes on with --{name} {_words(before)}, got {_words(now[name])}; "
-                "start a new run for another value."
-            )
-    done = loop.steps_done(folder)
+    now, done = {**to_dict(config.resolved()), **run}, loop.steps_done(folder)
     for name in RUN_LENGTH:
         if name in now and now[name] < done:
             raise UserError(f"--{name} {now[name]} is less than the {done} steps that {folder} has done.")
+    for name, before in {**to_dict(saved.config.resolved()), **saved.run}.items():
+        if now[name] == before or name in RUN_LENGTH:
+            continue
+        if getattr(saved.config, name, None) == getattr(config, name, None) == 0:
+            raise UserError(
+                f"--{name} 0 stood for {_words(before)} when {folder} was begun and would now stand for "
+                f"{_words(now[name])}: go on with --{name} {_words(before)}, or start a new run."
+            )
+        raise UserError(
+            f"--resume goes on with --{name} {_words(before)}, got {_words(now[name])}; "
+            "start a new run for another value."
+        )
 
 
 def _words(value: Any) -> str:

@@ -4,25 +4,21 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import jax
 import xarray
 from rich.console import Console
 
-from purejax_bilevel.configuration import warn
-from purejax_bilevel.errors import UserError
-from purejax_bilevel.members import batch_config, count_members, grid_of
-from purejax_bilevel.programs.regression import figures as regression_figures
+from purejax_bilevel.configuration import to_dict, warn
+from purejax_bilevel.members import batch_config, count_members, counted, grid_of
+from purejax_bilevel.program import Part, alone
 from purejax_bilevel.results import dataset as datasets
-from purejax_bilevel.results import plots, residuals, statistics
-from purejax_bilevel.runtime import processes, sizes
-from purejax_bilevel.runtime.compiled import Part
-from purejax_bilevel.runtime.devices import make_mesh
-from purejax_bilevel.runtime.loop import RunOptions, make_seeds, to_dataset, train
+from purejax_bilevel.results import residuals, statistics
+from purejax_bilevel.runtime import artefacts, processes, sizes
+from purejax_bilevel.runtime.compiled import mesh_of, precision, typed_state
+from purejax_bilevel.runtime.loop import make_seeds, to_dataset, train
+from purejax_bilevel.runtime.options import RunOptions
 from purejax_bilevel.studies import folder as folders
 from purejax_bilevel.studies import video as videos
-
-CURVES = "learning_curves.png"
-VIDEO = "policy.gif"
-FIGURES = {"Regression": regression_figures.write_figures}  # by program; the others get their learning curves
 
 
 def run(
@@ -58,25 +54,24 @@ def run(
     """
     run_options = RunOptions(**options)
     if folder is None:
-        config = config.resolved()
-        return train_part(make_part(config, num_seeds, seed), config, run_options)
+        resolved = config.resolved()
+        return train_part(make_part(resolved, num_seeds, seed), resolved, run_options)
     with folders.opened(lambda: Path(folder), run_options.resume) as place:
         return run_in(place, config, num_seeds=num_seeds, seed=seed, video=video, options=run_options)
 
 
 def run_in(folder: Path, config: Any, *, num_seeds: int, seed: int, video: bool, options: RunOptions) -> xarray.Dataset:
     """Trains as `run` does, in a folder that this run holds (`folder.opened`)."""
-    config, seeds = config.resolved(), {"seed": seed, "num_seeds": num_seeds}
-    part = make_part(config, num_seeds, seed)
-    make_mesh(len(part.grid), options.devices)  # bad input shows before anything is written
-    if video and not hasattr(part.program, "episode"):
-        raise UserError(f"--video: {type(part.program).__name__} has no policy to show.")
+    resolved, seeds = config.resolved(), {"seed": seed, "num_seeds": num_seeds}
+    part = make_part(resolved, num_seeds, seed)
+    mesh_of([part], options.devices)  # bad input shows before anything is written
+    if video:
+        videos.check(part.program)
     if processes.is_first():
         if options.resume and (folder / folders.CONFIG).exists():
             folders.check_unchanged(folder, config, seeds)
-        kept = {name: getattr(options, name) for name in folders.KEPT_OPTIONS if name != "video"}
-        folders.describe(folder, config, seeds, {"video": video, **kept}, options.resume)
-    return train_part(part, config, dataclasses.replace(options, folder=folder), video)
+        folders.describe(folder, folders.as_told(config, seeds), options, options.resume, video)
+    return train_part(part, resolved, dataclasses.replace(options, folder=folder), video)
 
 
 def train_part(part: Part, config: Any, options: RunOptions, video: bool = False) -> xarray.Dataset:
@@ -89,10 +84,11 @@ def train_part(part: Part, config: Any, options: RunOptions, video: bool = False
             warn(sentence)
     if options.folder is not None and processes.is_first():
         write_outputs(dataset, options.folder)
+        save_artefact(part, config, outcome.state[0] if outcome.state else None, options.folder)
         if video and outcome.state:
             final = outcome.rows[0][next(iter(part.program.finals))][:, -1].mean(-1)
             member = videos.median_member(final)
-            videos.write_video(part, outcome.state[0], member, outcome.steps, options.folder / VIDEO)
+            videos.write_video(part, outcome.state[0], member, outcome.steps, options.folder / videos.FILE_NAME)
     return dataset
 
 
@@ -113,17 +109,33 @@ def make_part(config: Any, num_seeds: int, seed: int) -> Part:
 def write_outputs(dataset: xarray.Dataset, folder: Path) -> None:
     """Writes results.nc and the figures."""
     datasets.save(dataset, folder)
-    if write_figures := FIGURES.get(dataset.attrs["program"]):
-        write_figures(dataset, folder)
-    else:
-        plots.learning_curves(dataset, folder / CURVES, dataset.attrs["headline"], title=dataset.attrs["title"])
+    from purejax_bilevel.results import outputs  # imports matplotlib: only when there is something to draw
+
+    outputs.write_figures(dataset, folder)
 
 
-def print_summary(dataset: xarray.Dataset, variable: str, console: Console) -> None:
-    """Prints a table with one line per setting."""
-    text = dataset[variable].attrs.get("long_name", variable)
-    lower = statistics.lower_is_better(dataset, variable)
-    statistics.render_table(statistics.summary_table(dataset, variable), console, text, lower)
+def save_artefact(part: Part, config: Any, stored: Any, folder: Path) -> None:
+    """Writes what other runs may start from, if the program leaves something and the state is known."""
+    program = part.program
+    if not program.artefact_kind or stored is None:
+        return
+    take = alone(program.artefact) if program.population else program.artefact
+    with precision([part]):
+        tree = jax.vmap(take)(typed_state(part, stored.state))
+    members = [part.grid.settings(member) for member in range(len(part.grid))]
+    artefacts.save(folder, program.artefact_kind, tree, members, to_dict(config))
 
 
-__all__ = ["make_part", "print_summary", "run", "run_in", "write_outputs"]
+def tell(dataset: xarray.Dataset, folder: Path, console: Console) -> None:
+    """Prints the tables of a run, how long it took and where it is."""
+    from purejax_bilevel.results import outputs
+
+    outputs.print_tables(dataset, Console())
+    failed = int(statistics.failed_members(dataset).sum())
+    note = f"; {counted(failed, 'member')} diverged" if failed else ""
+    seconds = f"compiled in {dataset.attrs['compile_seconds']:.1f} s, ran {dataset.attrs['run_seconds']:.1f} s"
+    text = f"{seconds}{note}. Results, figures and checkpoint: {folder}"
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+__all__ = ["make_part", "run", "run_in", "tell", "write_outputs"]

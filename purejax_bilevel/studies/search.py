@@ -32,18 +32,19 @@ import numpy as np
 import optax
 from rich.console import Console
 
-from purejax_bilevel.errors import UserError
+from purejax_bilevel.errors import Interrupted, UserError
 from purejax_bilevel.members import Grid
+from purejax_bilevel.program import Part, Program
 from purejax_bilevel.results import dataset as datasets
 from purejax_bilevel.results.report import HISTORY
 from purejax_bilevel.results.statistics import ranking, row_scores, setting_scores
 from purejax_bilevel.runtime import checkpoint as checkpoints
 from purejax_bilevel.runtime import loop, processes
-from purejax_bilevel.runtime.compiled import CompiledProgram, Part, Program
+from purejax_bilevel.runtime.compiled import CompiledProgram
+from purejax_bilevel.runtime.options import RunOptions
+from purejax_bilevel.studies.folder import ROUNDS, SCORES
 from purejax_bilevel.studies.study import Agent, Interval, Search, Study, Template, listed_grid
 
-ROUNDS = "rounds"
-SCORES = "scores.json"  # of a round
 Setting = dict[str, Any]
 Member = tuple[Setting, int]  # setting and seed
 
@@ -113,7 +114,7 @@ class Rounds:
         study: Study,
         agents: Sequence[Agent],
         places: Sequence[int],
-        options: loop.RunOptions,
+        options: RunOptions,
         console: Console,
         watcher: Any = None,
     ):
@@ -214,8 +215,8 @@ class Rounds:
             if not self.options.quiet:
                 self.console.print(f"{name.replace('-', ' ')}:", highlight=False)
             outcome = run.to_the_end()
-        except loop.Interrupted as error:
-            raise loop.Interrupted(f"stopped in {name}; go on with --resume {self.options.folder}") from error
+        except Interrupted as error:
+            raise Interrupted(f"stopped in {name}; go on with --resume {self.options.folder}") from error
         self.compile_seconds += self.compiled.compile_seconds - before
         return outcome
 
@@ -266,7 +267,8 @@ def default_variable(program: Program) -> str:
 
 def lower_is_better(program: Program, variable: str) -> bool:
     """Whether a program's variable is better when lower."""
-    return getattr(program, "attributes", {}).get(variable, {}).get("better", "higher") == "lower"
+    measure = program.measure(variable)
+    return measure is not None and measure.better == "lower"
 
 
 def _plain(scores: np.ndarray) -> list[float | None]:
@@ -276,9 +278,7 @@ def _plain(scores: np.ndarray) -> list[float | None]:
 # ---------------------------------------------------------------- the search
 
 
-def search(
-    study: Study, agents: Sequence[Agent], options: loop.RunOptions, console: Console, watcher: Any = None
-) -> Found:
+def search(study: Study, agents: Sequence[Agent], options: RunOptions, console: Console, watcher: Any = None) -> Found:
     """Searches by the study's method, then trains the finalists on the seeds that are reported.
 
     Raises:
@@ -504,7 +504,7 @@ def rung_ends(total: int, eval_frequency: int, halvings: int) -> list[int]:
 
 def halve(rounds: Rounds, search: Search, seeds: tuple[int, ...], lower: bool) -> list[list[tuple[Setting, float]]]:
     """Runs all rungs; returns the settings of the last one with their quality, per sub-program."""
-    ends = rung_ends(rounds.total, rounds.programs[0].eval_frequency, search.halving)
+    ends = rung_ends(rounds.total, rounds.programs[0].stages[-1].eval_every, search.halving)
     alive: list[list[Setting]] = [list(template.settings) for template in rounds.templates]
     homes: dict[tuple[int, str], tuple[str, int]] = {}  # where a setting's state is: round and position
     earlier: dict[str, list[list[Member]]] = {}

@@ -1,7 +1,7 @@
 """Sweep files: which program, agents, settings and seeds, how to search, and how the best setting is chosen.
 
     name: capacity
-    program: rl                          # rl (discrete actions), continuous, regression or tabular
+    program: rl                          # rl (discrete actions), continuous, regression, tabular or module:Config
     settings: {num_train_steps: 25000}   # fields of the program's configuration, for all agents
     agents:                              # label: own settings; agent_type is the label unless it is given
       omd: {}
@@ -14,8 +14,12 @@
     search: {method: grid}               # see Search
     report: {variable: final_return}     # see Reporting in results/report.py
 
+Agents of several programs are compared by an own `program` each; settings and axes then go to those that have the
+field, and each program is one compiled call with its own steps. A program of your own is `module:Config`.
+
 A list in `settings` or in an agent's own settings is a grid axis too, there of that agent alone. Values that are leaves
 of the configuration become members of one sub-program; values that change the program become sub-programs of their own.
+An agent of your own is `module:agent`, as a label or as `agent_type` (see `purejax_bilevel/agents.py`).
 """
 
 import dataclasses
@@ -29,9 +33,11 @@ from typing import Any
 
 import numpy as np
 
-from purejax_bilevel.configuration import fields, replace, validate
+from purejax_bilevel import agents as agent_values
+from purejax_bilevel.configuration import fields, named_object, replace, validate
 from purejax_bilevel.errors import UserError
 from purejax_bilevel.members import Axis, Grid, batch_config, format_value
+from purejax_bilevel.program import Part, Program
 from purejax_bilevel.results.checks import (
     MOST,
     as_number,
@@ -46,8 +52,8 @@ from purejax_bilevel.results.checks import (
 )
 from purejax_bilevel.results.report import Reporting, reporting
 from purejax_bilevel.results.statistics import TASKS
-from purejax_bilevel.runtime.compiled import Part, Program
 from purejax_bilevel.runtime.loop import make_seeds
+from purejax_bilevel.runtime.schedule import Schedule
 
 PROGRAMS = {
     "rl": "purejax_bilevel.programs.control.q_learning",
@@ -56,7 +62,8 @@ PROGRAMS = {
     "tabular": "purejax_bilevel.programs.tabular.program",
 }
 LARGEST_WHOLE = 2**31 - 1  # 32 bits
-SECTIONS = ("name", "program", "settings", "agents", "axes", "seeds", "search", "report")
+PROGRAM = "program"
+SECTIONS = ("name", PROGRAM, "settings", "agents", "axes", "seeds", "search", "report")
 
 
 # ---------------------------------------------------------------- what a sweep file says
@@ -150,6 +157,12 @@ class Study:
     search: Search
     report: Reporting
     description: dict[str, Any]  # what `parse` was given
+    families: tuple["Study", ...] = ()  # where agents have several programs: a study of each, and no settings here
+
+    @property
+    def by_program(self) -> tuple["Study", ...]:
+        """A study of each program."""
+        return self.families or (self,)
 
     @property
     def config_class(self) -> type:
@@ -161,8 +174,27 @@ class Study:
 
 
 def config_class(program: str) -> type:
-    """Configuration of a program by its name in sweep files."""
-    return importlib.import_module(PROGRAMS[program]).Config
+    """Configuration of a program by its name in sweep files, or by `module:Config`."""
+    if ":" not in program:
+        return importlib.import_module(PROGRAMS[program]).Config
+    found = named_object("program", program, "configuration")
+    if not (isinstance(found, type) and dataclasses.is_dataclass(found) and hasattr(found, "program")):
+        raise UserError(f"program: {program} is no configuration with a method `program`.")
+    return found
+
+
+def program_name(value: Any, where: str = "program") -> str:
+    """Checks the name of a program.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    if isinstance(value, str) and ":" in value:
+        config_class(value)
+        return value
+    if value not in PROGRAMS:
+        raise UserError(f"{where} must be one of {', '.join(PROGRAMS)}, or module:Config, got {value!r}.")
+    return value
 
 
 def read(path: str | Path) -> dict[str, Any]:
@@ -189,7 +221,10 @@ def parse(description: Mapping[str, Any]) -> Study:
         UserError: an unknown entry or a value that is not allowed, in one sentence.
     """
     given = known_entries(description, SECTIONS, "a sweep file")
-    program = choice(given.get("program"), tuple(PROGRAMS), "program")
+    programs = _programs(given)
+    if len(set(programs.values())) > 1:
+        return _families(given, programs)
+    program = next(iter(programs.values())) if programs else program_name(given.get("program"))
     cls = config_class(program)
     settings = _settings(cls, given.get("settings"), "settings")
     agents = _agents(cls, given.get("agents"), settings)
@@ -209,6 +244,65 @@ def parse(description: Mapping[str, Any]) -> Study:
     return Study(name, program, settings, agents, axes, seeds, search, report, dict(description))
 
 
+def _programs(given: Mapping[str, Any]) -> dict[str, str]:
+    """The program of each agent, where agents are listed with settings of their own."""
+    agents = given.get("agents")
+    if not isinstance(agents, dict):
+        return {}
+    stated = {label: own[PROGRAM] for label, own in agents.items() if isinstance(own, dict) and PROGRAM in own}
+    if not stated:
+        return {}
+    return {label: program_name(stated.get(label, given.get(PROGRAM)), f"agents: {label}: program") for label in agents}
+
+
+def _families(given: Mapping[str, Any], programs: dict[str, str]) -> Study:
+    """A study of agents of several programs: one study of each, with the settings and axes that it has."""
+    known = {program: {field.name for field in fields(config_class(program))} for program in programs.values()}
+    settings, axes = mapping_of(given.get("settings"), "settings"), given.get("axes") or []
+    for name in settings:
+        if not any(name in names for names in known.values()):
+            raise UserError(f"settings has no entry {name!r}: none of the programs {', '.join(known)} has it.")
+    families = []
+    for program, names in known.items():
+        own = {label: given["agents"][label] for label, its in programs.items() if its == program}
+        part = {
+            **given,
+            PROGRAM: program,
+            "agents": own,
+            "settings": {name: value for name, value in settings.items() if name in names},
+            "axes": _axes_of(axes, names),
+        }
+        families.append(parse(part))
+    first = families[0]
+    if first.search.in_rounds:
+        raise UserError("search: es and halving search settings of one program; give agents of one.")
+    agents = {label: own for family in families for label, own in family.agents.items()}
+    return dataclasses.replace(
+        first,
+        settings={},
+        agents={label: agents[label] for label in programs},
+        axes=(),
+        description=dict(given),
+        families=tuple(families),
+    )
+
+
+def _axes_of(axes: Any, known: set[str]) -> Any:
+    """The axes of fields that a program has; what varies together stays together."""
+    if not isinstance(axes, list) or not all(isinstance(entry, dict) for entry in axes):
+        return axes
+    own = []
+    for entry in axes:
+        for kind, content in entry.items():
+            names = set(content) - {"count", "seed"} if isinstance(content, dict) else set()
+            if kind == "grid" and isinstance(content, dict):
+                content = {name: values for name, values in content.items() if name in known}
+                names = set(content)
+            if names and names <= known:
+                own.append({kind: content})
+    return own
+
+
 def override(description: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """Applies `field=value` to the content of a sweep file.
 
@@ -221,7 +315,8 @@ def override(description: Mapping[str, Any], changes: Mapping[str, Any]) -> dict
     """
     parse(description)
     result = {key: plain_copy(value) for key, value in description.items()}
-    known = {field.name for field in fields(config_class(result["program"]))}
+    programs = set(_programs(result).values()) or {result[PROGRAM]}
+    known = {field.name for program in programs for field in fields(config_class(program))}
     for name, value in changes.items():
         section, _, entry = name.partition(".")
         if entry and section in ("search", "report", "seeds"):
@@ -233,7 +328,7 @@ def override(description: Mapping[str, Any], changes: Mapping[str, Any]) -> dict
         elif name in known:
             _override_field(result, name, value)
         else:
-            raise UserError(f"{name}={value} is no setting of the program {result['program']}.")
+            raise UserError(f"{name}={value} is no setting of the program {', '.join(sorted(programs))}.")
     return result
 
 
@@ -309,8 +404,8 @@ def _valid(cls: type) -> Any:
 def _typed(cls: type, name: str, value: Any) -> Any:
     hint = typing.get_type_hints(cls)[name]
     kinds = {hint, *typing.get_args(hint)}
-    if name == "agent_type" and isinstance(value, str):
-        return value.lower()
+    if name == agent_values.FIELD and isinstance(value, str):
+        return agent_values.spelled(value)
     if isinstance(value, bool) or not kinds & {int, float}:
         return value
     found = as_number(value)
@@ -321,14 +416,17 @@ def _typed(cls: type, name: str, value: Any) -> Any:
 
 def _agents(cls: type, given: Any, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
     if given is None:
-        default = next(field.default for field in fields(cls) if field.name == "agent_type")
-        given = [settings.get("agent_type", default)]
+        default = next((field.default for field in fields(cls) if field.name == agent_values.FIELD), "agent")
+        given = [settings.get(agent_values.FIELD, default)]
     if isinstance(given, list) and all(isinstance(label, str) for label in given):
         _distinct("agents", given)
         given = {label: {} for label in given}
     agents = {}
+    named = agent_values.registry(cls) is not None  # else a label is nothing but a label
     for label, own in mapping_of(given, "agents").items():
-        agents[label] = {"agent_type": label.lower(), **_settings(cls, own, f"agents: {label}")}
+        own = {name: value for name, value in mapping_of(own, f"agents: {label}").items() if name != PROGRAM}
+        stated = _settings(cls, own, f"agents: {label}")
+        agents[label] = {agent_values.FIELD: agent_values.spelled(label), **stated} if named else stated
     if not agents:
         raise UserError("agents must name at least one agent.")
     if isinstance(settings.get("agent_type"), list):
@@ -540,16 +638,17 @@ def make_agents(study: Study) -> list[Agent]:
     Raises:
         UserError: a value that is not allowed, or agents that cannot run in one program.
     """
+    if study.families:
+        made = {agent.label: agent for family in study.families for agent in make_agents(family)}
+        _check_tasks(study, list(made.values()))
+        return [made[label] for label in study.agents]
     agents = [_make_agent(study, label) for label in study.agents]
     _check_tasks(study, agents)
-    configs = [template.config for agent in agents for template in agent.templates]
-    for name in ("num_steps", "eval_frequency"):
-        found = sorted({getattr(config.program(), name) for config in configs})
+    schedules = [Schedule.of(template.config.program()) for agent in agents for template in agent.templates]
+    for name, words in (("names", "stages"), ("lengths", "number of steps"), ("eval_every", "eval_frequency")):
+        found = sorted({" + ".join(map(str, getattr(schedule, name))) for schedule in schedules})
         if len(found) > 1:
-            steps = "number of steps" if name == "num_steps" else name
-            raise UserError(
-                f"all agents and settings of a sweep need the same {steps}, got {', '.join(map(str, found))}."
-            )
+            raise UserError(f"all agents and settings of a sweep need the same {words}, got {', '.join(found)}.")
     return agents
 
 
@@ -581,6 +680,10 @@ def _make_agent(study: Study, label: str) -> Agent:
             axes.append(random_axis(space, study.search.samples, study.search.seed))
         if study.search.method == "es":
             _check_evolution(label, axes, space, static)
+    together = [axis for axis in axes if len(axis.names) > 1]
+    if len(together) > 1:
+        named = " and ".join(", ".join(axis.names) for axis in together)
+        raise UserError(f"axes: only one axis may vary several fields together, got {named}; give one of them in grid.")
     grid = Grid(tuple(axes), study.all_seeds)
     groups = _groups(grid, static)
     templates = [_template(cls, label, single, grid, numbers, static, space) for numbers in groups]

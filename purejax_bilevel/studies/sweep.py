@@ -4,206 +4,49 @@ report.
     folder/config.yaml             the sweep file after all overrides: what --resume needs
     folder/<agent>/results.nc      labelled arrays of all settings and seeds of an agent
     folder/report.html, report.md  with figures/
-    folder/checkpoint.npz          or rounds/ while a search runs
+    folder/checkpoint.npz          or rounds/ while a search runs; programs/*/ where agents have several programs
 
 Before it starts, a sweep tells its members, sub-programs, memory and time; what does not fit is refused.
 """
 
 import dataclasses
-import sys
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
-import tyro
 import xarray
 from rich.console import Console
 
 from purejax_bilevel.configuration import fields, warn
 from purejax_bilevel.errors import UserError
-from purejax_bilevel.members import check_count
+from purejax_bilevel.members import bytes_in_words, check_count, counted
+from purejax_bilevel.program import Part
 from purejax_bilevel.programs.tabular.figures import FIGURES
 from purejax_bilevel.results import dataset as datasets
 from purejax_bilevel.results import report, residuals
-from purejax_bilevel.results.checks import load_yaml
-from purejax_bilevel.results.statistics import SettingRow, lower_is_better, member_scores, render_table
+from purejax_bilevel.results.statistics import SettingRow, by_task, lower_is_better, render_table
 from purejax_bilevel.runtime import devices, loop, processes, sizes
-from purejax_bilevel.runtime.compiled import CompiledProgram, Part, num_rows
+from purejax_bilevel.runtime.compiled import CompiledProgram
 from purejax_bilevel.runtime.loggers import Loggers
-from purejax_bilevel.runtime.progress import _duration as duration
-from purejax_bilevel.studies import command_line
+from purejax_bilevel.runtime.options import RunOptions
+from purejax_bilevel.runtime.progress import duration
+from purejax_bilevel.runtime.schedule import num_rows
 from purejax_bilevel.studies import folder as folders
+from purejax_bilevel.studies import run as runs
 from purejax_bilevel.studies import search as searches
-from purejax_bilevel.studies.presets import PRESETS, preset
-from purejax_bilevel.studies.study import (
-    PROGRAMS,
-    Agent,
-    Study,
-    config_class,
-    make_agents,
-    override,
-    parse,
-    read,
-)
+from purejax_bilevel.studies import video as videos
+from purejax_bilevel.studies.command_line import how_to_run
+from purejax_bilevel.studies.study import Agent, Study, make_agents
+from purejax_bilevel.studies.sweep_command import SweepOptions
 
-ROUND_SETTINGS = {
-    "search": "method",
-    "halving": "halving",
-    "samples": "samples",
-    "population": "population",
-    "generations": "generations",
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Options(command_line.Run):
-    """How and where to run; `field=value` or `--field value ...` overrides any setting of the sweep."""
-
-    sweep: Annotated[tyro.conf.Positional[str], tyro.conf.arg(help=f"a sweep file or {', '.join(PRESETS)}")] = ""
-    scale: Annotated[Literal["smoke", "paper"], tyro.conf.arg(help="size of a preset")] = "smoke"
-    search: Annotated[Literal["grid", "random", "es"] | None, tyro.conf.arg(help="how settings are found")] = None
-    halving: Annotated[int | None, tyro.conf.arg(help="how often the worse half of the settings is stopped early")] = (
-        None
-    )
-    samples: Annotated[int | None, tyro.conf.arg(help="settings that --search random draws")] = None
-    population: Annotated[int | None, tyro.conf.arg(help="settings per generation of --search es")] = None
-    generations: Annotated[int | None, tyro.conf.arg(help="generations of --search es")] = None
-    seed: Annotated[int | None, command_line.explained("first seed (default: the sweep's)")] = None  # type: ignore[assignment]
-    num_seeds: Annotated[int | None, command_line.explained("number of seeds (default: the sweep's)")] = None  # type: ignore[assignment]
-    video: tyro.conf.Suppress[bool] = False
-
-
-# ---------------------------------------------------------------- command line
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a sweep; returns the exit status: 0 done, 1 every member diverged, 2 bad input, 130 interrupted."""
-    devices.prepare()  # before anything imports gymnax, whose import makes jax choose its devices
-    words = sys.argv[1:] if arguments is None else list(arguments)
-    nothing = False
-
-    def work(console: Console) -> None:
-        nonlocal nothing
-        options, study = read_arguments(words)
-        nothing = _tell_if_all_diverged(study, run(study, options, console))
-
-    return command_line.exit_status(work, words) or int(nothing)
-
-
-def _tell_if_all_diverged(study: Study, found: Sequence[xarray.Dataset]) -> bool:
-    scores = [member_scores(dataset, report.reported_variable(dataset, study.report)) for dataset in found]
-    if any(np.isfinite(own).any() for own in scores):
-        return False
-    if processes.is_first():
-        text = (
-            f"error: all {sum(own.size for own in scores)} members diverged or have no finite score: try smaller "
-            "learning rates; results and report are kept."
-        )
-        Console(stderr=True).print(text, style="bold red", markup=False, highlight=False, soft_wrap=True)
-    return True
-
-
-def read_arguments(arguments: Sequence[str]) -> tuple[Options, Study]:
-    """Reads the command line, and the sweep file or, on resume, the folder's own.
-
-    Raises:
-        UserError: bad input, in one sentence.
-    """
-    words, changes = split_overrides(arguments)
-    options = tyro.cli(
-        Options,
-        description=(
-            "Run a study: all agents, settings and seeds in one compiled call. Any setting of its program can be given "
-            "as field=value or --field value ...; agents=omd,mle chooses agents, search.x=, report.x= and seeds.x= "
-            "change these sections. Sweep files are explained in purejax_bilevel/studies/study.py."
-        ),
-        args=words,
-        use_underscores=True,
-        config=command_line.MARKERS,
-    )
-    for name, entry in ROUND_SETTINGS.items():
-        if (value := getattr(options, name)) is not None:
-            changes[f"search.{entry}"] = value
-    if options.seed is not None:
-        changes["seeds.first"] = options.seed
-    if options.num_seeds is not None:
-        changes["seeds.count"] = options.num_seeds
-    if isinstance(count := changes.get("seeds.count"), int):
-        check_count(count)  # before the seeds are listed
-    if options.resume is not None:
-        return options, _resumed(options, changes)
-    if not options.sweep:
-        raise UserError(f"name a sweep file or a preset: {', '.join(PRESETS)}.")
-    is_file = options.sweep not in PRESETS and (
-        Path(options.sweep).suffix in (".yaml", ".yml") or Path(options.sweep).is_file()
-    )
-    description = read(options.sweep) if is_file else preset(options.sweep, options.scale)
-    return options, parse(override(description, changes))
-
-
-def split_overrides(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
-    """Separates the options of the script from `field=value`, `--field value ...` and `--field=value`.
-
-    Raises:
-        UserError: a value is missing.
-    """
-    known = {field.name for program in PROGRAMS for field in fields(config_class(program))} | {"agents"}
-    own = {field.name for field in dataclasses.fields(Options)}
-    words: list[str] = []
-    changes: dict[str, Any] = {}
-    rest = list(arguments)
-    while rest:
-        word = rest.pop(0)
-        name, equals, value = word.removeprefix("--").partition("=")
-        name = name.replace("-", "_")
-        flag = word.startswith("--")
-        if equals and (not flag or name in known - own or "." in name):
-            changes[name] = _value(value, name)
-        elif flag and name in known - own:
-            values = []
-            while rest and not rest[0].startswith("--") and "=" not in rest[0]:
-                values.append(rest.pop(0))
-            if not values:
-                raise UserError(f"--{name} needs a value.")
-            changes[name] = _value(values[0], name) if len(values) == 1 else [_value(entry, name) for entry in values]
-        else:
-            words.append(word)
-    return words, changes
-
-
-def _value(text: str, name: str) -> Any:
-    value = load_yaml(text, f"{name}={text}")
-    if isinstance(value, str) and "," in value:
-        return [load_yaml(entry, f"{name}={text}") for entry in value.split(",") if entry]
-    return value
-
-
-def _resumed(options: Options, changes: Mapping[str, Any]) -> Study:
-    """The study of a folder; it goes on unchanged."""
-    folder = options.resume
-    assert folder is not None
-    path = folder / "config.yaml"
-    if not path.is_file():
-        raise UserError(f"--resume {folder}: there is no sweep in that folder (no config.yaml).")
-    try:
-        description = load_yaml(path.read_text(), f"{path}")["sweep"]
-    except (UserError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise UserError(f"--resume {folder}: its config.yaml is not of a sweep.") from error
-    study = parse(description)
-    if options.sweep and Path(options.sweep).stem != study.name:
-        raise UserError(f"--resume {folder} goes on with {study.name}, not with {options.sweep}.")
-    if changes and parse(override(description, changes)) != study:
-        raise UserError(
-            f"--resume goes on with the settings in {path}; start a new sweep for other values of {', '.join(changes)}."
-        )
-    return study
-
+PROGRAMS_FOLDER = "programs"  # of a sweep of several programs: the checkpoint of each
 
 # ---------------------------------------------------------------- the sweep
 
 
-def run(study: Study, options: Options, console: Console) -> list[xarray.Dataset]:
+def run(study: Study, options: SweepOptions, console: Console) -> list[xarray.Dataset]:
     """Runs a sweep to its end; returns the results of each agent. Of several processes, process 0 writes everything.
 
     Raises:
@@ -215,6 +58,8 @@ def run(study: Study, options: Options, console: Console) -> list[xarray.Dataset
     agents = make_agents(study)
     _check_names(agents)
     check_report(study, agents)
+    if options.video:
+        _check_video(study, agents)
     devices.make_mesh(1, options.devices)
 
     def chosen() -> Path:
@@ -225,30 +70,23 @@ def run(study: Study, options: Options, console: Console) -> list[xarray.Dataset
 
 
 def _run_in(
-    folder: Path, study: Study, agents: Sequence[Agent], options: Options, console: Console
+    folder: Path, study: Study, agents: Sequence[Agent], options: SweepOptions, console: Console
 ) -> list[xarray.Dataset]:
+    resume = options.resume is not None
     if processes.is_first():
-        datasets.write_config(folder, {"sweep": study.description}, resumed=options.resume is not None)
-    run_options = loop.RunOptions(
-        folder=folder,
-        devices=options.devices,
-        member_batch=options.member_batch,
-        chunks=options.chunks,
-        resume=options.resume is not None,
-        wandb_mode=options.wandb_mode,
-        wandb_runs=options.wandb_runs,
-        tensorboard=options.tensorboard,
-        quiet=options.quiet,
-    )
+        folders.describe(folder, {"sweep": study.description}, options, resume, options.video)
+    run_options = RunOptions(folder, resume, **how_to_run(options))
     plan = Plan(study, agents, console, options.quiet)
     files = [folder / loop.file_name(agent.label) / datasets.FILE_NAME for agent in agents]
     finished = processes.from_first(lambda: all(file.exists() for file in files))
+    trained = None
     if study.search.in_rounds and finished:  # a finished search: its report is made again
         found = [datasets.load(file) for file in files]
     elif study.search.in_rounds:
         found = _in_rounds(study, agents, run_options, console, plan)
     else:
-        found = _at_once(study, agents, run_options, console, plan)
+        trained = _at_once(study, agents, run_options, console, plan)
+        found = _datasets(agents, trained, plan)
     if not processes.is_first():
         return found
     for file, dataset in zip(files, found, strict=True):
@@ -257,6 +95,10 @@ def _run_in(
             warn(sentence)
     searches.clean(folder)
     written = report.write(folder, study.name, study.report, files)
+    for own in trained or ():
+        _save_artefacts(agents, own, files)
+        if options.video:
+            _write_videos(agents, own, written, files)
     if not options.quiet:
         _print_summary(study, written, found, console, folder)
     return found
@@ -268,8 +110,13 @@ def check_report(study: Study, agents: Sequence[Agent]) -> None:
     Raises:
         UserError: no such variable or axis.
     """
+    if study.families:
+        for family in study.families:
+            check_report(family, [agent for agent in agents if agent.label in family.agents])
+        _check_one_score(study, agents)
+        return
     program = agents[0].templates[0].config.program()
-    measured = {*program.long_names, *program.finals}
+    measured = {measure.name for measure in program.measures}
     named = [study.report.variable, study.report.select_by]
     named += [figure["variable"] for figure in study.report.figures if figure["kind"] == "curves"]
     for name in named:
@@ -286,26 +133,81 @@ def check_report(study: Study, agents: Sequence[Agent]) -> None:
             raise UserError(f"report: a figure names the axis {figure['axis']!r}, which is no setting of the program.")
 
 
+def _check_one_score(study: Study, agents: Sequence[Agent]) -> None:
+    """Agents of several programs are compared by something that all of them measure."""
+    found = {searches.selecting(study, agent.templates[0].config.program())[0] for agent in agents}
+    if len(found) > 1:
+        raise UserError(
+            f"report: the programs have other scores ({', '.join(sorted(found))}); name a variable that all measure."
+        )
+
+
 def _check_names(agents: Sequence[Agent]) -> None:
     names = [loop.file_name(agent.label) for agent in agents]
     for agent, name in zip(agents, names, strict=True):
-        if not name or names.count(name) > 1 or name in (report.FIGURES, searches.ROUNDS):
+        if not name or names.count(name) > 1 or name in (report.FIGURES, searches.ROUNDS, PROGRAMS_FOLDER):
             raise UserError(
                 f"agents: {agent.label!r} cannot name a folder of its own ({name!r}); choose another label."
             )
 
 
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """All members of one program, trained in one go.
+
+    Args:
+        study: of this program.
+        labels: of its agents.
+        parts: sub-programs of all its agents, agent by agent.
+        outcome: in the same order.
+        counts: sub-programs of each agent.
+    """
+
+    study: Study
+    labels: tuple[str, ...]
+    parts: list[Part]
+    outcome: loop.Outcome
+    counts: tuple[int, ...]
+
+    def spans(self) -> dict[str, slice]:
+        """Where each agent's sub-programs are."""
+        ends = list(itertools.accumulate(self.counts))
+        slices = [slice(end - count, end) for end, count in zip(ends, self.counts, strict=True)]
+        return dict(zip(self.labels, slices, strict=True))
+
+
 def _at_once(
-    study: Study, agents: Sequence[Agent], options: loop.RunOptions, console: Console, plan: "Plan"
-) -> list[xarray.Dataset]:
-    """All members in one go."""
-    parts = [agent.parts() for agent in agents]
-    with sizes.explained():
-        outcome = loop.train([part for own in parts for part in own], options, console, plan)
-    datasets, first = [], 0
-    for agent, own in zip(agents, parts, strict=True):
-        span = slice(first, first + len(own))
-        first += len(own)
+    study: Study, agents: Sequence[Agent], options: RunOptions, console: Console, plan: "Plan"
+) -> list[Trained]:
+    """One compiled call for each program."""
+    trained = []
+    for family in study.by_program:
+        own = {agent.label: agent.parts() for agent in agents if agent.label in family.agents}
+        parts = [part for listed in own.values() for part in listed]
+        with sizes.explained():
+            outcome = loop.train(parts, _in_own_folder(study, family, options), console, plan)
+        trained.append(Trained(family, tuple(own), parts, outcome, tuple(map(len, own.values()))))
+    return trained
+
+
+def _in_own_folder(study: Study, family: Study, options: RunOptions) -> RunOptions:
+    """Where there are several programs, each has its own checkpoint."""
+    if not study.families or options.folder is None:
+        return options
+    return dataclasses.replace(options, folder=options.folder / PROGRAMS_FOLDER / loop.file_name(family.program))
+
+
+def _datasets(agents: Sequence[Agent], trained: Sequence[Trained], plan: "Plan") -> list[xarray.Dataset]:
+    found: dict[str, xarray.Dataset] = {}
+    for own in trained:
+        labelled = [agent for agent in agents if agent.label in own.labels]
+        found |= zip(own.labels, _datasets_of(own, labelled, plan), strict=True)
+    return [found[agent.label] for agent in agents]
+
+
+def _datasets_of(trained: Trained, agents: Sequence[Agent], plan: "Plan") -> list[xarray.Dataset]:
+    found, outcome, study = [], trained.outcome, trained.study
+    for agent, span in zip(agents, trained.spans().values(), strict=True):
         names = outcome.rows[span][0]
         merged = dataclasses.replace(
             outcome,
@@ -313,12 +215,50 @@ def _at_once(
             failed=[agent.gather(outcome.failed[span])],
             bytes_per_member=[max(outcome.bytes_per_member[span])],
         )
-        datasets.append(_dataset(study, agent, dataclasses.replace(own[0], grid=agent.grid), merged, plan, {}))
-    return datasets
+        found.append(
+            _dataset(study, agent, dataclasses.replace(trained.parts[span][0], grid=agent.grid), merged, plan, {})
+        )
+    return found
+
+
+def _save_artefacts(agents: Sequence[Agent], trained: Trained, files: Sequence[Path]) -> None:
+    """What each agent leaves for others, in its folder; where it has several sub-programs, in a folder of each."""
+    spans = trained.spans()
+    for agent, file in zip(agents, files, strict=True):
+        parts = trained.parts[spans[agent.label]] if agent.label in spans else []
+        states = trained.outcome.state[spans[agent.label]] if parts and trained.outcome.state else []
+        for part, state, template in zip(parts, states, agent.templates, strict=False):
+            folder = file.parent if len(parts) == 1 else file.parent / loop.file_name(part.label)
+            runs.save_artefact(part, template.config, state, folder)
+
+
+def _check_video(study: Study, agents: Sequence[Agent]) -> None:
+    for agent in agents:
+        videos.check(agent.templates[0].config.program())
+    if study.search.in_rounds:
+        raise UserError("--video does not go with es and halving, which keep no policy: train the setting they find.")
+
+
+def _write_videos(
+    agents: Sequence[Agent], trained: Trained, results: Sequence[report.AgentResult], files: Sequence[Path]
+) -> None:
+    """The median member of each agent's best setting."""
+    spans = trained.spans()
+    for agent, result, file in zip(agents, results, files, strict=True):
+        if agent.label not in spans:
+            continue
+        span = spans[agent.label]
+        shape = (agent.num_settings, len(agent.grid.seeds))
+        members = by_task(result.dataset, np.arange(len(agent.grid)).reshape(shape))[result.best].reshape(-1)
+        setting, seed = divmod(int(members[videos.median_member(result.scores[result.best].reshape(-1))]), shape[1])
+        number = next(i for i, settings in enumerate(agent.settings_of) if setting in settings)
+        place = int(np.flatnonzero(agent.settings_of[number] == setting)[0]) * shape[1] + seed
+        part, state = trained.parts[span][number], trained.outcome.state[span][number]
+        videos.write_video(part, state, place, trained.outcome.steps, file.parent / videos.FILE_NAME)
 
 
 def _in_rounds(
-    study: Study, agents: Sequence[Agent], options: loop.RunOptions, console: Console, plan: "Plan"
+    study: Study, agents: Sequence[Agent], options: RunOptions, console: Console, plan: "Plan"
 ) -> list[xarray.Dataset]:
     """The finalists of a search."""
     with sizes.explained():
@@ -371,10 +311,10 @@ def _dataset(
     return dataset
 
 
-def _log_finalists(dataset: xarray.Dataset, part: Part, outcome: loop.Outcome, options: loop.RunOptions) -> None:
+def _log_finalists(dataset: xarray.Dataset, part: Part, outcome: loop.Outcome, options: RunOptions) -> None:
     """Copies the finalists' series to wandb and TensorBoard; the rounds before are in search.json."""
     assert options.folder is not None
-    hidden = {*part.program.finals, *getattr(part.program, "not_logged", ())}
+    hidden = {measure.name for measure in part.program.measures if not loop.is_logged(measure)}
     rows = {name: array for name, array in outcome.rows[0].items() if name not in hidden}
     members = np.arange(len(part.grid))
     with Loggers(
@@ -408,7 +348,7 @@ def _print_summary(
     variable = report.reported_variable(datasets[0], study.report)
     render_table(rows, Console(), variable.replace("_", " "), lower_is_better(datasets[0], variable))
     failed = sum(int(np.isnan(agent.scores).sum()) for agent in found)
-    note = f"; {failed} members failed" if failed else ""
+    note = f"; {counted(failed, 'member')} failed" if failed else ""
     seconds = f"compiled in {about['compile_seconds']:.1f} s, ran {about['run_seconds']:.1f} s"
     console.print(f"{seconds}{note}. Report: {folder / report.HTML}", markup=False, highlight=False, soft_wrap=True)
 
@@ -447,10 +387,10 @@ class Plan:
         device = program.mesh.local_devices[0]
         names = ", ".join(f"{part.label} {len(part.grid)}" for part in parts)
         steps = f"{parts[0].program.num_steps:,} {parts[0].program.step_unit}"
-        rounds = " at a time" if self.study.search.in_rounds else ""
+        at_once = counted(members, "member") + (" at a time" if self.study.search.in_rounds else "")
         self._say(
-            f"{self.study.name}: {members} members{rounds} in {report.count(len(parts), 'sub-program')} ({names}), "
-            f"{steps} each, on {report.count(self.num_devices, f'{device.platform} device')}"
+            f"{self.study.name}: {at_once} in {counted(len(parts), 'sub-program')} ({names}), "
+            f"{steps} each, on {counted(self.num_devices, f'{device.platform} device')}"
         )
         sizes.check_states(parts, program.bytes_per_member, program.mesh, self._free)
 
@@ -462,14 +402,12 @@ class Plan:
             sizes.check_fits(program.parts, program.bytes_per_member, program.mesh, needed, what, self._free)
             free = self._free(program.mesh.local_devices[0])
             shared = " (all devices share it)" if self._shared(program) and self.num_devices > 1 else ""
-            of = "" if free is None else f" of {report.bytes_in_words(free)} free{shared}"
-            self._say(
-                f"memory per device: {report.bytes_in_words(needed)}{of}; compiled in {program.compile_seconds:.1f} s"
-            )
+            of = "" if free is None else f" of {bytes_in_words(free)} free{shared}"
+            self._say(f"memory per device: {bytes_in_words(needed)}{of}; compiled in {program.compile_seconds:.1f} s")
         if steps > 0 or self.quiet:
             return state
         state, per_step, per_evaluation = program.time_steps(state, total)
-        frequency = program.parts[0].program.eval_frequency
+        frequency = program.schedule.eval_every[-1]
         work = searches.work(self.study, total, frequency) if self.study.search.in_rounds else total
         evaluations = num_rows(total, total, frequency) * work / total
         self._say(

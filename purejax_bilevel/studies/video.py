@@ -14,13 +14,26 @@ import jax
 import numpy as np
 from PIL import Image, ImageDraw
 
+from purejax_bilevel.errors import UserError
+from purejax_bilevel.program import Part
 from purejax_bilevel.results.dataset import write_bytes
-from purejax_bilevel.runtime.compiled import Part, typed_state
+from purejax_bilevel.runtime.compiled import typed_state
 
+FILE_NAME = "policy.gif"
 SIZE = (400, 240)
 MOST_FRAMES = 250  # longer episodes skip steps
 FRAME_MILLISECONDS = 40
 INK, ACCENT, PAPER = "#222222", "#0072B2", "#ffffff"
+
+
+def check(program: Any) -> None:
+    """Whether a program has a policy to show.
+
+    Raises:
+        UserError: it has none.
+    """
+    if not hasattr(program, "episode"):
+        raise UserError(f"--video: {type(program).__name__} has no policy to show.")
 
 
 def median_member(scores: np.ndarray) -> int:

@@ -1,19 +1,21 @@
 """What a GPU would be asked to do, counted without one: the compiled program of an agent for an H200.
 
-    ./setup/run python tests/benchmarks/gpu_structure.py h200.txtpb --members 64
+    ./setup/run python tests/benchmarks/gpu_structure.py tests/data/h200.txtpb --members 64
 
 Takes a description of the target (`xla.GpuTargetConfigProto` as text; it must name driver_version, else XLA leaves most
 kinds of command buffers out) and needs jax's CUDA plug-in and nvcc's package, but no GPU and no driver:
 
     pip install --no-deps jax-cuda12-plugin jax-cuda12-pjrt nvidia-cuda-nvcc-cu12      # of the installed jax
 
-Counts are per step of all members in the block of fixed length that holds the learning steps: device operations
-(kernels, library calls, copies), copies among them, how many of them lie in CUDA graphs, and round trips to the host
-(loops and branches that the host decides). Temporary memory and compile time are of the whole program.
+Counts are per learning step of all members, in a block of fixed length: device operations (kernels, library calls,
+copies), copies among them, how many of them lie in CUDA graphs, and round trips to the host (loops and branches that
+the host decides). Temporary memory and compile time are of the whole program. Networks are stored as an accelerator
+would have them (`networks.together`).
 """
 
 import argparse
 import dataclasses
+import functools
 import os
 import re
 import tempfile
@@ -41,6 +43,7 @@ CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
 class Operation:
     """An entry of XLA's list, with what it contains; the condition of a loop is not kept."""
 
+    number: int  # XLA's
     kind: str
     contents: "list[Operation]"
 
@@ -57,16 +60,16 @@ COPIES = ("kCopy", "kMemcpy")
 
 def parse(listing: str) -> Operation:
     """The listing as a tree, by its indentation."""
-    root = Operation("", [])
+    root = Operation(0, "", [])
     open_operations = [(-1, root)]
     in_condition = False
     for line in listing.splitlines():
-        if line.strip() in ("condition:", "body:"):
-            in_condition = line.strip() == "condition:"
-        found = re.match(r"( *)\d+: (k\w+)", line)
+        if line.endswith(("condition:", "body:")):  # "No thunks. body:" where there is nothing to ask
+            in_condition = line.endswith("condition:")
+        found = re.match(r"( *)(\d+): (k\w+)", line)
         if found is None or in_condition:
             continue
-        indent, operation = len(found[1]), Operation(found[2], [])
+        indent, operation = len(found[1]), Operation(int(found[2]), found[3], [])
         while open_operations[-1][0] >= indent:
             open_operations.pop()
         open_operations[-1][1].contents.append(operation)
@@ -74,10 +77,23 @@ def parse(listing: str) -> Operation:
     return root
 
 
-def steps_of(root: Operation) -> Operation:
-    """The loop over steps: of the loops inside the loop over blocks, the one with most to do."""
-    loops = (loop for outer in root.all() if outer.kind == "kWhile" for loop in outer.all() if loop is not outer)
-    return max((loop for loop in loops if loop.kind == "kWhile"), key=lambda loop: sum(1 for _ in loop.all()))
+def loops_of_length(steps: int, program: str, names: str) -> set[int]:
+    """Numbers of the loops that turn `steps` times, known to the compiler.
+
+    Args:
+        steps: how often.
+        program: text of the optimised program.
+        names: XLA's list of what the operations of its other list are called in the program.
+    """
+    loops = re.findall(rf'%(while[\w.]*) = .*"known_trip_count":\{{"n":"{steps}"\}}', program)
+    numbers = re.findall(r'profile_annotation: "(while[\w.]*)"\s+thunk_id: (\d+)', names)
+    return {int(number) for name, number in numbers if name in loops}
+
+
+def steps_of(root: Operation, loops: set[int]) -> Operation:
+    """Of the loops with these numbers, the one with most to do: the one over learning steps."""
+    found = [loop for loop in root.all() if loop.kind == "kWhile" and loop.number in loops]
+    return max(found, key=lambda loop: sum(1 for _ in loop.all()))
 
 
 def count(step: Operation) -> dict[str, int]:
@@ -103,20 +119,24 @@ def count(step: Operation) -> dict[str, int]:
 def lowered(name: str, members: int, target: str, block_steps: int) -> Any:
     """The program of `members` seeds for one device of the target."""
     import jax
+    import numpy as np
     from jax.experimental import topologies
     from jax.sharding import Mesh, NamedSharding
     from jax.sharding import PartitionSpec as P
 
     import purejax_bilevel
+    from purejax_bilevel import networks
+    from purejax_bilevel.program import POPULATION
     from purejax_bilevel.runtime.compiled import CompiledProgram
     from purejax_bilevel.runtime.devices import AXIS, make_mesh
     from purejax_bilevel.studies.run import make_part
 
+    networks.together = lambda: True
     topology = topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=target)
     kind, settings = CONFIGURATIONS[name]
     part = make_part(getattr(purejax_bilevel, kind)(**settings).resolved(), members, 0)
     program = CompiledProgram([part], make_mesh(1, 1), None, block_steps)
-    mesh = Mesh(topology.devices, (AXIS,))
+    mesh = Mesh(np.array(topology.devices).reshape(1, 1), (AXIS, POPULATION))
     program.mesh = mesh
 
     def abstract(tree: Any, spec: Any) -> Any:
@@ -125,9 +145,27 @@ def lowered(name: str, members: int, target: str, block_steps: int) -> Any:
 
     bounds = [jax.ShapeDtypeStruct((), jax.numpy.int32)] * 3 + [jax.ShapeDtypeStruct((1,), jax.numpy.int32)]
     arguments = (program._structure, program._configs, program._seeds)
+    (steps,) = program.block_steps
     with jax.default_matmul_precision("highest"):
-        chunk = jax.jit(lambda *given: program._chunk(program.block_steps, *given), donate_argnums=0)
-        return chunk.lower(*abstract(arguments, P(AXIS)), *abstract(bounds, P())), program.block_steps
+        chunk = jax.jit(functools.partial(program._chunk, 0, steps), donate_argnums=0)
+        given = (*abstract(arguments, P(AXIS)), *abstract((program._shared, *bounds), P()))
+        return chunk.lower(*given), steps
+
+
+def measured(folder: Path, name: str, members: int, given: argparse.Namespace) -> tuple:
+    """The cells of a row; `folder` is where XLA writes."""
+    earlier = set(folder.glob(LISTING))
+    program, steps = lowered(name, members, given.target.read_text(), given.block_steps)
+    begin = time.perf_counter()
+    compiled = program.compile()
+    seconds = time.perf_counter() - begin
+    (listing,) = set(folder.glob(LISTING)) - earlier
+    stem = listing.name.removesuffix(LISTING.removeprefix("*"))
+    (text,) = folder.glob(f"{stem}.sm_*_gpu_after_optimizations.txt")
+    loops = loops_of_length(steps, text.read_text(), listing.with_name(f"{stem}.thunk_metadata.txt").read_text())
+    counts = count(steps_of(parse(listing.read_text()), loops)).values()
+    megabytes = compiled.memory_analysis().temp_size_in_bytes / 1e6
+    return name, members, steps, *counts, f"{megabytes:.0f} MB", f"{seconds:.0f} s"
 
 
 def main() -> None:
@@ -140,22 +178,14 @@ def main() -> None:
     given = parser.parse_args()
     folder = given.dump or Path(tempfile.mkdtemp())
     os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # what comes from a cache is not written down
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     os.environ["XLA_FLAGS"] = f"--xla_dump_to={folder} --xla_gpu_autotune_level=0"
     columns = ("program", "members", "steps in a block", "operations", "copies", "in graphs", "round trips")
     print("|", " | ".join((*columns, "temporary memory", "compile time")), "|\n|", "--- | " * (len(columns) + 2))
     for name in given.programs:
         for members in given.members:
-            earlier = set(folder.glob(LISTING))
-            program, steps = lowered(name, members, given.target.read_text(), given.block_steps)
-            begin = time.perf_counter()
-            compiled = program.compile()
-            seconds = time.perf_counter() - begin
-            (listing,) = set(folder.glob(LISTING)) - earlier
-            counts = count(steps_of(parse(listing.read_text()))).values()
-            megabytes = compiled.memory_analysis().temp_size_in_bytes / 1e6
-            cells = (name, members, steps, *counts, f"{megabytes:.0f} MB", f"{seconds:.0f} s")
-            print("|", " | ".join(map(str, cells)), "|", flush=True)
+            print("|", " | ".join(map(str, measured(folder, name, members, given))), "|", flush=True)
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ def step_flops(config: Any) -> float:
     if config.regret_frequency:
         solves += (config.regret_grid_size - 1) / config.regret_frequency  # the value 0 takes no products
     dual = config.num_dual_steps * 2 * training + forward
-    return solves * regression_agents.inner_steps(config) * training + 2 * forward + dual
+    return solves * config.num_inner_steps * training + 2 * forward + dual
 
 
 def product_rate() -> float:

@@ -32,7 +32,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from purejax_bilevel import ContinuousConfig, RLConfig, environments, replay  # first: this lets jax use all cores
-from purejax_bilevel.runtime import devices
+from purejax_bilevel.runtime import devices, loop
 from purejax_bilevel.runtime.compiled import CompiledProgram
 from purejax_bilevel.studies import run as runs
 
@@ -79,7 +79,8 @@ def compiled(
         params = task.params.replace(theta_threshold_radians=1e9, x_threshold=1e9)
         part.program.task = dataclasses.replace(task, params=params)
     mesh = devices.make_mesh(members)
-    program = CompiledProgram([part], mesh, member_batch or devices.default_member_batch(mesh))
+    block_steps = None if mesh.devices.flat[0].platform == "cpu" else loop.BLOCK_STEPS  # as a run does
+    program = CompiledProgram([part], mesh, member_batch or devices.default_member_batch(mesh), block_steps)
     program.compile()
     return program
 
@@ -144,7 +145,7 @@ def outer_step(config: Settings) -> Any:
     key = jax.random.key(0)
 
     def step(learner: Any, batch: replay.Batch) -> tuple:
-        return program.agent(config, learner, lambda _: batch, key, jnp.int32(0))
+        return program.agent.step(config, learner, lambda _: batch, key, jnp.int32(0))
 
     return jax.jit(step).trace(program.init(key, config).learner, batch)
 

@@ -23,6 +23,7 @@ def train(config: Any, num_seeds: int = 2, seed: int = 0, **options: Any) -> tup
 
 def step(program: Any, state: Any, config: Any, t: Any) -> tuple[Any, dict[str, Any]]:
     """Step `t` of a program, before or after the end of its warm-up; metrics that it leaves out have count 0."""
+    stage = program.stages[0]
     learn = lambda state: program.update(state, config, t)  # noqa: E731
     nothing = jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), jax.eval_shape(learn, state)[1])
 
@@ -30,7 +31,7 @@ def step(program: Any, state: Any, config: Any, t: Any) -> tuple[Any, dict[str, 
         state, metrics = program.collect(state, config, t)
         return state, nothing | metrics
 
-    return jax.lax.cond(t < program.warm_up, collect, learn, state)
+    return jax.lax.cond(t < stage.warm_up, collect, learn, state)
 
 
 def same(a: Any, b: Any) -> None:
@@ -83,10 +84,10 @@ def check_resume_is_bitwise(config: Any, folder: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
     original = CompiledProgram.__call__
 
-    def breaking(self: CompiledProgram, state: Any, start: int, stop: int, total: int) -> Any:
+    def breaking(self: CompiledProgram, state: Any, start: int, *others: int) -> Any:
         if start >= 30:
             raise RuntimeError("power cut")
-        return original(self, state, start, stop, total)
+        return original(self, state, start, *others)
 
     monkeypatch.setattr(CompiledProgram, "__call__", breaking)
     with pytest.raises(RuntimeError, match="power cut"):

@@ -24,7 +24,7 @@ GRID = Grid(
 STEPS = [1000, 2000, 3000, 4000, 5000]
 VARIABLES = {
     "evaluation_return": {"long_name": "evaluation return", "units": "reward per episode", "better": "higher"},
-    "gradient_norm": {"dimension": "layer"},
+    "gradient_norm": {"dims": ("layer",)},
 }
 
 

@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import xarray
 import yaml
 from matplotlib.image import imread
 from matplotlib.text import Text
 
 from purejax_bilevel.members import Axis, Grid
-from purejax_bilevel.results import comparison, plots, report, statistics
+from purejax_bilevel.results import comparison, outputs, plots, report, statistics
 from purejax_bilevel.results import dataset as datasets
 from purejax_bilevel.results.__main__ import main
 from purejax_bilevel.results.comparison import Line, Score
@@ -417,6 +418,43 @@ def test_table_and_curves_of_a_run_are_made_again_without_jax(tmp_path):
     assert found.returncode == 0, found.stderr
     assert "return at the end" in found.stdout
     assert imread(tmp_path / "learning_curves.png").std() > 0.02
+
+
+LOSSES = ("evaluation_mse", "outer_loss", "local_regret", "static_regret")
+
+
+def regression(steps: int) -> xarray.Dataset:
+    """Results as of the regression program: two settings, three seeds."""
+    grid = Grid((Axis(("grad_buffer_size",), ((1,), (10,))),), (0, 1, 2))
+    rng = np.random.default_rng(0)
+    series = {name: rng.random((6, steps)) for name in LOSSES}
+    series |= {name: rng.random((6, steps, 64)) for name in ("lambda", "prediction", "truth")}
+    about = {
+        "program": "Regression",
+        "title": "funcbo",
+        "headline": "evaluation_mse",
+        "config": {"input_dim": 1, "agent_type": "funcbo", "shift_type": "linear"},
+    }
+    return datasets.build_dataset(grid, np.arange(1, steps + 1), series, {"failed": np.zeros(6, bool)}, about)
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_the_figures_of_a_regression_are_made_again_without_jax(tmp_path, steps):
+    datasets.save(regression(steps), tmp_path)
+    found = again_without_jax(tmp_path)
+    assert found.returncode == 0, found.stderr
+    for name in ("curves.png", "lambda.png", "approximation.png"):
+        assert imread(tmp_path / name).std() > 0.02
+    assert not (tmp_path / "learning_curves.png").exists()
+
+
+def test_figures_of_a_regression_whose_members_all_diverged(tmp_path):
+    dataset = regression(4)
+    dataset["failed"] = dataset["failed"] | True
+    for name in (*LOSSES, "lambda", "prediction"):
+        dataset[name] = dataset[name] * np.nan
+    outputs.write_figures(dataset, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"curves.png", "lambda.png", "approximation.png"}
 
 
 @pytest.mark.parametrize(

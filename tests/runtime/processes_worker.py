@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from purejax_bilevel.runtime import loop, processes
 from purejax_bilevel.studies import run as runs
-from purejax_bilevel.studies import study, sweep
+from purejax_bilevel.studies import study, sweep_command
 from tests import toy
 
 
@@ -28,7 +28,7 @@ def main() -> int:
     sys.modules["toy_program"] = types.ModuleType("toy_program")
     sys.modules["toy_program"].Config = toy.Config  # type: ignore[attr-defined]
     study.PROGRAMS["toy"] = "toy_program"
-    status = sweep.main(sys.argv[2:])
+    status = sweep_command.main(sys.argv[2:])
     if results_file:
         with processes.together():
             dataset = runs.run(toy.Config(lr=(0.1, 0.01)), num_seeds=3, quiet=True)

@@ -61,10 +61,10 @@ def test_sigterm_stops_like_an_interrupt(tmp_path: Path, monkeypatch: pytest.Mon
 def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int, number: int) -> None:
     original = compiled.CompiledProgram.__call__
 
-    def stopping(self: Any, state: Any, start: int, stop: int, total: int) -> Any:
+    def stopping(self: Any, state: Any, start: int, *others: int) -> Any:
         if start == steps:
             os.kill(os.getpid(), number)
-        return original(self, state, start, stop, total)
+        return original(self, state, start, *others)
 
     monkeypatch.setattr(compiled.CompiledProgram, "__call__", stopping)
 
@@ -78,11 +78,11 @@ def untimed(arrays: dict[str, np.ndarray], about: dict[str, Any]) -> None:
 
 
 def without_rows(arrays: dict[str, np.ndarray], about: dict[str, Any]) -> None:
-    del arrays["0/rows/score"]
+    del arrays["0/rows/0/score"]
 
 
 def cut_rows(arrays: dict[str, np.ndarray], about: dict[str, Any]) -> None:
-    arrays["0/rows/score"] = arrays["0/rows/score"][:, 1:]
+    arrays["0/rows/0/score"] = arrays["0/rows/0/score"][:, 1:]
 
 
 def fewer_members(arrays: dict[str, np.ndarray], about: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from purejax_bilevel.errors import UserError
+from purejax_bilevel.errors import Interrupted, UserError
 from purejax_bilevel.members import Axis, Grid
 from purejax_bilevel.runtime import loggers
 from purejax_bilevel.runtime.loggers import Loggers
@@ -264,13 +264,12 @@ def test_several_runs_under_a_wandb_agent_are_refused(tmp_path, monkeypatch):
     assert Loggers(seeds, tmp_path, "one", wandb_mode="offline", runs="setting").active
 
 
-class Stopped(KeyboardInterrupt):
-    pass
-
-
-@pytest.mark.parametrize(("error", "code"), [(None, 0), (OSError, 1), (KeyboardInterrupt, 255), (Stopped, 255)])
+@pytest.mark.parametrize(("error", "code"), [(None, 0), (OSError, 1), (KeyboardInterrupt, 255), (Interrupted, 255)])
 def test_wandb_is_told_how_the_experiment_ended(tmp_path, error, code):
-    with contextlib.suppress(OSError, KeyboardInterrupt), make(tmp_path, wandb_mode="offline", runs="setting") as log:
+    with (
+        contextlib.suppress(OSError, KeyboardInterrupt, Interrupted),
+        make(tmp_path, wandb_mode="offline", runs="setting") as log,
+    ):
         log.log_rows(MEMBERS, rows(0, 2))
         if error is not None:
             raise error
@@ -336,6 +335,23 @@ def test_resumed_tensorboard_runs_have_every_row_once(tmp_path, timing):
         log.log_rows(MEMBERS, rows(2, 6))  # rows that overlap are dropped
     for member, events in zip(MEMBERS, tensorboard_rows(tmp_path).values(), strict=True):
         assert events == expected_rows(member)
+
+
+@pytest.mark.parametrize("sink", [{"wandb_mode": "offline"}, {"tensorboard": True}])
+def test_a_resumed_run_removes_no_file_that_is_not_its_own(tmp_path, sink):
+    with contextlib.suppress(KeyboardInterrupt), make(tmp_path, **sink) as log:
+        log.log_rows(MEMBERS, rows(0, 4))
+        raise KeyboardInterrupt
+    place = next(path for pattern in ("wandb/offline-run-*", "tensorboard/0*") for path in tmp_path.glob(pattern))
+    notes = [place / "note.txt", place.parent / "note.txt", place / "files" / "note.txt"]
+    for note in notes:
+        note.parent.mkdir(exist_ok=True)
+        note.write_text("mine")
+    time.sleep(1.01)  # wandb names folders by second and run
+    with make(tmp_path, **sink, resume=True) as log:
+        log.log_rows(MEMBERS, rows(0, 6))
+    assert all(note.read_text() == "mine" for note in notes)
+    assert len(list(tmp_path.rglob("run-*.wandb")) + list(tmp_path.rglob("events.out.*"))) == len(GRID)
 
 
 def test_torn_state_starts_anew(tmp_path):

@@ -3,7 +3,7 @@
 import os
 import signal
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import flax.struct
 import jax
@@ -13,7 +13,8 @@ import pytest
 
 from purejax_bilevel.configuration import POSITIVE, at_least, configuration, replace, static, traced
 from purejax_bilevel.errors import UserError
-from purejax_bilevel.runtime import checkpoint, compiled, devices, loop
+from purejax_bilevel.program import Measure, Program, Stage
+from purejax_bilevel.runtime import checkpoint, compiled, devices, loop, schedule
 from purejax_bilevel.studies import run as runs
 
 
@@ -39,25 +40,25 @@ class State(flax.struct.PyTreeNode):
     position: jax.Array
 
 
-class WalkProgram:
+class WalkProgram(Program):
     headline = "place"
-    step_unit = "steps"
-    long_names: ClassVar = {}
-    finals: ClassVar = {"last_places": "episode"}
+    measures = (Measure("last_places", "last places", dims=("episode",), when="end"),)
 
     def __init__(self, config: Walk):
-        self.num_steps, self.eval_frequency = config.num_train_steps, config.eval_frequency
+        self.stages = (Stage(config.num_train_steps, config.eval_frequency, self.update, self.evaluate),)
 
-    def init(self, key: jax.Array, config: Walk) -> State:
+    def init(self, key: jax.Array, config: Walk, shared: tuple = ()) -> State:
         return State(key, jnp.zeros(()))
 
-    def update(self, state: State, config: Walk, t: jax.Array) -> tuple[State, dict]:
+    def update(self, state: State, config: Walk, t: jax.Array, shared: tuple = ()) -> tuple[State, dict]:
         step = config.drift + jax.random.normal(jax.random.fold_in(state.key, t)) * (2.0 if config.twice else 1.0)
         position = state.position + jnp.where(t >= config.explode_after, jnp.nan, step)
         odd = (t % 2).astype(step.dtype)
         return state.replace(position=position), {"step": (step, jnp.ones(())), "odd_step": (odd * step, odd)}
 
-    def evaluate(self, state: State, config: Walk, t: jax.Array, is_last: jax.Array) -> dict[str, jax.Array]:
+    def evaluate(
+        self, state: State, config: Walk, t: jax.Array, is_last: jax.Array, shared: tuple = ()
+    ) -> dict[str, jax.Array]:
         return {"place": state.position, "last_places": jnp.where(is_last, state.position, jnp.nan)[None]}
 
     def is_finite(self, state: State) -> jax.Array:
@@ -80,7 +81,7 @@ def test_numbers_do_not_depend_on_chunks_devices_or_batches(chunks: int | None, 
     outcome = run(config, chunks=chunks, devices=devices, member_batch=member_batch)
     assert outcome.num_traces == 1
     rows = outcome.rows[0]
-    np.testing.assert_array_equal(compiled.row_steps(25, 4), [4, 8, 12, 16, 20, 24, 25])
+    np.testing.assert_array_equal(schedule.row_steps(25, 4), [4, 8, 12, 16, 20, 24, 25])
     for member, (drift, seed) in enumerate([(d, s) for d in (0.1, 0.5) for s in range(3)]):
         walk = expected_walk(drift, seed, 25)
         np.testing.assert_allclose(rows["place"][member], walk[[3, 7, 11, 15, 19, 23, 24]], rtol=1e-5)
@@ -99,7 +100,7 @@ def test_blocks_of_a_fixed_length_give_the_same_numbers(frequency: int, total: i
     config = Walk(drift=(0.1, 0.5), eval_frequency=frequency, num_train_steps=total)
     part = runs.make_part(config, 3, 0)
     program = compiled.CompiledProgram([part], devices.make_mesh(6, 2), 1, most_block_steps=4)
-    assert program.block_steps == {4: 4, 8: 4, 0: 4, 5: 1}[frequency]
+    assert program.block_steps == [{4: 4, 8: 4, 0: 4, 5: 1}[frequency]]
     rows: dict[str, list[np.ndarray]] = {}
     state = program.initial()
     for start, stop in ((0, 3), (3, 13), (13, total)):  # before, in and across blocks
@@ -172,10 +173,10 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path: Path):
 def test_interrupt_keeps_the_last_chunk_and_says_how_to_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     original = compiled.CompiledProgram.__call__
 
-    def interrupting(self: Any, state: Any, start: int, stop: int, total: int) -> Any:
+    def interrupting(self: Any, state: Any, start: int, *others: int) -> Any:
         if start == 10:
             os.kill(os.getpid(), signal.SIGINT)
-        return original(self, state, start, stop, total)
+        return original(self, state, start, *others)
 
     monkeypatch.setattr(compiled.CompiledProgram, "__call__", interrupting)
     with pytest.raises(loop.Interrupted, match="stopped after 15 of 25 steps; go on with --resume"):
@@ -274,7 +275,7 @@ def test_time_of_a_step_leaves_out_the_cost_of_a_call(monkeypatch: pytest.Monkey
     timed = compiled.CompiledProgram([part], devices.make_mesh(1, 1), 1)
     clock = 0.0
 
-    def call(self: compiled.CompiledProgram, state: Any, start: int, stop: int, total: int) -> tuple:
+    def call(self: compiled.CompiledProgram, state: Any, start: int, stop: int, total: int, stage: int = 0) -> tuple:
         nonlocal clock
         assert 0 <= start < stop <= total
         evaluations = sum((t + 1) % (frequency or total) == 0 or t + 1 == total for t in range(start, stop))

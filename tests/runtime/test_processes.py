@@ -27,7 +27,7 @@ from purejax_bilevel.errors import UserError
 from purejax_bilevel.results import dataset as datasets
 from purejax_bilevel.runtime import checkpoint, devices, loop, processes
 from purejax_bilevel.runtime.processes import Place
-from purejax_bilevel.studies import command_line, sweep
+from purejax_bilevel.studies import command_line, sweep_command
 from purejax_bilevel.studies import run as runs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -123,7 +123,7 @@ def test_open_mpi_says_who_is_who():
     ],
 )
 def test_wrong_places_get_one_sentence(words, sentence, capsys):
-    assert sweep.main(["omd_capacity", *words.split()]) == 2
+    assert sweep_command.main(["omd_capacity", *words.split()]) == 2
     assert command_line.main(train_rl.configuration, "", words.split()) == 2
     told = capsys.readouterr().err.splitlines()
     assert len(told) == 2
@@ -531,7 +531,7 @@ def test_a_search_gives_the_numbers_of_one_process(toy, tmp_path):
     assert status == [0, 0], told
     assert "Report: " in told[0]
     assert told[1] == ""
-    assert sweep.main(toy_words(tmp_path, "one", *words, "--quiet")) == 0
+    assert sweep_command.main(toy_words(tmp_path, "one", *words, "--quiet")) == 0
     same_sweep(tmp_path / "two", tmp_path / "one")
     whole = runs.run(toy(lr=(0.1, 0.01)), num_seeds=3, quiet=True).score.values
     for i in range(2):
@@ -554,7 +554,7 @@ def test_stopped_and_killed_processes_go_on_as_two_or_one(toy, tmp_path):
     steps = [f"num_train_steps={total}", "eval_frequency=2000"]
     settings = {"CHECKPOINT_SECONDS": 0.0, "HEARTBEAT_SECONDS": 10}
     folder, small = tmp_path / "two", ["--chunks", "2000"]
-    assert sweep.main(toy_words(tmp_path, "one", *steps, "--quiet")) == 0
+    assert sweep_command.main(toy_words(tmp_path, "one", *steps, "--quiet")) == 0
 
     with started(WORKER, toy_words(tmp_path, "two", *steps, *small), settings) as running:
         wait_for_steps(folder, 20, running)
@@ -576,6 +576,6 @@ def test_stopped_and_killed_processes_go_on_as_two_or_one(toy, tmp_path):
     assert stopped_at < killed_at < total
     (folder / f"checkpoint.{killed_at + 10}.1.npz").write_bytes(b"half of a shard")
 
-    assert sweep.main(["--resume", str(folder), "--quiet", "--devices", "3"]) == 0
+    assert sweep_command.main(["--resume", str(folder), "--quiet", "--devices", "3"]) == 0
     same_sweep(folder, tmp_path / "one")  # all steps count, also those of two processes
     assert [path.name for path in folder.glob("*checkpoint*")] == [checkpoint.FILE_NAME]

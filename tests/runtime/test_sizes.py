@@ -8,7 +8,7 @@ import train_rl
 from purejax_bilevel.errors import UserError
 from purejax_bilevel.runtime import devices, sizes
 from purejax_bilevel.runtime.compiled import CompiledProgram
-from purejax_bilevel.studies import command_line, sweep
+from purejax_bilevel.studies import command_line, sweep_command
 from purejax_bilevel.studies import run as runs
 from tests import toy
 
@@ -48,7 +48,7 @@ def test_the_other_scripts_refuse_it_too(tmp_path, capsys):
     words = ["--hidden_dim", "100000", *place]
     assert command_line.main(train_regression.configuration, "", words) == 2
     assert "1 member does not fit" in capsys.readouterr().err
-    assert sweep.main(["omd_capacity", "--num_seeds", "2000000000", *place]) == 2
+    assert sweep_command.main(["omd_capacity", "--num_seeds", "2000000000", *place]) == 2
     assert "members (2,000,000,000) are more than the 1,000,000" in capsys.readouterr().err
 
 

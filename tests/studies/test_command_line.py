@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 import yaml
 
+from purejax_bilevel import configuration
 from purejax_bilevel.errors import UserError
 from purejax_bilevel.programs.control.q_learning import Config
 from purejax_bilevel.results import dataset as datasets
-from purejax_bilevel.runtime import loop
-from purejax_bilevel.studies import command_line, folder
+from purejax_bilevel.runtime import loop, processes
+from purejax_bilevel.studies import arguments, command_line, folder
+from purejax_bilevel.studies import run as runs
+from tests import toy
 
 ROOT = Path(__file__).parents[2]
 TINY = (
@@ -22,7 +25,7 @@ TINY = (
 )
 
 
-def parse(text: str) -> tuple[command_line.Run, Config]:
+def parse(text: str) -> tuple[arguments.Options, Config]:
     return command_line.parse(Config, "", text.split())
 
 
@@ -62,6 +65,8 @@ def test_several_values_are_an_axis():
         ("--env_name Pendulum-v1", "continuous actions"),
         ("--lr -1", "--lr must be"),
         ("--lr 1e-3 nan", "--lr must be"),
+        ("--agent_type dqn", "--agent_type must be one of omd, funcbo"),
+        ("--agent_type=no_such_module:mine", "the module no_such_module cannot be imported"),
         ("--batch_size 64 --init_steps 32", "--batch_size 64 is larger"),
         ("--capacity 10", "--capacity 10 is smaller"),
         ("--devices 99", "--devices must be from 1 to 8"),
@@ -86,7 +91,7 @@ def test_bad_input_is_one_sentence_and_status_2(
     assert not (tmp_path / "run" / "config.yaml").exists()
 
 
-@pytest.mark.parametrize("words", ["--no_such_flag 3", "--lr abc", "--agent_type dqn"])
+@pytest.mark.parametrize("words", ["--no_such_flag 3", "--lr abc"])
 def test_unparsable_words_exit_with_status_2(words: str, capsys: pytest.CaptureFixture):
     with pytest.raises(SystemExit) as raised:
         parse(words)
@@ -161,12 +166,58 @@ def test_flags_may_be_given_a_value():
 def test_a_resumed_run_does_again_what_it_was_told_unless_told_anew(tmp_path: Path):
     _, config = parse("--warm_opt")
     told = {"video": True, "tensorboard": True, "wandb_mode": "offline", "wandb_runs": "setting"}
-    folder.describe(tmp_path, config, {"seed": 3, "num_seeds": 2}, told, False)
+    options = loop.RunOptions(**{name: value for name, value in told.items() if name != "video"})
+    folder.describe(tmp_path, folder.as_told(config, {"seed": 3, "num_seeds": 2}), options, False, video=True)
     run, again = parse(f"--resume {tmp_path}")
     assert {name: getattr(run, name) for name in told} == told
-    assert (run.seed, run.num_seeds, again) == (3, 2, config)
+    assert (run.seed, run.num_seeds, again.resolved()) == (3, 2, config.resolved())
     run, again = parse(f"--resume {tmp_path} --warm_opt --video=False --wandb_mode disabled")
     assert (run.video, run.tensorboard, run.wandb_mode, again.warm_opt) == (False, True, "disabled", True)
+
+
+@pytest.mark.parametrize(("seeds", "who"), [(1, "the only member"), (3, "all 3 members")])
+def test_a_run_whose_members_all_diverged_exits_with_1_and_keeps_everything(seeds, who, tmp_path, capsys):
+    words = f"--lr 10 --num_train_steps 8 --num_seeds {seeds} --output_dir {tmp_path} --name run --quiet"
+    assert command_line.main(toy.Config, "", words.split()) == 1
+    told = capsys.readouterr().err
+    assert told.startswith(f"error: {who} diverged")
+    assert told.count("\n") == 1
+    assert datasets.load(tmp_path / "run").failed.values.all()
+    assert command_line.main(toy.Config, "", ["--resume", str(tmp_path / "run"), "--lr", "10", "--quiet"]) == 1
+
+
+def test_a_run_with_a_member_left_exits_with_0(tmp_path):
+    words = f"--lr 10 0.1 --num_train_steps 8 --output_dir {tmp_path} --name run --quiet"
+    assert command_line.main(toy.Config, "", words.split()) == 0
+
+
+@pytest.mark.parametrize(
+    ("variable", "words", "logged"),
+    [
+        ("offline", "", True),
+        ("", "", False),
+        ("offline", "--wandb_mode disabled", False),
+        ("disabled", "--wandb_mode offline", True),
+    ],
+)
+def test_the_command_line_says_more_than_the_variable_of_wandb(variable, words, logged, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", variable)
+    words = f"--num_train_steps 8 --output_dir {tmp_path} --name run --quiet {words}"
+    assert command_line.main(toy.Config, "", words.split()) == 0
+    assert bool(list(tmp_path.glob("run/wandb/offline-run-*"))) == logged
+
+
+def test_the_variable_of_wandb_does_not_matter_without_a_folder(monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert runs.run(toy.Config(num_train_steps=8), quiet=True).sizes["seed"] == 1
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_the_first_of_several_processes_prints_the_warnings(is_first, monkeypatch):
+    monkeypatch.setattr(configuration, "is_quiet", None)
+    monkeypatch.setattr(processes, "is_first", lambda: is_first)
+    assert command_line.exit_status(lambda console: None, []) == 0
+    assert configuration.is_quiet is not is_first
 
 
 def test_help_says_once_what_happens_by_default(capsys: pytest.CaptureFixture):

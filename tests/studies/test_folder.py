@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 import yaml
 
+from purejax_bilevel import ContinuousConfig, RLConfig
+from purejax_bilevel.configuration import replace
 from purejax_bilevel.errors import UserError
 from purejax_bilevel.runtime import checkpoint, loop
+from purejax_bilevel.runtime.options import RunOptions
 from purejax_bilevel.studies import command_line, folder, search
 from purejax_bilevel.studies import run as runs
 from tests import toy
@@ -121,6 +124,8 @@ def test_an_interrupted_run_says_what_is_left(tmp_path: Path):
 
     assert "nothing was written" in interrupted("")
     assert "there is no checkpoint yet" in interrupted(folder.CONFIG)
+    (tmp_path / "run" / folder.ROUNDS / "generation-1").mkdir(parents=True)
+    assert "the rounds that are over remain" in interrupted(f"{folder.ROUNDS}/generation-1/{folder.SCORES}")
     assert "the last checkpoint remains" in interrupted(checkpoint.FILE_NAME)
 
 
@@ -137,6 +142,33 @@ def test_a_run_from_python_uses_the_same_door(tmp_path: Path):
     longer = runs.run(toy.Config(num_train_steps=40), folder=tmp_path / "run", resume=True, quiet=True)
     whole = runs.run(toy.Config(num_train_steps=40), quiet=True)
     np.testing.assert_array_equal(longer.score, whole.score)
+
+
+DRIFT = {"agent_type": "sql", "non_stationary": "drift"}
+
+
+@pytest.mark.parametrize(
+    ("config_class", "settings", "name"),
+    [(RLConfig, DRIFT, "transition_steps"), (ContinuousConfig, {}, "capacity")],
+)
+def test_a_longer_run_is_refused_where_0_would_stand_for_something_else(
+    config_class: type, settings: dict, name: str, tmp_path: Path
+):
+    """All steps of a shorter run are not all steps of a longer one: other sizes of arrays, another drift."""
+    run, begun = {"seed": 0, "num_seeds": 1}, config_class(num_train_steps=3000, **settings)
+    longer = replace(begun, num_train_steps=6000)
+    folder.describe(tmp_path, folder.as_told(begun, run), RunOptions(), False, video=False)
+    told = yaml.safe_load((tmp_path / folder.CONFIG).read_text())["config"]
+    assert (told[name], told["num_train_steps"]) == (0, 3000)
+    folder.check_unchanged(tmp_path, begun, run)
+    with pytest.raises(UserError, match=f"--{name} 0 stood for 3000 .* 6000: go on with --{name} 3000, or start"):
+        folder.check_unchanged(tmp_path, longer, run)
+    given = replace(longer, **{name: 3000})
+    folder.check_unchanged(tmp_path, given, run)
+    folder.describe(tmp_path, folder.as_told(given, run), RunOptions(), True, video=False)
+    folder.check_unchanged(tmp_path, replace(given, num_train_steps=9000), run)
+    with pytest.raises(UserError, match=f"--resume goes on with --{name} 3000, got 9000;"):
+        folder.check_unchanged(tmp_path, replace(longer, num_train_steps=9000), run)
 
 
 def test_no_home_and_no_user_name_are_no_reason_to_stop(monkeypatch: pytest.MonkeyPatch):

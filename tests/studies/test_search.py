@@ -13,7 +13,7 @@ from purejax_bilevel.errors import UserError
 from purejax_bilevel.results import dataset as datasets
 from purejax_bilevel.runtime import compiled, loop
 from purejax_bilevel.studies import run as runs
-from purejax_bilevel.studies import search, sweep
+from purejax_bilevel.studies import search, sweep_command
 from purejax_bilevel.studies.search import Evolution, rung_ends
 from purejax_bilevel.studies.study import Interval, Search, make_agents, parse
 
@@ -34,7 +34,7 @@ class Killed(BaseException):
 def run(folder: Path, description: dict[str, Any], *arguments: str, name: str = "sweep") -> Path:
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(description))
-    status = sweep.main(
+    status = sweep_command.main(
         [str(path), "--output_dir", str(folder), "--name", name, "--quiet", "--devices", "2", *arguments]
     )
     assert status == 0
@@ -170,9 +170,9 @@ def test_a_killed_search_goes_on(toy, tmp_path, monkeypatch, changes, calls):
 
             patch.setattr(compiled.CompiledProgram, "__call__", limited)
             with pytest.raises(Killed):
-                sweep.main([*words, "--quiet", "--chunks", "16", "--devices", str(2 + count % 3)])
+                sweep_command.main([*words, "--quiet", "--chunks", "16", "--devices", str(2 + count % 3)])
         arguments = ["--resume", str(folder)]
-    assert sweep.main(["--resume", str(folder), "--quiet", "--devices", "8"]) == 0
+    assert sweep_command.main(["--resume", str(folder), "--quiet", "--devices", "8"]) == 0
     assert history(folder) == history(whole)
     for label in ("left", "right"):
         found, expected = datasets.load(folder / label), datasets.load(whole / label)
@@ -185,7 +185,7 @@ def test_a_finished_search_is_not_run_again(toy, tmp_path, monkeypatch):
     before = (folder / "report.md").read_text()
     (folder / "report.md").unlink()
     monkeypatch.setattr(compiled.CompiledProgram, "__call__", None)
-    assert sweep.main(["--resume", str(folder), "--quiet"]) == 0
+    assert sweep_command.main(["--resume", str(folder), "--quiet"]) == 0
     assert (folder / "report.md").read_text().split("## How")[0] == before.split("## How")[0]
 
 

@@ -9,10 +9,12 @@ import pytest
 import yaml
 from rich.console import Console
 
+from purejax_bilevel.configuration import fields
 from purejax_bilevel.errors import UserError
 from purejax_bilevel.results import dataset as datasets
+from purejax_bilevel.results.statistics import TASKS
 from purejax_bilevel.runtime import compiled, loop
-from purejax_bilevel.studies import presets, study, sweep
+from purejax_bilevel.studies import presets, study, sweep, sweep_command
 from purejax_bilevel.studies import run as runs
 from purejax_bilevel.studies.study import Interval, make_agents, override, parse
 
@@ -32,7 +34,7 @@ def run(folder: Path, description: dict[str, Any], *arguments: str, name: str = 
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(description))
     words = [str(path), "--output_dir", str(folder), "--name", name, "--quiet", *arguments]
-    return sweep.main(words)
+    return sweep_command.main(words)
 
 
 def scores(folder: Path) -> dict[str, np.ndarray]:
@@ -74,6 +76,9 @@ WRONG = [
     ({"seeds": 0}, "seeds: count must be a whole number of at least 1, got 0"),
     ({"seeds": {"count": 2, "select": 2}}, "must leave a seed to report"),
     ({"seeds": {"number": 2}}, "no entry 'number'"),
+    ({"seeds": 10**15}, "seeds: count must be at most 1000000, got 1000000000000000"),
+    ({"seeds": {"count": 10**15, "select": 3}}, "seeds: count must be at most 1000000"),
+    ({"seeds": 10**6, "axes": [{"grid": {"lr": [0.1, 0.2]}}]}, "2,000,000 members .* are more than the 1,000,000"),
     ({"search": {"method": "bayes"}}, "search: method must be one of grid, random, es, got 'bayes'"),
     ({"search": {"method": "es", "halving": 1}}, "not with es"),
     ({"search": {"algorithm": "open_es", "population": 7}}, "must be even"),
@@ -114,6 +119,8 @@ def test_wrong_files_are_told_in_one_sentence(toy, changes, sentence):
         ["{file}", "--name", "taken"],
         ["{file}", "--search", "es", "--population", "2"],
         ["{file}", "report.variable=points"],
+        ["{file}", "--quiet=maybe"],
+        ["{file}", "--video"],
     ],
 )
 def test_bad_input_ends_with_status_2_and_a_sentence(toy, tmp_path, capsys, arguments):
@@ -121,7 +128,7 @@ def test_bad_input_ends_with_status_2_and_a_sentence(toy, tmp_path, capsys, argu
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "config.yaml").write_text("")
     words = [word.format(file=tmp_path / "file.yaml", folder=tmp_path) for word in arguments]
-    assert sweep.main([*words, "--output_dir", str(tmp_path)]) == 2
+    assert sweep_command.main([*words, "--output_dir", str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith("error: ")
 
 
@@ -139,6 +146,17 @@ TWO = ["CartPole-v1", "Acrobot-v1"]
 def test_tasks_are_compared_one_by_one(changes, sentence):
     with pytest.raises(UserError, match=sentence):
         make_agents(parse({"program": "rl", "agents": ["omd"], **changes}))
+
+
+@pytest.mark.parametrize("program", study.PROGRAMS)
+def test_no_task_of_a_program_can_be_a_best_setting(program):
+    declared = {field.name for field in fields(study.config_class(program)) if field.metadata.get("task")}
+    assert declared <= set(TASKS)
+
+
+def test_every_task_is_declared_by_a_program():
+    classes = [study.config_class(program) for program in study.PROGRAMS]
+    assert set(TASKS) == {field.name for cls in classes for field in fields(cls) if field.metadata.get("task")}
 
 
 def test_numbers_are_read_as_the_fields_need_them(toy):
@@ -170,7 +188,7 @@ def test_overrides_replace_what_the_file_states(toy):
 
 def test_command_line_overrides():
     line = "omd_capacity --scale paper --lr 1e-3 3e-4 tau=0.1,0.2 --num-T-steps=3 --devices 2 hard=true agents=omd,mle"
-    words, changes = sweep.split_overrides([*line.split(), "--beta", "-1", "report.over=0.5"])
+    words, changes = sweep_command.split_overrides([*line.split(), "--beta", "-1", "report.over=0.5"])
     assert words == ["omd_capacity", "--scale", "paper", "--devices", "2"]
     assert changes == {
         "lr": ["1e-3", "3e-4"],
@@ -311,7 +329,7 @@ def test_a_killed_sweep_goes_on_with_other_devices(toy, tmp_path, monkeypatch, f
         with pytest.raises(Killed):
             run(tmp_path, TOY, "--devices", first, "--chunks", "8", name="killed")
     assert loop.steps_done(tmp_path / "killed") == 6
-    assert sweep.main(["--resume", str(tmp_path / "killed"), "--devices", second, "--quiet"]) == 0
+    assert sweep_command.main(["--resume", str(tmp_path / "killed"), "--devices", second, "--quiet"]) == 0
     expected, found = scores(tmp_path / "whole"), scores(tmp_path / "killed")
     assert list(found) == ["left", "right"]
     for label, array in expected.items():
@@ -324,15 +342,63 @@ def test_resume_keeps_the_sweep(toy, tmp_path, capsys):
     assert run(tmp_path, TOY, "lr=0.1", "--num_seeds", "3") == 0
     folder = str(tmp_path / "sweep")
     before = scores(tmp_path / "sweep")
-    assert sweep.main([str(tmp_path / "sweep.yaml"), "--resume", folder, "--quiet", "--num_seeds", "3"]) == 0
+    assert sweep_command.main([str(tmp_path / "sweep.yaml"), "--resume", folder, "--quiet", "--num_seeds", "3"]) == 0
     assert scores(tmp_path / "sweep").keys() == before.keys()
     again = ["--output_dir", str(tmp_path), "--name", "again", "--quiet"]
-    assert sweep.main([f"{folder}/config.yaml", *again]) == 0  # the report calls it the sweep file
+    assert sweep_command.main([f"{folder}/config.yaml", *again]) == 0  # the report calls it the sweep file
     assert report_numbers(tmp_path / "again") == report_numbers(tmp_path / "sweep")
-    assert sweep.main(["--resume", folder, "--quiet", "lr=0.2"]) == 2
+    assert sweep_command.main(["--resume", folder, "--quiet", "lr=0.2"]) == 2
     assert "start a new sweep" in capsys.readouterr().err
-    assert sweep.main(["omd_capacity", "--resume", folder, "--quiet"]) == 2
+    assert sweep_command.main(["omd_capacity", "--resume", folder, "--quiet"]) == 2
     assert "goes on with sweep" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("{file} --seed 1 2", "--seed takes one value, got 1 2."),
+        ("--resume {folder} --seed 1 2", "--seed takes one value, got 1 2."),
+        ("--scale smoke {file} --num_seeds 1 2", "--num_seeds takes one value, got 1 2."),
+        ("{file} --tensorboard=yes", "--tensorboard must be True or False, got 'yes'."),
+    ],
+)
+def test_options_with_a_wrong_number_of_values_get_one_sentence(toy, tmp_path, capsys, words, sentence):
+    names = {"file": "no_such.yml", "folder": str(tmp_path)}
+    assert sweep_command.main(words.format(**names).split()) == 2
+    assert capsys.readouterr().err == f"error: {sentence.format(**names)}\n"
+
+
+def test_flags_may_be_given_a_value_and_the_sweep_its_place(toy, tmp_path):
+    (tmp_path / "file.yaml").write_text(yaml.safe_dump(TOY))
+    words = ["--quiet=True", "--tensorboard=false", "--num_seeds", "2", str(tmp_path / "file.yaml"), "--scale", "paper"]
+    options, checked = sweep_command.read_arguments(words)
+    assert (options.quiet, options.tensorboard, options.scale, checked.seeds.count) == (True, False, "paper", 2)
+
+
+def test_a_resumed_sweep_does_again_what_it_was_told_unless_told_anew(toy, tmp_path):
+    assert run(tmp_path, TOY, "--tensorboard", "--wandb_mode", "disabled", "--wandb_runs", "setting") == 0
+    folder = tmp_path / "sweep"
+    options, _ = sweep_command.read_arguments(["--resume", str(folder)])
+    assert (options.tensorboard, options.wandb_mode, options.wandb_runs) == (True, "disabled", "setting")
+    options, _ = sweep_command.read_arguments(
+        ["--resume", str(folder), "--tensorboard=False", "--wandb_mode", "offline"]
+    )
+    assert (options.tensorboard, options.wandb_mode, options.wandb_runs) == (False, "offline", "setting")
+    (folder / "config.yaml").write_text("sweep: {program: toy}\noptions: {wandb_mode: cloud}\n")
+    with pytest.raises(UserError, match="not of a sweep"):
+        sweep_command.read_arguments(["--resume", str(folder)])
+
+
+def test_one_member_is_no_members(toy, tmp_path, capsys):
+    one = described(agents=["left"], axes=[], seeds=1)
+    assert run(tmp_path, one, "--quiet=False") == 0
+    assert "sweep: 1 member in 1 sub-program" in capsys.readouterr().err
+    assert "1 member (1 agent, 1 setting, 1 seed)" in (tmp_path / "sweep" / "report.md").read_text()
+    assert run(tmp_path, {**one, "settings": {"lr": 10.0}}, "--quiet=False", name="lost") == 1
+    told = capsys.readouterr().err
+    assert "the only member diverged" in told
+    assert "1 member failed" in told
+    assert "1 of 1 member diverged or has no finite score" in (tmp_path / "lost" / "report.md").read_text()
 
 
 def test_a_sweep_whose_members_all_diverged_says_so(toy, tmp_path, capsys):
@@ -354,13 +420,13 @@ def test_the_plan_is_told_and_memory_is_checked(toy, tmp_path, capsys, monkeypat
     path = tmp_path / "plan.yaml"
     path.write_text(yaml.safe_dump(TOY))
     words = [str(path), "--output_dir", str(tmp_path), "--devices", "2"]
-    assert sweep.main([*words, "--name", "fits"]) == 0
+    assert sweep_command.main([*words, "--name", "fits"]) == 0
     told = capsys.readouterr().err
     assert "plan: 24 members in 2 sub-programs (left 12, right 12), 16 steps each, on 2 cpu devices" in told
     assert "memory per device: " in told
     assert "time: about " in told
     monkeypatch.setattr(sweep.Plan.__init__, "__defaults__", (False, lambda device: 300))
-    assert sweep.main([*words, "--name", "too_large"]) == 2
+    assert sweep_command.main([*words, "--name", "too_large"]) == 2
     refused = capsys.readouterr().err
     assert "24 members do not fit" in refused
     assert "--num_seeds" in refused
@@ -383,7 +449,7 @@ def test_timing_leaves_no_trace_in_the_numbers(toy, tmp_path):
     """A quiet sweep measures no time, a talking one does."""
     assert run(tmp_path, TOY, name="quiet") == 0
     path = tmp_path / "quiet.yaml"
-    assert sweep.main([str(path), "--output_dir", str(tmp_path), "--name", "talking"]) == 0
+    assert sweep_command.main([str(path), "--output_dir", str(tmp_path), "--name", "talking"]) == 0
     for label, array in scores(tmp_path / "quiet").items():
         np.testing.assert_array_equal(scores(tmp_path / "talking")[label], array)
 
@@ -429,6 +495,34 @@ def test_a_real_program_end_to_end(tmp_path):
     assert dataset.final_return.shape == (2, 2, 2)
     assert not dataset.failed.values.any()
     assert "optimality gap to 500" in (tmp_path / "sweep" / "report.md").read_text()
+
+
+@pytest.mark.parametrize("words", [["lr=0.1"], ["lr=0.1", "agents=left"], ["lr=0.1", "seeds.count=1"], ["lr=10"]])
+def test_figures_of_an_axis_that_was_overridden_are_left_out(toy, tmp_path, words):
+    shown = [{"kind": "sensitivity", "axis": name} for name in ("lr", "width")]
+    assert run(tmp_path, described(report={"figures": shown}), *words) == int(words == ["lr=10"])
+    assert not list((tmp_path / "sweep" / "figures").glob("study-*"))
+    assert (tmp_path / "sweep" / "report.html").exists()
+
+
+def test_the_video_shows_the_median_member_of_the_best_setting(toy, tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(toy.program(toy()).__class__, "episode", None, raising=False)
+    monkeypatch.setattr(sweep.videos, "write_video", lambda *given: shown.append(given[:3]))
+    axes = [{"grid": {"lr": [0.001, 0.01, 0.1], "repeats": [1, 2]}}]
+    assert run(tmp_path, described(axes=axes, seeds={"count": 5, "select": 2}), "--video") == 0
+    for label, (part, state, member) in zip(("left", "right"), shown, strict=True):
+        settings = part.grid.settings(member)
+        assert (part.label, settings["lr"]) == (f"{label}, repeats=1", 0.01)
+        dataset = datasets.load(tmp_path / "sweep" / label).sel(lr=0.01, repeats=1)
+        assert settings["seed"] == dataset.seed.values[np.argsort(dataset.final_score.values[:, 0])[2]]
+        assert len(state[0].walk) == len(part.grid)
+
+
+def test_a_search_keeps_no_policy_to_show(toy, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(toy.program(toy()).__class__, "episode", None, raising=False)
+    assert run(tmp_path, TOY, "--halving", "1", "--video") == 2
+    assert "--video does not go with es and halving" in capsys.readouterr().err
 
 
 def test_the_toy_is_not_left_registered():

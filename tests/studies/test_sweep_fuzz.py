@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from purejax_bilevel.errors import UserError
-from purejax_bilevel.studies import presets, study, sweep
+from purejax_bilevel.studies import presets, study, sweep, sweep_command
 
 REPLACEMENTS: tuple[Any, ...] = (
     None, "text", True, -1, 0.5, 10**30, 10**400, float("inf"), [], [[1, 2], [3]], [None], {}, {"omd": 1}, [{"a": 1}],
@@ -107,4 +107,4 @@ def test_merged_mappings_are_no_duplicates(tmp_path):
 @pytest.mark.parametrize("word", ["lr=*x", "lr=1,*x", "lr={a: 1, a: 2}", "lr=[", "lr=2020-99-99"])
 def test_overrides_that_are_no_yaml_are_refused(word):
     with pytest.raises(UserError, match="is not YAML"):
-        sweep.split_overrides([word])
+        sweep_command.split_overrides([word])

@@ -1,22 +1,19 @@
 """The agents of bilevel model-based Q-learning: what differs between them is where the model's gradient comes from.
 
-theta = world model (outer variable), phi = Q-function (inner variable), B = batch of real transitions.
+theta = world model (outer variable), phi = Q-function (inner variable), B = batch of real transitions. The agents are
+the values of `AGENTS`, at the end of this file. What they share is here too, for agents of your own: `init_learner`,
+`bilevel_agent` (of a hypergradient), `predictive_agent` (of a loss of the model), `model_free_agent`, `q_step`.
 
-    omd                 implicit differentiation of grad_phi L_Q(phi; model batch of theta) = 0
-    funcbo              functional differentiation: adjoint in the space of Q-values
-    funcbo_reward_only  the rule of the OFBO code: the model's next observation gets no gradient
-    mle                 likelihood of the observed transitions
-    vep                 value-equivalent prediction under random value functions
-    sql                 no model: soft double Q-learning on real transitions
-
-Each is a function `agent(config, learner, draw, key, t) -> (Learner, losses)` doing one outer step; `draw(key)` gives
-a batch of real transitions. Arrays are features first.
+Each has a function `step(config, learner, draw, key, t) -> (Learner, losses)` doing one outer step; `draw(key)` gives a
+batch of real transitions. Arrays are features first.
 Sources: OMD, Nikishin et al. 2021 (arXiv 2106.03273); funcBO, Petrulionyte et al. 2024; SmoothFBO: the same with a
 smoothed gradient; VEP, Grimm et al. 2020.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -24,13 +21,21 @@ import jax.numpy as jnp
 import optax
 
 from purejax_bilevel import networks
+from purejax_bilevel.agents import Agent, Agents, Alias
 from purejax_bilevel.bilevel import functional, implicit, smoothing
-from purejax_bilevel.configuration import replace
-from purejax_bilevel.errors import UserError
 from purejax_bilevel.networks import Heads, Network
+from purejax_bilevel.programs.control.settings import (
+    Hypergradient,
+    Inner,
+    Learning,
+    ModelHeads,
+    Outer,
+    QLearning,
+    SoftQ,
+    WarmStart,
+)
 from purejax_bilevel.replay import Batch
 
-C = TypeVar("C")
 LOG_STD_RANGE = (-5.0, 2.0)
 NUM_LAYERS = 2
 GMRES_CYCLES = 20  # a full Krylov space first of all: short ones stagnate on the critic's indefinite Hessian
@@ -47,7 +52,8 @@ class Learner(flax.struct.PyTreeNode):
     """Everything that is learned, with the optimisers' states.
 
     Its methods say what model and Q-function are; the agents below need nothing else of them, so that a subclass may
-    have others (`soft_actor_critic_agents.Learner`: continuous actions).
+    have others (`soft_actor_critic_agents.Learner`: continuous actions). Which settings that takes is the subclass's
+    business: their `config` is that of its own program.
     """
 
     # inner problem
@@ -111,7 +117,7 @@ class Learner(flax.struct.PyTreeNode):
 
 Losses = dict[str, jax.Array]
 Draw = Callable[[jax.Array], Batch]
-Agent = Callable[[Any, Learner, Draw, jax.Array, jax.Array], tuple[Learner, Losses]]
+Step = Callable[[Any, Learner, Draw, jax.Array, jax.Array], tuple[Learner, Losses]]
 
 
 def measured(losses: Losses) -> dict[str, tuple[jax.Array, jax.Array]]:
@@ -119,51 +125,30 @@ def measured(losses: Losses) -> dict[str, tuple[jax.Array, jax.Array]]:
     return {name: (loss, jnp.ones_like(loss)) for name, loss in losses.items()}
 
 
-# --- settings ---------------------------------------------------------------------------------------------------------
-
-
-def without_alias(config: C) -> C:
-    """The configuration with smoothfbo spelled out: funcbo, smoothed."""
-    if config.agent_type != "smoothfbo":  # type: ignore[attr-defined]
-        return config
-    smoothing = "window" if config.smoothing == "none" else config.smoothing  # type: ignore[attr-defined]
-    return replace(config, agent_type="funcbo", smoothing=smoothing)
-
-
-def check_hypergradient(config: Any, bilevel: Sequence[str]) -> None:
-    """Refuses settings of the hypergradient that the agent has no use for.
-
-    Args:
-        config: its agent without alias.
-        bilevel: the agents that have a hypergradient.
-
-    Raises:
-        UserError: naming the two settings that do not go together.
-    """
-    if config.smoothing != "none" and config.agent_type not in bilevel:
-        raise UserError(
-            f"--smoothing {config.smoothing} needs an agent with a hypergradient ({', '.join(bilevel)}), "
-            f"not {config.agent_type}."
-        )
-    if config.with_inv_jac != "identity" and config.agent_type != "omd":
-        raise UserError(f"--with_inv_jac {config.with_inv_jac} is for --agent_type omd, not {config.agent_type}.")
-    if config.num_dual_Q_steps > 0 and config.agent_type not in ("funcbo", "funcbo_reward_only"):
-        raise UserError(f"--num_dual_Q_steps is for --agent_type funcbo, not {config.agent_type}.")
-
-
 # --- construction -----------------------------------------------------------------------------------------------------
 
 
-def init_learner(config: Any, key: jax.Array, obs_dim: int, num_actions: int) -> Learner:
-    """Initial networks and optimiser states; the key is consumed."""
+def init_learner(
+    config: QLearning, key: jax.Array, obs_dim: int, num_actions: int, has_values: bool = False, has_dual: bool = False
+) -> Learner:
+    """Initial networks and optimiser states.
+
+    Args:
+        config: of one member.
+        key: consumed.
+        obs_dim: entries of an observation.
+        num_actions: number of actions.
+        has_values: with random value functions.
+        has_dual: with a dual network, where it takes steps (`num_dual_Q_steps`).
+    """
     q_key, next_obs_key, reward_key, value_key, dual_key = jax.random.split(key, 5)
     q = init_q(config, q_key, obs_dim, num_actions)
     model = _init_model(config, next_obs_key, reward_key, obs_dim, num_actions)
     hidden = [config.max_hidden_dim] * NUM_LAYERS
     values = dual = None
-    if config.agent_type == "vep":
+    if has_values:
         values = networks.init_heads(value_key, config.num_ensemble_vep, (obs_dim, *hidden, 1), config.hidden_dim)
-    if uses_dual(config):
+    if has_dual and config.num_dual_Q_steps > 0:
         dual = init_q(config, dual_key, obs_dim, num_actions)
     return Learner(
         q=q,
@@ -177,32 +162,30 @@ def init_learner(config: Any, key: jax.Array, obs_dim: int, num_actions: int) ->
     )
 
 
-def init_q(config: Any, key: jax.Array, obs_dim: int, num_actions: int) -> Heads:
+def init_q(config: SoftQ, key: jax.Array, obs_dim: int, num_actions: int) -> Heads:
     """Two Q heads, or one with `no_double`."""
     sizes = (obs_dim, *[config.max_hidden_dim] * NUM_LAYERS, num_actions)
     return networks.init_heads(key, 1 if config.no_double else 2, sizes, config.hidden_dim)
 
 
-def _init_model(config: Any, next_obs_key: jax.Array, reward_key: jax.Array, obs_dim: int, num_actions: int) -> Model:
+def _init_model(
+    config: ModelHeads, next_obs_key: jax.Array, reward_key: jax.Array, obs_dim: int, num_actions: int
+) -> Model:
     inputs, hidden = obs_dim + num_actions, [config.max_model_hidden_dim] * NUM_LAYERS
     outputs = 2 * obs_dim if config.prob_model else obs_dim
     next_obs = networks.init_network(next_obs_key, (inputs, *hidden, outputs), config.model_hidden_dim)
     if config.no_learn_reward:
-        return Model(next_obs, None)
-    return Model(next_obs, networks.init_network(reward_key, (inputs, *hidden, 1), config.model_hidden_dim))
+        return networks.joined(Model(next_obs, None))
+    reward = networks.init_network(reward_key, (inputs, *hidden, 1), config.model_hidden_dim)
+    return networks.joined(Model(next_obs, reward))
 
 
-def uses_dual(config: Any) -> bool:
-    """Whether the adjoint of funcbo is a network."""
-    return config.agent_type in ("funcbo", "funcbo_reward_only") and config.num_dual_Q_steps > 0
-
-
-def q_optimizer(config: Any) -> optax.GradientTransformation:
+def q_optimizer(config: Inner) -> optax.GradientTransformation:
     """Adam of the inner problem."""
     return optax.adam(config.inner_lr)
 
 
-def model_optimizer(config: Any) -> optax.GradientTransformationExtraArgs:
+def model_optimizer(config: Hypergradient) -> optax.GradientTransformationExtraArgs:
     """Adam of the outer problem, behind time smoothing of the hypergradient where asked."""
     if config.smoothing == "window":
         smooth = smoothing.window_average(config.smoothing_window, config.beta, config.max_smoothing_window)
@@ -213,7 +196,7 @@ def model_optimizer(config: Any) -> optax.GradientTransformationExtraArgs:
     return optax.with_extra_args_support(optax.adam(config.lr))
 
 
-def linear_solver(config: Any) -> implicit.LinearSolver:
+def linear_solver(config: Hypergradient) -> implicit.LinearSolver:
     """How (inverse Hessian) times (outer gradient) is found."""
     if config.with_inv_jac == "cg":
         return implicit.conjugate_gradient(config.damping, max_steps=config.solver_steps)
@@ -229,19 +212,20 @@ def linear_solver(config: Any) -> implicit.LinearSolver:
 # --- losses -----------------------------------------------------------------------------------------------------------
 
 
-def predict(config: Any, model: Model, batch: Batch) -> Batch:
+def predict(config: ModelHeads, model: Model, batch: Batch) -> Batch:
     """The batch as the model would have it: its next observations and rewards for the same observations and actions.
 
     With `prob_model` the next observation is a reparametrised sample with the batch's noise.
     """
     inputs = jnp.concatenate([batch.obs, batch.action])
-    next_obs = networks.apply_network(model.next_obs, inputs)
+    outputs = networks.apply_each(model, inputs)
+    next_obs = next(outputs)
     if config.prob_model:
         assert batch.noise is not None
         mean, log_std = _mean_and_log_std(next_obs)
         next_obs = mean + jnp.exp(log_std) * batch.noise
-    reward = batch.reward if model.reward is None else networks.apply_network(model.reward, inputs)[0]
-    return batch._replace(next_obs=next_obs, reward=reward)
+    reward = next(outputs, None)
+    return batch._replace(next_obs=next_obs, reward=batch.reward if reward is None else reward[0])
 
 
 def _mean_and_log_std(outputs: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -249,7 +233,7 @@ def _mean_and_log_std(outputs: jax.Array) -> tuple[jax.Array, jax.Array]:
     return mean, jnp.clip(log_std, *LOG_STD_RANGE)
 
 
-def state_value(config: Any, q: Heads, obs: jax.Array) -> jax.Array:
+def state_value(config: SoftQ, q: Heads, obs: jax.Array) -> jax.Array:
     """Soft value alpha * logsumexp(min_j Q_j / alpha) of `obs` `[obs, batch]`, or the hard maximum; `[batch]`."""
     smallest = networks.apply_heads(q, obs).min(0)
     if config.hard:
@@ -257,7 +241,7 @@ def state_value(config: Any, q: Heads, obs: jax.Array) -> jax.Array:
     return config.alpha * jax.nn.logsumexp(smallest / config.alpha, axis=0)
 
 
-def bellman_target(config: Any, target_q: Heads, batch: Batch) -> jax.Array:
+def bellman_target(config: SoftQ, target_q: Heads, batch: Batch) -> jax.Array:
     """y = r + gamma (1 - terminated) V(s'), `[batch]`."""
     return batch.reward + config.discount * (1.0 - batch.terminated) * state_value(config, target_q, batch.next_obs)
 
@@ -275,7 +259,7 @@ def q_objective(values: jax.Array, target: jax.Array, action: jax.Array) -> jax.
     return 0.5 * squared.sum() if values.shape[0] > 1 else squared.sum()
 
 
-def q_loss(config: Any, q: Heads, target_q: Heads, batch: Batch) -> jax.Array:
+def q_loss(config: SoftQ, q: Heads, target_q: Heads, batch: Batch) -> jax.Array:
     """L_Q(phi; target phi, batch)."""
     target = bellman_target(config, target_q, batch)
     return q_objective(networks.apply_heads(q, batch.obs), target, batch.action)
@@ -290,23 +274,23 @@ def _reward_error(predicted: Batch, batch: Batch) -> jax.Array:
     return ((predicted.reward - batch.reward) ** 2).mean()
 
 
-def squared_error_loss(config: Any, learner: Learner, batch: Batch, predicted: Batch) -> jax.Array:
+def squared_error_loss(config: Outer, learner: Learner, batch: Batch, predicted: Batch) -> jax.Array:
     """mean |s'_hat - s'|^2 + mean (r_hat - r)^2."""
     del config, learner
     return model_error(predicted, batch) + _reward_error(predicted, batch)
 
 
-def likelihood_loss(config: Any, learner: Learner, batch: Batch, predicted: Batch) -> jax.Array:
+def likelihood_loss(config: ModelHeads, learner: Learner, batch: Batch, predicted: Batch) -> jax.Array:
     """Squared error of next observation (summed) and reward; Gaussian negative log-likelihood with `prob_model`."""
     if not config.prob_model:
         return squared_error_loss(config, learner, batch, predicted)
-    outputs = networks.apply_network(learner.model.next_obs, jnp.concatenate([batch.obs, batch.action]))
+    outputs = next(networks.apply_each(learner.model, jnp.concatenate([batch.obs, batch.action])))
     mean, log_std = _mean_and_log_std(outputs)
     negative_log_likelihood = -jax.scipy.stats.norm.logpdf(batch.next_obs, mean, jnp.exp(log_std))
     return negative_log_likelihood.sum(0).mean() + _reward_error(predicted, batch)
 
 
-def value_equivalence_loss(config: Any, learner: Learner, batch: Batch, predicted: Batch) -> jax.Array:
+def value_equivalence_loss(config: Outer, learner: Learner, batch: Batch, predicted: Batch) -> jax.Array:
     """sum_k mean (V_k(s') - V_k(s'_hat))^2 + mean (r_hat - r)^2 over fixed random value functions V_k."""
     assert learner.values is not None
     real, modelled = (networks.apply_heads(learner.values, x.next_obs) for x in (batch, predicted))
@@ -316,7 +300,7 @@ def value_equivalence_loss(config: Any, learner: Learner, batch: Batch, predicte
 # --- inner problem ----------------------------------------------------------------------------------------------------
 
 
-def q_step(config: Any, learner: Learner, batch: Batch) -> tuple[Learner, Losses]:
+def q_step(config: Inner, learner: Learner, batch: Batch) -> tuple[Learner, Losses]:
     """One Adam step on L_Q, then the soft update of the target network."""
     loss, gradient = jax.value_and_grad(lambda q: learner.q_loss(config, q, batch))(learner.q)
     updates, optimizer_state = q_optimizer(config).update(gradient, learner.q_optimizer, learner.q)
@@ -327,7 +311,7 @@ def q_step(config: Any, learner: Learner, batch: Batch) -> tuple[Learner, Losses
 
 
 def solve_inner(
-    config: Any, learner: Learner, predicted: Batch, key: jax.Array, step_key: jax.Array | None = None
+    config: WarmStart, learner: Learner, predicted: Batch, key: jax.Array, step_key: jax.Array | None = None
 ) -> tuple[Learner, Losses]:
     """`num_Q_steps` steps on one model batch, from the carried Q-function (`no_warm`: from a fresh one, which takes
     the key).
@@ -344,9 +328,10 @@ def solve_inner(
 
 
 def _repeat(
-    step: Callable[[Learner, Any], tuple[Learner, Losses]], learner: Learner, key: jax.Array | None, count: int
+    step: Callable[[Learner, Any], tuple[Learner, Losses]], learner: Learner, key: jax.Array | None, count: int | None
 ) -> tuple[Learner, Losses]:
     """Runs `step(learner, key)` `count` times, with a key each if there is one; the losses are those of the last."""
+    assert count is not None, "resolved"
     if count == 1:
         return step(learner, key)
     keys = None if key is None else jax.random.split(key, count)
@@ -354,7 +339,7 @@ def _repeat(
     return learner, jax.tree.map(lambda x: x[-1], losses)
 
 
-def _model_step(config: Any, learner: Learner, gradient: Model, t: jax.Array) -> Learner:
+def _model_step(config: Hypergradient, learner: Learner, gradient: Model, t: jax.Array) -> Learner:
     # t is shared by all members: the smoothing window is then written in place.
     updates, optimizer_state = model_optimizer(config).update(gradient, learner.model_optimizer, learner.model, step=t)
     return learner.replace(model=optax.apply_updates(learner.model, updates), model_optimizer=optimizer_state)
@@ -363,7 +348,7 @@ def _model_step(config: Any, learner: Learner, gradient: Model, t: jax.Array) ->
 # --- bilevel agents ---------------------------------------------------------------------------------------------------
 
 
-def hypergradient_omd(config: Any, learner: Learner, batch: Batch) -> tuple[Losses, Model, Learner]:
+def hypergradient_omd(config: Hypergradient, learner: Learner, batch: Batch) -> tuple[Losses, Model, Learner]:
     """Hypergradient of L_Q on the real batch through the optimality condition of phi on the model batch.
 
     -(d f/d theta)^T v with f = grad_phi L_Q(phi; target phi, model batch) and v = H^-1 grad_phi L_Q(real batch); the
@@ -387,7 +372,7 @@ def hypergradient_omd(config: Any, learner: Learner, batch: Batch) -> tuple[Loss
     return losses | {"solver_residual": residual}, gradient, learner
 
 
-def hypergradient_funcbo(config: Any, learner: Learner, batch: Batch) -> tuple[Losses, Model, Learner]:
+def hypergradient_funcbo(config: Hypergradient, learner: Learner, batch: Batch) -> tuple[Losses, Model, Learner]:
     """Hypergradient of L_Q on the real batch through the Q-values of the batch as minimiser of the inner objective.
 
     The adjoint a solves H a = -dF/dq, where H = 1/batch on the actions taken, in closed form; or a dual network is
@@ -398,22 +383,46 @@ def hypergradient_funcbo(config: Any, learner: Learner, batch: Batch) -> tuple[L
     Returns:
         `model_loss`; the hypergradient; the learner.
     """
+    return _functional(
+        config,
+        learner,
+        batch,
+        lambda model: learner.predict(config, model, batch),
+        functional.closed_form_adjoint,
+    )
+
+
+def hypergradient_reward_only(config: Hypergradient, learner: Learner, batch: Batch) -> tuple[Losses, Model, Learner]:
+    """That of funcbo by the rule of the OFBO code: the model's next observation gets no gradient, and the closed form
+    takes the Hessian for the identity.
+    """
+    return _functional(
+        config,
+        learner,
+        batch,
+        lambda model: learner.predict(config, model, batch)._replace(next_obs=batch.next_obs),
+        lambda cotangent, hessian: -cotangent,
+    )
+
+
+def _functional(
+    config: Hypergradient,
+    learner: Learner,
+    batch: Batch,
+    predict: Callable[[Any], Batch],
+    closed_form: Callable[[jax.Array, jax.Array], jax.Array],
+) -> tuple[Losses, Model, Learner]:
     values = learner.q_values(learner.q, batch)
     target, taken = learner.target(config, batch), learner.taken(batch)
     outer_loss, cotangent = jax.value_and_grad(lambda values: q_objective(values, target, taken))(values)
 
     def inner_objective(model: Model, values: jax.Array) -> jax.Array:
-        predicted = learner.predict(config, model, batch)
-        if config.agent_type == "funcbo_reward_only":
-            predicted = predicted._replace(next_obs=batch.next_obs)
-        return q_objective(values, learner.target(config, predicted), taken)
+        return q_objective(values, learner.target(config, predict(model)), taken)
 
-    if uses_dual(config):
+    if learner.dual is not None:
         adjoint, learner = _dual_adjoint(config, learner, batch, cotangent)
-    elif config.agent_type == "funcbo_reward_only":
-        adjoint = -cotangent  # the OFBO code's scale: H taken as the identity
     else:
-        adjoint = functional.closed_form_adjoint(cotangent, _value_hessian(values, taken))
+        adjoint = closed_form(cotangent, _value_hessian(values, taken))
     gradient = functional.functional_hypergradient(inner_objective, learner.model, values, adjoint)
     return {"model_loss": outer_loss}, gradient, learner
 
@@ -424,7 +433,9 @@ def _value_hessian(values: jax.Array, action: jax.Array) -> jax.Array:
     return jnp.broadcast_to((1.0 if num_heads > 1 else 2.0) / batch_size * action, values.shape)
 
 
-def _dual_adjoint(config: Any, learner: Learner, batch: Batch, cotangent: jax.Array) -> tuple[jax.Array, Learner]:
+def _dual_adjoint(
+    config: Hypergradient, learner: Learner, batch: Batch, cotangent: jax.Array
+) -> tuple[jax.Array, Learner]:
     taken = learner.taken(batch)
     hessian = _value_hessian(cotangent, taken)
 
@@ -439,10 +450,10 @@ def _dual_adjoint(config: Any, learner: Learner, batch: Batch, cotangent: jax.Ar
     return adjoint, learner.replace(dual=dual, dual_optimizer=optimizer_state)
 
 
-def bilevel_agent(hypergradient: Callable[[Any, Learner, Batch], tuple[Losses, Model, Learner]]) -> Agent:
-    """An agent that solves the inner problem on a model batch and moves the model along a hypergradient."""
+def bilevel_agent(hypergradient: Callable[[Any, Learner, Batch], tuple[Losses, Model, Learner]]) -> Step:
+    """The step of an agent that solves the inner problem on a model batch and moves the model along a hypergradient."""
 
-    def agent(config: Any, learner: Learner, draw: Draw, key: jax.Array, t: jax.Array) -> tuple[Learner, Losses]:
+    def step(config: Learning, learner: Learner, draw: Draw, key: jax.Array, t: jax.Array) -> tuple[Learner, Losses]:
         batch_key, init_key = jax.random.split(key) if config.no_warm else (key, key)  # no step without a use for it
         batch = draw(batch_key)
         predicted = learner.predict(config, learner.model, batch)
@@ -455,21 +466,21 @@ def bilevel_agent(hypergradient: Callable[[Any, Learner, Batch], tuple[Losses, M
         }
         return _model_step(config, learner, gradient, t), losses
 
-    return agent
+    return step
 
 
 # --- agents without a hypergradient -----------------------------------------------------------------------------------
 
 
-def predictive_agent(objective: Callable[[Any, Learner, Batch, Batch], jax.Array]) -> Agent:
-    """An agent that takes `num_T_steps` model steps, then `num_Q_steps` Q steps on model batches, each on a fresh
-    batch.
+def predictive_agent(objective: Callable[[Any, Learner, Batch, Batch], jax.Array]) -> Step:
+    """The step of an agent that takes `num_T_steps` model steps, then `num_Q_steps` Q steps on model batches, each on a
+    fresh batch.
 
     Args:
         objective: the model's own loss, of `(config, learner, batch, predicted batch)`.
     """
 
-    def agent(config: Any, learner: Learner, draw: Draw, key: jax.Array, t: jax.Array) -> tuple[Learner, Losses]:
+    def step(config: Learning, learner: Learner, draw: Draw, key: jax.Array, t: jax.Array) -> tuple[Learner, Losses]:
         def step_model(learner: Learner, key: jax.Array) -> tuple[Learner, Losses]:
             batch = draw(key)
 
@@ -491,10 +502,12 @@ def predictive_agent(objective: Callable[[Any, Learner, Batch, Batch], jax.Array
         learner, q_losses = _repeat(step_q, learner, q_key, config.num_Q_steps)
         return learner, model_losses | q_losses
 
-    return agent
+    return step
 
 
-def model_free_agent(config: Any, learner: Learner, draw: Draw, key: jax.Array, t: jax.Array) -> tuple[Learner, Losses]:
+def model_free_agent(
+    config: Inner, learner: Learner, draw: Draw, key: jax.Array, t: jax.Array
+) -> tuple[Learner, Losses]:
     """The inner problem on real batches: soft double Q-learning."""
     del t
 
@@ -504,12 +517,76 @@ def model_free_agent(config: Any, learner: Learner, draw: Draw, key: jax.Array, 
     return _repeat(step, learner, key, config.num_Q_steps)
 
 
-AGENTS: dict[str, Agent] = {
-    "omd": bilevel_agent(hypergradient_omd),
-    "funcbo": bilevel_agent(hypergradient_funcbo),
-    "funcbo_reward_only": bilevel_agent(hypergradient_funcbo),
-    "mle": predictive_agent(likelihood_loss),
-    "vep": predictive_agent(value_equivalence_loss),
-    "sql": model_free_agent,
-}
-BILEVEL = ("omd", "funcbo", "funcbo_reward_only")
+# --- the agents as values ---------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class DiscreteAgent(Agent):
+    """An agent for discrete actions.
+
+    Args:
+        step: `(config, learner, draw, key, t) -> (Learner, losses)`; `config` is a `q_learning.Config` of one member.
+        init: `(config, key, obs_dim, num_actions) -> Learner`; a subclass of `Learner` may carry more.
+    """
+
+    step: Step
+    init: Callable[..., Learner] = init_learner
+
+
+SMOOTHED = ("smoothing", "smoothing_window", "beta")
+SOLVED = ("with_inv_jac", "damping", "solver_steps", "neumann_step_size")
+DUAL = ("num_dual_Q_steps", "dual_lr")
+INNER = ("no_warm", "warm_opt")
+PREDICTIVE = ("num_T_steps",)
+
+# Tuned values: found with this project's own runs on CartPole-v1 (README, "Learning").
+AGENTS = Agents(
+    DiscreteAgent,
+    [
+        DiscreteAgent(
+            name="omd",
+            text="implicit differentiation of the inner problem's optimality in the Q-function's parameters",
+            step=bilevel_agent(hypergradient_omd),
+            defaults={"lr": 1e-3, "inner_lr": 5e-4, "tau": 0.02},
+            settings=(*SOLVED, *SMOOTHED, *INNER),
+        ),
+        DiscreteAgent(
+            name="funcbo",
+            text="functional differentiation, adjoint in the space of Q-values",
+            step=bilevel_agent(hypergradient_funcbo),
+            init=functools.partial(init_learner, has_dual=True),
+            defaults={"lr": 1e-4, "inner_lr": 1e-3, "tau": 0.005},
+            settings=(*DUAL, *SMOOTHED, *INNER),
+        ),
+        DiscreteAgent(
+            name="funcbo_reward_only",
+            text="the same by the OFBO code's rule, no gradient for the model's next observation",
+            step=bilevel_agent(hypergradient_reward_only),
+            init=functools.partial(init_learner, has_dual=True),
+            defaults={"lr": 1e-4, "inner_lr": 1e-3, "tau": 0.005},
+            settings=(*DUAL, *SMOOTHED, *INNER),
+        ),
+        Alias("smoothfbo", "funcbo", {"smoothing": "window"}),
+        DiscreteAgent(
+            name="mle",
+            text="likelihood of the observed transitions",
+            step=predictive_agent(likelihood_loss),
+            defaults={"lr": 1e-3, "inner_lr": 1e-3, "tau": 0.01},
+            settings=PREDICTIVE,
+        ),
+        DiscreteAgent(
+            name="vep",
+            text="value-equivalent prediction under random value functions",
+            step=predictive_agent(value_equivalence_loss),
+            init=functools.partial(init_learner, has_values=True),
+            defaults={"lr": 3e-3, "inner_lr": 1e-3, "tau": 0.01},
+            settings=(*PREDICTIVE, "num_ensemble_vep"),
+        ),
+        DiscreteAgent(
+            name="sql",
+            text="no model, soft double Q-learning on real transitions",
+            step=model_free_agent,
+            defaults={"lr": 1e-3, "inner_lr": 1e-3, "tau": 0.005},
+        ),
+    ],
+)

@@ -12,7 +12,7 @@ The agent is an argument; nothing else in this file depends on which one it is.
 """
 
 import functools
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, Literal, Self
 
 import flax.struct
 import jax
@@ -20,10 +20,9 @@ import jax.numpy as jnp
 
 from purejax_bilevel import environments, networks, replay
 from purejax_bilevel.configuration import (
-    FRACTION,
-    NONNEGATIVE,
     POSITIVE,
     at_least,
+    changed,
     configuration,
     replace,
     static,
@@ -33,45 +32,19 @@ from purejax_bilevel.configuration import (
 )
 from purejax_bilevel.environments import non_stationary
 from purejax_bilevel.errors import UserError
-from purejax_bilevel.program import Metrics
+from purejax_bilevel.program import Measure, Metrics, Program, Stage, Tree
 from purejax_bilevel.programs.control import agents, rollouts
+from purejax_bilevel.programs.control.settings import Evaluation, Inner, QLearning, Replay, Schedule, SoftQ, Task
 
 # Named streams of random numbers; a constant each, so that adding one moves no other.
 INIT, STEP, EVALUATE, VIDEO = range(4)  # of a member
 ACT, ENVIRONMENT, LEARN = range(3)  # of a step
 
-# Found with this project's own runs on CartPole-v1 (README, "Learning").
-TUNED: dict[str, dict[str, Any]] = {
-    "omd": {"lr": 1e-3, "inner_lr": 5e-4, "tau": 0.02},
-    "funcbo": {"lr": 1e-4, "inner_lr": 1e-3, "tau": 0.005},
-    "funcbo_reward_only": {"lr": 1e-4, "inner_lr": 1e-3, "tau": 0.005},
-    "mle": {"lr": 1e-3, "inner_lr": 1e-3, "tau": 0.01},
-    "vep": {"lr": 3e-3, "inner_lr": 1e-3, "tau": 0.01},
-    "sql": {"lr": 1e-3, "inner_lr": 1e-3, "tau": 0.005},
-}
-
-AgentType = Literal["omd", "funcbo", "funcbo_reward_only", "smoothfbo", "mle", "vep", "sql"]
-
 
 @configuration
-class Config:
-    """Settings of one training program; a traced field may hold several values, one per point of a grid."""
+class NonStationary(Schedule):
+    """A reward that changes in the course of a run."""
 
-    # what runs
-    agent_type: AgentType = static(
-        "omd", "who trains the model (smoothfbo = funcbo with --smoothing window)", group="agent"
-    )
-    env_name: str = static(
-        "CartPole-v1", "gymnax environment with vector observations, discrete actions", group="environment", task=True
-    )
-    num_train_steps: int = static(50_000, "environment steps of each member", at_least(1), "schedule")
-    init_steps: int = static(1000, "steps with uniform actions before learning starts", at_least(1), "schedule")
-    eval_frequency: int = static(
-        1000, "environment steps between evaluations (0: only at the end)", at_least(0), "schedule"
-    )
-    eval_episodes: int = static(10, "episodes of an evaluation", at_least(1), "schedule")
-    final_eval_episodes: int = static(20, "episodes of the last evaluation", at_least(1), "schedule")
-    # non-stationary reward
     non_stationary: Literal["plain", "stationary", "drift"] = static(
         "plain",
         "CartPole's reward everywhere, inside a fixed interval of pole angles, or a drifting one",
@@ -82,65 +55,22 @@ class Config:
     )
     plateau_steps: int = traced(0, "drift: steps of rest at each end", at_least(0), "environment")
     clear_buffer: bool = static(False, "drift: forget the buffer when a transition ends", group="environment")
-    # outer problem
-    lr: float | None = traced(None, "Adam rate of the model (default: tuned per agent)", POSITIVE, "outer problem")
-    model_hidden_dim: int = traced(
-        32, "units in each hidden layer of the model", at_least(1), "outer problem", "max_model_hidden_dim"
+
+
+@configuration
+class Config(Replay, QLearning, NonStationary, Evaluation):
+    """Settings of one training program; a traced field may hold several values, one per point of a grid."""
+
+    agent_type: str = changed(Task, "agent_type", "omd", choices=agents.AGENTS)
+    env_name: str = changed(
+        Task, "env_name", "CartPole-v1", "gymnax environment with vector observations, discrete actions"
     )
-    num_T_steps: int = static(1, "model steps per environment step (mle, vep)", at_least(1), "outer problem")
-    prob_model: bool = static(False, "Gaussian model of the next observation", group="outer problem")
-    no_learn_reward: bool = static(False, "use the true reward instead of a learned one", group="outer problem")
-    num_ensemble_vep: int = static(5, "random value functions (vep)", at_least(1), "outer problem")
-    # hypergradient
-    with_inv_jac: Literal["identity", "cg", "gmres", "neumann", "dense"] = static(
-        "identity", "inverse Hessian of omd: identity approximation or a linear solver", group="hypergradient"
+    eval_frequency: int = changed(
+        Evaluation, "eval_frequency", 1000, "environment steps between evaluations (0: only at the end)"
     )
-    damping: float = traced(1e-5, "added to the Hessian (cg, gmres, dense)", NONNEGATIVE, "hypergradient")
-    solver_steps: int = static(
-        100,
-        "largest number of solver steps, terms of the Neumann series, size of GMRES's Krylov space",
-        at_least(1),
-        "hypergradient",
-    )
-    neumann_step_size: float = traced(0.1, "step size of the Neumann series", POSITIVE, "hypergradient")
-    num_dual_Q_steps: int = static(
-        0, "funcbo: steps on a dual network per outer step (0: closed-form adjoint)", at_least(0), "hypergradient"
-    )
-    dual_lr: float = traced(3e-4, "Adam rate of the dual network", POSITIVE, "hypergradient")
-    smoothing: Literal["none", "window", "ema"] = static(
-        "none", "time smoothing of the hypergradient: exact window, exponential average", group="hypergradient"
-    )
-    smoothing_window: int = traced(
-        1000, "hypergradients averaged (ema: effective number)", at_least(1), "hypergradient", "max_smoothing_window"
-    )
-    beta: float = traced(0.3, "share of the newest hypergradient beside the average", FRACTION, "hypergradient")
-    # inner problem
-    inner_lr: float | None = traced(
-        None, "Adam rate of the Q-function (default: tuned per agent)", POSITIVE, "inner problem"
-    )
-    num_Q_steps: int = static(1, "Q steps per outer step", at_least(1), "inner problem")
-    hidden_dim: int = traced(
-        32, "units in each hidden layer of the Q-function", at_least(1), "inner problem", "max_hidden_dim"
-    )
-    tau: float | None = traced(None, "target network's step (default: tuned per agent)", FRACTION, "inner problem")
-    discount: float = traced(0.99, "discount factor", FRACTION, "inner problem")
-    alpha: float = traced(0.01, "temperature of the soft value and of the policy", POSITIVE, "inner problem")
-    hard: bool = static(False, "hard maximum and greedy policy instead of soft ones", group="inner problem")
-    no_double: bool = static(False, "one Q head instead of two", group="inner problem")
-    no_warm: bool = static(False, "start each inner problem from a fresh Q-function", group="inner problem")
-    warm_opt: bool = static(
-        False, "carry the Q-function's Adam state between inner problems (omd, funcbo)", group="inner problem"
-    )
-    # data
-    eps: float = traced(0.1, "probability of a uniform action", FRACTION, "data")
-    batch_size: int = static(256, "transitions per batch", at_least(1), "data")
-    capacity: int = static(20_000, "transitions stored", at_least(1), "data")
+    num_Q_steps: int = changed(Inner, "num_Q_steps", 1)
     time_weighted_sampling: bool = static(False, "prefer recent transitions", group="data")
     time_weight_decay: float = traced(0.05, "probability falls as exp(-decay * age in steps)", POSITIVE, "data")
-    # array sizes: the largest values among the members
-    max_hidden_dim: int = static(0, "array size of the Q-function", hidden=True)
-    max_model_hidden_dim: int = static(0, "array size of the model", hidden=True)
-    max_smoothing_window: int = static(0, "array size of the smoothing window", hidden=True)
 
     def program(self) -> "ModelBased":
         """The training program of this (resolved) configuration."""
@@ -149,7 +79,8 @@ class Config:
     @property
     def title(self) -> str:
         """Short name of the experiment."""
-        return f"{self.agent_type}-{self.env_name}{'' if self.smoothing == 'none' else '-smoothed'}"
+        name = agents.AGENTS[self.agent_type].name
+        return f"{name}-{self.env_name}{'' if self.smoothing == 'none' else '-smoothed'}"
 
     def resolved(self) -> Self:
         """Fills in the agent's tuned values and checks everything.
@@ -157,10 +88,8 @@ class Config:
         Raises:
             UserError: for a value that is not allowed, or two that do not go together.
         """
-        config = agents.without_alias(self)
-        tuned = TUNED.get(config.agent_type, {})
-        config = replace(config, **{name: value for name, value in tuned.items() if getattr(config, name) is None})
-        if config.transition_steps == 0:
+        config = agents.AGENTS.tuned(self)
+        if config.transition_steps == 0 and config.non_stationary == "drift":
             config = replace(config, transition_steps=config.num_train_steps)
         validate(config)
         _check_together(config)
@@ -176,7 +105,7 @@ def _check_together(config: Config) -> None:
         )
     if config.capacity < config.batch_size:
         raise UserError(f"--capacity {config.capacity} is smaller than --batch_size {config.batch_size}.")
-    agents.check_hypergradient(config, agents.BILEVEL)
+    agents.AGENTS.check_settings(config)
     if config.non_stationary != "plain" and not config.env_name.startswith("CartPole"):
         raise UserError(
             f"--non_stationary {config.non_stationary} is about CartPole's pole angle: not {config.env_name}."
@@ -206,7 +135,7 @@ class State(flax.struct.PyTreeNode):
     learner: agents.Learner
 
 
-class ModelBased:
+class ModelBased(Program):
     """The program: three pure functions of a member's configuration, sharing the environment and the agent.
 
     Args:
@@ -215,18 +144,17 @@ class ModelBased:
 
     headline = "evaluation_return"
     step_unit = "environment steps"
-    long_names: ClassVar = {
-        "evaluation_return": "return of evaluation episodes",
-        "training_return": "return of the episodes finished in training",
-        "model_loss": "outer loss",
-        "q_loss": "inner loss",
-        "model_gradient_norm": "norm of the model's gradient",
-        "q_gradient_norm": "norm of the inner gradient",
-        "model_error": "mean squared error of the predicted next observation",
-        "solver_residual": "relative residual of the linear solver",
-        "final_return": "return of the last evaluation",
-    }
-    finals: ClassVar = {"final_return": "episode"}
+    measures = (
+        Measure("evaluation_return", "return of evaluation episodes", better="higher"),
+        Measure("training_return", "return of the episodes finished in training", better="higher"),
+        Measure("model_loss", "outer loss"),
+        Measure("q_loss", "inner loss"),
+        Measure("model_gradient_norm", "norm of the model's gradient"),
+        Measure("q_gradient_norm", "norm of the inner gradient"),
+        Measure("model_error", "mean squared error of the predicted next observation"),
+        Measure("solver_residual", "relative residual of the linear solver"),
+        Measure("final_return", "return of the last evaluation", better="higher", dims=("episode",), when="end"),
+    )
 
     def __init__(self, config: Config):
         self.task = environments.make(config.env_name)
@@ -234,10 +162,18 @@ class ModelBased:
         if config.non_stationary != "plain":
             self.environment = non_stationary.RewardInterval(self.environment)
         self.agent = agents.AGENTS[config.agent_type]
-        self.num_steps, self.warm_up = config.num_train_steps, config.init_steps
-        self.eval_frequency = config.eval_frequency
+        self.stages = (
+            Stage(
+                config.num_train_steps,
+                config.eval_frequency,
+                self.update,
+                self.evaluate,
+                warm_up=config.init_steps,
+                collect=self.collect,
+            ),
+        )
 
-    def init(self, key: jax.Array, config: Config) -> State:
+    def init(self, key: jax.Array, config: Config, shared: Tree = ()) -> State:
         """State of a member before its first step; the key becomes the member's own."""
         init_key, reset_key = jax.random.split(jax.random.fold_in(key, INIT))
         obs, environment = self.environment.reset(reset_key, self._environment_params(config, jnp.int32(0)))
@@ -248,14 +184,14 @@ class ModelBased:
             environment=environment,
             episode_return=jnp.zeros(()),
             storage=replay.init(config.capacity, task.obs_dim, task.num_actions),
-            learner=agents.init_learner(config, init_key, task.obs_dim, task.num_actions),
+            learner=self.agent.init(config, init_key, task.obs_dim, task.num_actions),
         )
 
-    def collect(self, state: State, config: Config, t: jax.Array) -> tuple[State, Metrics]:
+    def collect(self, state: State, config: Config, t: jax.Array, shared: Tree = ()) -> tuple[State, Metrics]:
         """One environment step with a uniform action; arguments as for `update`."""
         return self._interact(state, config, t, self._key(state, t))
 
-    def update(self, state: State, config: Config, t: jax.Array) -> tuple[State, Metrics]:
+    def update(self, state: State, config: Config, t: jax.Array, shared: Tree = ()) -> tuple[State, Metrics]:
         """One environment step and one outer step.
 
         Args:
@@ -266,7 +202,7 @@ class ModelBased:
         key = self._key(state, t)
         state, metrics = self._interact(state, config, t, key)
         draw = lambda key: self._draw(state.storage, config, t, key)  # noqa: E731
-        learner, losses = self.agent(config, state.learner, draw, jax.random.fold_in(key, LEARN), t)
+        learner, losses = self.agent.step(config, state.learner, draw, jax.random.fold_in(key, LEARN), t)
         return state.replace(learner=learner), metrics | agents.measured(losses)
 
     def _key(self, state: State, t: jax.Array) -> jax.Array:
@@ -314,7 +250,9 @@ class ModelBased:
             position = non_stationary.drift_position(t, config.transition_steps, config.plateau_steps)
         return non_stationary.interval_params(self.task.params, position)
 
-    def evaluate(self, state: State, config: Config, t: jax.Array, is_last: jax.Array) -> dict[str, jax.Array]:
+    def evaluate(
+        self, state: State, config: Config, t: jax.Array, is_last: jax.Array, shared: Tree = ()
+    ) -> dict[str, jax.Array]:
         """Plays episodes with the policy of step `t`, without exploration, in the environment as it is at that step.
 
         Returns:
@@ -344,7 +282,7 @@ class ModelBased:
         return jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()
 
 
-def act(config: Config, q: networks.Heads, obs: jax.Array, key: jax.Array) -> jax.Array:
+def act(config: SoftQ, q: networks.Heads, obs: jax.Array, key: jax.Array) -> jax.Array:
     """Actions `[n]` for observations `[obs, n]`: softmax of the mean Q at temperature alpha, greedy if `hard`."""
     values = networks.apply_heads(q, obs).mean(0)
     if config.hard:

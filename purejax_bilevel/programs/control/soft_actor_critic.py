@@ -13,53 +13,40 @@ Outline of a run (every line inside one compiled loop):
 The agent is an argument; nothing else in this file depends on which one it is.
 """
 
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, Self
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
 from purejax_bilevel import environments, networks, replay
-from purejax_bilevel.configuration import (
-    FRACTION,
-    NONNEGATIVE,
-    POSITIVE,
-    at_least,
-    configuration,
-    replace,
-    static,
-    traced,
-    validate,
-    warn_if_idle,
-)
+from purejax_bilevel.configuration import at_least, changed, configuration, replace, validate, warn_if_idle
 from purejax_bilevel.errors import UserError
-from purejax_bilevel.program import Metrics
+from purejax_bilevel.program import Measure, Metrics, Program, Stage, Tree
 from purejax_bilevel.programs.control import agents, policies, rollouts, soft_actor_critic_agents
+from purejax_bilevel.programs.control.settings import (
+    Copies,
+    Evaluation,
+    Hypergradient,
+    Inner,
+    Outer,
+    Replay,
+    Schedule,
+    SoftActorCritic,
+    Task,
+    WarmStart,
+)
 
 # Named streams of random numbers; a constant each, so that adding one moves no other.
 INIT, STEP, EVALUATE, VIDEO = range(4)  # of a member
 ACT, ENVIRONMENT, LEARN = range(3)  # of a step
 
-# The paper's rate, and for the bilevel agents what learned in this project's own runs on Pendulum-v1 (README,
-# "Continuous control"). omd with one critic step did so for few seeds: model and critic chase each other. (That was
-# not the paper's omd: Adam states were fresh, rates others, and the steps in another order.)
-PAPER = {"lr": 3e-4, "inner_lr": 3e-4, "num_Q_steps": 1}
-TUNED: dict[str, dict[str, Any]] = {
-    "omd": {"lr": 1e-3, "inner_lr": 5e-4, "num_Q_steps": 3},
-    "funcbo": {"lr": 1e-4, "inner_lr": 1e-3, "num_Q_steps": 1},
-    "mle": PAPER,
-    "vep": PAPER,
-    "sac": PAPER,
-}
-
 LARGEST_CAPACITY = 1_000_000  # transitions stored unless told otherwise
 LARGEST_COUNT = 2**31 - 1  # steps are counted in 32 bits
 
-AgentType = Literal["omd", "funcbo", "smoothfbo", "mle", "vep", "sac"]
-
 
 @configuration
-class Config:
+class Config(Replay, SoftActorCritic, Evaluation, Copies):
     """Settings of one training program; a traced field may hold several values, one per point of a grid.
 
     The defaults are near those of OMD's MuJoCo study. Different are the lengths of runs and of the random start, what
@@ -69,110 +56,30 @@ class Config:
     `policy_with_critic`, `one_batch`, `separate_noise`, `separate_policy_heads` and its numbers.
     """
 
-    # what runs
-    agent_type: AgentType = static(
-        "omd", "who trains the model (smoothfbo = funcbo with --smoothing window; sac has none)", group="agent"
+    agent_type: str = changed(Task, "agent_type", "omd", choices=soft_actor_critic_agents.AGENTS)
+    env_name: str = changed(Task, "env_name", "Pendulum-v1", "environment with vector observations, continuous actions")
+    num_train_steps: int = changed(
+        Schedule, "num_train_steps", 30_000, "steps of each copy of the environment (in all: times num_envs)"
     )
-    env_name: str = static(
-        "Pendulum-v1", "environment with vector observations, continuous actions", group="environment", task=True
+    init_steps: int = changed(
+        Schedule, "init_steps", 1000, "steps with uniform actions before learning starts (the paper: 10000)"
     )
-    dim_distract: int = static(0, "standard normal numbers appended to every observation", at_least(0), "environment")
-    num_envs: int = static(1, "copies of the environment of each member", at_least(1), "environment")
-    num_train_steps: int = static(
-        30_000, "steps of each copy of the environment (in all: times num_envs)", at_least(1), "schedule"
+    model_hidden_dim: int = changed(Outer, "model_hidden_dim", 256)
+    num_T_steps: int = changed(Outer, "num_T_steps", 1, "model steps per update")
+    smoothing_window: int = changed(Hypergradient, "smoothing_window", 100)
+    inner_lr: float | None = changed(Inner, "inner_lr", None, "Adam rate of the critic (default: tuned per agent)")
+    num_Q_steps: int | None = changed(Inner, "num_Q_steps", None, "critic steps per update (default: tuned per agent)")
+    hidden_dim: int = changed(Inner, "hidden_dim", 256, "units in each hidden layer of critic and policy")
+    tau: float = changed(Inner, "tau", 0.005, "target network's step")
+    no_warm: bool = changed(WarmStart, "no_warm", False, "start each inner problem from a fresh critic")
+    warm_opt: bool = changed(WarmStart, "warm_opt", False, "carry the critic's Adam state between inner problems")
+    capacity: int = changed(
+        Replay,
+        "capacity",
+        0,
+        f"transitions stored, in multiples of num_envs (0: all, at most {LARGEST_CAPACITY})",
+        check=at_least(0),
     )
-    init_steps: int = static(
-        1000, "steps with uniform actions before learning starts (the paper: 10000)", at_least(1), "schedule"
-    )
-    updates_per_step: int = static(1, "updates after each step of all copies", at_least(1), "schedule")
-    eval_frequency: int = static(1000, "steps between evaluations (0: only at the end)", at_least(0), "schedule")
-    eval_episodes: int = static(10, "episodes of an evaluation", at_least(1), "schedule")
-    final_eval_episodes: int = static(20, "episodes of the last evaluation", at_least(1), "schedule")
-    # outer problem
-    lr: float | None = traced(None, "Adam rate of the model (default: tuned per agent)", POSITIVE, "outer problem")
-    model_hidden_dim: int = traced(
-        256, "units in each hidden layer of the model", at_least(1), "outer problem", "max_model_hidden_dim"
-    )
-    num_T_steps: int = static(1, "model steps per update (mle, vep)", at_least(1), "outer problem")
-    num_ensemble_vep: int = static(5, "random value functions (vep)", at_least(1), "outer problem")
-    # hypergradient
-    with_inv_jac: Literal["identity", "cg", "gmres", "neumann", "dense"] = static(
-        "identity", "inverse Hessian of omd: identity approximation or a linear solver", group="hypergradient"
-    )
-    damping: float = traced(1e-5, "added to the Hessian (cg, gmres, dense)", NONNEGATIVE, "hypergradient")
-    solver_steps: int = static(
-        100,
-        "largest number of solver steps, terms of the Neumann series, size of GMRES's Krylov space",
-        at_least(1),
-        "hypergradient",
-    )
-    neumann_step_size: float = traced(0.1, "step size of the Neumann series", POSITIVE, "hypergradient")
-    num_dual_Q_steps: int = static(
-        0, "funcbo: steps on a dual network per outer step (0: closed-form adjoint)", at_least(0), "hypergradient"
-    )
-    dual_lr: float = traced(3e-4, "Adam rate of the dual network", POSITIVE, "hypergradient")
-    smoothing: Literal["none", "window", "ema"] = static(
-        "none", "time smoothing of the hypergradient: exact window, exponential average", group="hypergradient"
-    )
-    smoothing_window: int = traced(
-        100, "hypergradients averaged (ema: effective number)", at_least(1), "hypergradient", "max_smoothing_window"
-    )
-    beta: float = traced(0.3, "share of the newest hypergradient beside the average", FRACTION, "hypergradient")
-    separate_noise: bool = static(
-        False,
-        "draw the policy's noise anew for each critic step and for the outer loss, as OMD's code (default: shared)",
-        group="hypergradient",
-    )
-    # inner problem
-    inner_lr: float | None = traced(
-        None, "Adam rate of the critic (default: tuned per agent)", POSITIVE, "inner problem"
-    )
-    num_Q_steps: int | None = static(
-        None, "critic steps per update (default: tuned per agent)", at_least(1), "inner problem"
-    )
-    hidden_dim: int = traced(
-        256, "units in each hidden layer of critic and policy", at_least(1), "inner problem", "max_hidden_dim"
-    )
-    tau: float = traced(0.005, "target network's step", FRACTION, "inner problem")
-    discount: float = traced(0.99, "discount factor", FRACTION, "inner problem")
-    no_warm: bool = static(False, "start each inner problem from a fresh critic", group="inner problem")
-    # A fresh Adam starts with a step of the rate's size along the gradient's sign: the critic follows the model's
-    # targets at full speed. With its state carried, as in OMD's code, omd learned later on Pendulum-v1.
-    warm_opt: bool = static(
-        False, "carry the critic's Adam state between inner problems (omd, funcbo)", group="inner problem"
-    )
-    # policy
-    policy_lr: float = traced(3e-4, "Adam rate of the policy", POSITIVE, "policy")
-    temperature_lr: float = traced(3e-4, "Adam rate of the temperature's logarithm", POSITIVE, "policy")
-    init_temperature: float = traced(1.0, "weight of the entropy at the start", POSITIVE, "policy")
-    target_entropy: float = traced(-0.5, "entropy aimed at, per dimension of the action", group="policy")
-    policy_with_critic: bool = static(
-        False,
-        "policy and temperature step after each critic step, on its observations, so before the outer loss, as in "
-        "OMD's code (default: once per update, at its end)",
-        group="policy",
-    )
-    separate_policy_heads: bool = static(
-        False,
-        "start the policy's means and log standard deviations as two layers of gain sqrt(2), as in OMD's code "
-        "(default: one of gain 1)",
-        group="policy",
-    )
-    # data
-    batch_size: int = static(256, "transitions per batch", at_least(1), "data")
-    one_batch: bool = static(
-        False,
-        "all losses of an update on one batch, as in OMD's code (default: the policy draws its own, mle and vep one "
-        "for each step)",
-        group="data",
-    )
-    capacity: int = static(
-        0, f"transitions stored, in multiples of num_envs (0: all, at most {LARGEST_CAPACITY})", at_least(0), "data"
-    )
-    # array sizes: the largest values among the members
-    max_hidden_dim: int = static(0, "array size of critic and policy", hidden=True)
-    max_model_hidden_dim: int = static(0, "array size of the model", hidden=True)
-    max_smoothing_window: int = static(0, "array size of the smoothing window", hidden=True)
 
     def program(self) -> "ActorCritic":
         """The training program of this (resolved) configuration."""
@@ -181,7 +88,8 @@ class Config:
     @property
     def title(self) -> str:
         """Short name of the experiment."""
-        return f"{self.agent_type}-{self.env_name}{'' if self.smoothing == 'none' else '-smoothed'}"
+        name = soft_actor_critic_agents.AGENTS[self.agent_type].name
+        return f"{name}-{self.env_name}{'' if self.smoothing == 'none' else '-smoothed'}"
 
     def resolved(self) -> Self:
         """Fills in the agent's tuned values and the capacity, and checks everything.
@@ -189,9 +97,7 @@ class Config:
         Raises:
             UserError: for a value that is not allowed, or two that do not go together.
         """
-        config = agents.without_alias(self)
-        tuned = TUNED.get(config.agent_type, {})
-        config = replace(config, **{name: value for name, value in tuned.items() if getattr(config, name) is None})
+        config = soft_actor_critic_agents.AGENTS.tuned(self)
         validate(config)
         capacity = config.capacity or min(config.num_train_steps * config.num_envs, LARGEST_CAPACITY)
         config = replace(config, capacity=-(-capacity // config.num_envs) * config.num_envs)
@@ -216,14 +122,14 @@ def _check_together(config: Config) -> None:
             f"--num_train_steps {config.num_train_steps} with {config.num_envs} environments and "
             f"{config.updates_per_step} updates per step is more than can be counted ({LARGEST_COUNT})."
         )
-    agents.check_hypergradient(config, soft_actor_critic_agents.BILEVEL)
+    soft_actor_critic_agents.AGENTS.check_settings(config)
     _make_task(config)
 
 
 def _make_task(config: Config) -> environments.Continuous:
     name, agent = config.env_name, config.agent_type
     if _is_discrete(name):
-        use = "--agent_type sql" if agent == "sac" else "RLConfig"
+        use = "RLConfig" if agent in agents.AGENTS else "--agent_type sql"
         raise UserError(f"--agent_type {agent} needs continuous actions; {name} has discrete ones, use {use}.")
     return environments.make_continuous(name, config.dim_distract)
 
@@ -253,7 +159,7 @@ class State(flax.struct.PyTreeNode):
     learner: soft_actor_critic_agents.Learner
 
 
-class ActorCritic:
+class ActorCritic(Program):
     """The program: three pure functions of a member's configuration, sharing the environment and the agent.
 
     Args:
@@ -262,30 +168,37 @@ class ActorCritic:
 
     headline = "evaluation_return"
     step_unit = "environment steps"
-    long_names: ClassVar = {
-        "evaluation_return": "return of evaluation episodes",
-        "training_return": "return of the episodes finished in training",
-        "model_loss": "outer loss",
-        "q_loss": "inner loss",
-        "policy_loss": "loss of the policy",
-        "temperature": "temperature",
-        "entropy": "entropy of the policy",
-        "model_gradient_norm": "norm of the model's gradient",
-        "q_gradient_norm": "norm of the inner gradient",
-        "policy_gradient_norm": "norm of the policy's gradient",
-        "model_error": "mean squared error of the predicted next observation",
-        "solver_residual": "relative residual of the linear solver",
-        "final_return": "return of the last evaluation",
-    }
-    finals: ClassVar = {"final_return": "episode"}
+    measures = (
+        Measure("evaluation_return", "return of evaluation episodes", better="higher"),
+        Measure("training_return", "return of the episodes finished in training", better="higher"),
+        Measure("model_loss", "outer loss"),
+        Measure("q_loss", "inner loss"),
+        Measure("policy_loss", "loss of the policy"),
+        Measure("temperature", "temperature"),
+        Measure("entropy", "entropy of the policy"),
+        Measure("model_gradient_norm", "norm of the model's gradient"),
+        Measure("q_gradient_norm", "norm of the inner gradient"),
+        Measure("policy_gradient_norm", "norm of the policy's gradient"),
+        Measure("model_error", "mean squared error of the predicted next observation"),
+        Measure("solver_residual", "relative residual of the linear solver"),
+        Measure("final_return", "return of the last evaluation", better="higher", dims=("episode",), when="end"),
+    )
 
     def __init__(self, config: Config):
         self.task = _make_task(config)
         self.agent = soft_actor_critic_agents.AGENTS[config.agent_type]
-        self.num_steps, self.warm_up = config.num_train_steps, config.init_steps
-        self.eval_frequency = config.eval_frequency
+        self.stages = (
+            Stage(
+                config.num_train_steps,
+                config.eval_frequency,
+                self.update,
+                self.evaluate,
+                warm_up=config.init_steps,
+                collect=self.collect,
+            ),
+        )
 
-    def init(self, key: jax.Array, config: Config) -> State:
+    def init(self, key: jax.Array, config: Config, shared: Tree = ()) -> State:
         """State of a member before its first step; the key becomes the member's own."""
         init_key, reset_key = jax.random.split(jax.random.fold_in(key, INIT))
         task = self.task
@@ -298,14 +211,14 @@ class ActorCritic:
             environment=environment,
             episode_return=jnp.zeros(config.num_envs),
             storage=replay.init(config.capacity, task.obs_dim, task.action_dim),
-            learner=soft_actor_critic_agents.init_learner(config, init_key, task.obs_dim, task.action_dim),
+            learner=self.agent.init(config, init_key, task.obs_dim, task.action_dim),
         )
 
-    def collect(self, state: State, config: Config, t: jax.Array) -> tuple[State, Metrics]:
+    def collect(self, state: State, config: Config, t: jax.Array, shared: Tree = ()) -> tuple[State, Metrics]:
         """One step of every copy of the environment with uniform actions; arguments as for `update`."""
         return self._interact(state, config, t, self._key(state, t))
 
-    def update(self, state: State, config: Config, t: jax.Array) -> tuple[State, Metrics]:
+    def update(self, state: State, config: Config, t: jax.Array, shared: Tree = ()) -> tuple[State, Metrics]:
         """One step of every copy of the environment and `updates_per_step` updates.
 
         Args:
@@ -356,7 +269,7 @@ class ActorCritic:
 
         def update(learner: soft_actor_critic_agents.Learner, i: jax.Array) -> tuple[Any, agents.Losses]:
             number = t * config.updates_per_step + i
-            return self.agent(config, learner, draw, jax.random.fold_in(key, i), number)
+            return self.agent.step(config, learner, draw, jax.random.fold_in(key, i), number)
 
         if config.updates_per_step == 1:
             return update(learner, jnp.int32(0))
@@ -370,7 +283,9 @@ class ActorCritic:
         batch = replay.sample(storage, latest, sample_key, config.batch_size, self.task.obs_dim)
         return soft_actor_critic_agents.with_new_noise(batch, noise_key)
 
-    def evaluate(self, state: State, config: Config, t: jax.Array, is_last: jax.Array) -> dict[str, jax.Array]:
+    def evaluate(
+        self, state: State, config: Config, t: jax.Array, is_last: jax.Array, shared: Tree = ()
+    ) -> dict[str, jax.Array]:
         """Plays episodes with the policy's mean action.
 
         Returns:

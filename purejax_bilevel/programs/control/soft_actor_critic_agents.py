@@ -2,12 +2,7 @@
 critic.
 
 theta = world model (outer variable), phi = twin critic (inner variable), psi = policy, B = batch of real transitions.
-
-    omd     implicit differentiation of grad_phi L_Q(phi; model batch of theta) = 0
-    funcbo  functional differentiation: adjoint in the space of the critic's values
-    mle     likelihood of the observed transitions
-    vep     value-equivalent prediction under random value functions
-    sac     no model: soft actor-critic on real transitions
+The agents are the values of `AGENTS`, at the end of this file.
 
 Only the critic learns from the model. Policy and temperature take a step on real observations after it, so the policy
 is the same in inner problem, outer loss and hypergradient of a step.
@@ -24,23 +19,36 @@ serves all, here the policy draws its own and mle draws three (`one_batch`); Ada
 (`warm_opt`). No option: there the critic's loss is twice and the hypergradient four times the one here, which Adam
 undoes up to its eps of 1e-8.
 
-Each agent is a function `agent(config, learner, draw, key, t) -> (Learner, losses)` doing one update; `draw(key)` gives
+Each agent has a function `step(config, learner, draw, key, t) -> (Learner, losses)` doing one update; `draw(key)` gives
 a batch of real transitions with the policy's noise. Arrays are features first.
 Sources: SAC, Haarnoja et al. 2018 (arXiv 1812.05905); OMD, Nikishin et al. 2021 (arXiv 2106.03273, section 6); the
 others as in `agents.py`.
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from purejax_bilevel import networks
+from purejax_bilevel.agents import Agent, Agents, Alias
 from purejax_bilevel.networks import Heads, Network
 from purejax_bilevel.programs.control import agents, policies
-from purejax_bilevel.programs.control.agents import NUM_LAYERS, Agent, Draw, Losses
+from purejax_bilevel.programs.control.agents import (
+    DUAL,
+    INNER,
+    NUM_LAYERS,
+    PREDICTIVE,
+    SMOOTHED,
+    SOLVED,
+    Draw,
+    Losses,
+    Step,
+)
+from purejax_bilevel.programs.control.settings import Inner, Policy, SoftActorCritic
 from purejax_bilevel.replay import Batch
 
 # Of the last layers. That of critic and model is as in OMD's code; the policy's is 1 here, over means and log standard
@@ -49,7 +57,7 @@ OUTPUT_GAIN = 2.0**0.5
 POLICY_OUTPUT_GAIN = 1.0
 
 # Named streams of random numbers.
-INNER, OUTER, BATCH = range(3)  # of an update
+INNER_NOISE, OUTER_NOISE, BATCH = range(3)  # of an update
 HEADS = 0  # of the policy's initial layers
 
 
@@ -65,18 +73,18 @@ class Learner(agents.Learner):
     log_temperature: jax.Array
     temperature_optimizer: optax.OptState
 
-    def predict(self, config: Any, model: Network, batch: Batch) -> Batch:
+    def predict(self, config: object, model: Network, batch: Batch) -> Batch:
         """The batch as `model` would have it: next observation and reward for the same observation and action."""
         del config
         outputs = networks.apply_network(model, jnp.concatenate([batch.obs, batch.action]))
         return batch._replace(next_obs=outputs[:-1], reward=outputs[-1])
 
-    def model_error(self, config: Any, model: Network, batch: Batch, predicted: Batch) -> jax.Array:
+    def model_error(self, config: object, model: Network, batch: Batch, predicted: Batch) -> jax.Array:
         """Mean squared distance of the predicted next observation from the real one."""
         del config, model
         return agents.model_error(predicted, batch)
 
-    def init_q(self, config: Any, key: jax.Array, obs_dim: int, action_dim: int) -> Heads:
+    def init_q(self, config: Inner, key: jax.Array, obs_dim: int, action_dim: int) -> Heads:
         """A fresh twin critic; the key is consumed."""
         return init_q(config, key, obs_dim, action_dim)
 
@@ -88,7 +96,7 @@ class Learner(agents.Learner):
         """All values are of actions taken, `[1, batch]`."""
         return jnp.ones_like(batch.reward)[None]
 
-    def target(self, config: Any, batch: Batch) -> jax.Array:
+    def target(self, config: Inner, batch: Batch) -> jax.Array:
         """y = r + discount (1 - terminated) V(s') with the soft value V of a sampled next action, `[batch]`."""
         assert batch.noise is not None
         outputs = networks.apply_network(self.policy, jax.lax.stop_gradient(batch.next_obs))
@@ -97,7 +105,7 @@ class Learner(agents.Learner):
         value = smallest - jnp.exp(self.log_temperature) * log_prob
         return batch.reward + config.discount * (1.0 - batch.terminated) * value
 
-    def inner_step(self, config: Any, batch: Batch, key: jax.Array | None) -> tuple[agents.Learner, Losses]:
+    def inner_step(self, config: SoftActorCritic, batch: Batch, key: jax.Array | None) -> tuple[agents.Learner, Losses]:
         """One step of the critic; with `policy_with_critic` one of policy and temperature after it."""
         if key is None:
             return agents.q_step(config, self, batch)
@@ -110,13 +118,13 @@ class Learner(agents.Learner):
         learner, policy_losses = policy_step(config, learner, with_new_noise(batch, policy_key))  # type: ignore[arg-type]
         return learner, losses | policy_losses
 
-    def inner_key(self, config: Any, key: jax.Array) -> jax.Array | None:
+    def inner_key(self, config: SoftActorCritic, key: jax.Array) -> jax.Array | None:
         """The key of inner steps that draw noise of their own."""
-        return jax.random.fold_in(key, INNER) if config.policy_with_critic or config.separate_noise else None
+        return jax.random.fold_in(key, INNER_NOISE) if config.policy_with_critic or config.separate_noise else None
 
-    def outer_batch(self, config: Any, batch: Batch, key: jax.Array) -> Batch:
+    def outer_batch(self, config: SoftActorCritic, batch: Batch, key: jax.Array) -> Batch:
         """The batch itself; with `separate_noise` its noise is another one."""
-        return with_new_noise(batch, jax.random.fold_in(key, OUTER)) if config.separate_noise else batch
+        return with_new_noise(batch, jax.random.fold_in(key, OUTER_NOISE)) if config.separate_noise else batch
 
 
 def with_new_noise(batch: Batch, key: jax.Array) -> Batch:
@@ -131,21 +139,39 @@ def _critic(q: Heads, obs: jax.Array, action: jax.Array) -> jax.Array:
 # --- construction -----------------------------------------------------------------------------------------------------
 
 
-def init_learner(config: Any, key: jax.Array, obs_dim: int, action_dim: int) -> Learner:
-    """Initial networks and optimiser states; the key is consumed."""
+def init_learner(
+    config: SoftActorCritic,
+    key: jax.Array,
+    obs_dim: int,
+    action_dim: int,
+    has_model: bool = True,
+    has_values: bool = False,
+    has_dual: bool = False,
+) -> Learner:
+    """Initial networks and optimiser states.
+
+    Args:
+        config: of one member.
+        key: consumed.
+        obs_dim: entries of an observation.
+        action_dim: entries of an action.
+        has_model: with a world model.
+        has_values: with random value functions.
+        has_dual: with a dual network, where it takes steps (`num_dual_Q_steps`).
+    """
     q_key, model_key, value_key, dual_key, policy_key = jax.random.split(key, 5)
     q = init_q(config, q_key, obs_dim, action_dim)
     hidden = [config.max_hidden_dim] * NUM_LAYERS
     policy = init_policy(config, policy_key, obs_dim, action_dim)
     log_temperature = jnp.log(jnp.asarray(config.init_temperature, jnp.result_type(float)))
     model = values = dual = None
-    if config.agent_type != "sac":
+    if has_model:
         sizes = (obs_dim + action_dim, *[config.max_model_hidden_dim] * NUM_LAYERS, obs_dim + 1)
         model = networks.init_network(model_key, sizes, config.model_hidden_dim, OUTPUT_GAIN)
-    if config.agent_type == "vep":
+    if has_values:
         sizes = (obs_dim, *hidden, 1)
         values = networks.init_heads(value_key, config.num_ensemble_vep, sizes, config.hidden_dim, OUTPUT_GAIN)
-    if agents.uses_dual(config):
+    if has_dual and config.num_dual_Q_steps > 0:
         dual = init_q(config, dual_key, obs_dim, action_dim)
     return Learner(
         q=q,
@@ -163,27 +189,28 @@ def init_learner(config: Any, key: jax.Array, obs_dim: int, action_dim: int) -> 
     )
 
 
-def init_q(config: Any, key: jax.Array, obs_dim: int, action_dim: int) -> Heads:
+def init_q(config: Inner, key: jax.Array, obs_dim: int, action_dim: int) -> Heads:
     """Twin critic of observation and action."""
     sizes = (obs_dim + action_dim, *[config.max_hidden_dim] * NUM_LAYERS, 1)
     return networks.init_heads(key, 2, sizes, config.hidden_dim, OUTPUT_GAIN)
 
 
-def init_policy(config: Any, key: jax.Array, obs_dim: int, action_dim: int) -> Network:
+def init_policy(config: SoftActorCritic, key: jax.Array, obs_dim: int, action_dim: int) -> Network:
     """Policy network: means and log standard deviations of an observation; the key is consumed.
 
     With `separate_policy_heads` each of the two starts as an orthogonal layer of its own. Side by side they are one
     layer: nothing else differs.
     """
     sizes = (obs_dim, *[config.max_hidden_dim] * NUM_LAYERS, 2 * action_dim)
-    policy = networks.init_network(key, sizes, config.hidden_dim, POLICY_OUTPUT_GAIN)
     if not config.separate_policy_heads:
-        return policy
+        return networks.init_network(key, sizes, config.hidden_dim, POLICY_OUTPUT_GAIN)
+    layers = networks.init_layers(key, sizes, config.hidden_dim, POLICY_OUTPUT_GAIN)
     heads = [
         networks.orthogonal(head_key, sizes[-2], action_dim, OUTPUT_GAIN, config.hidden_dim)
         for head_key in jax.random.split(jax.random.fold_in(key, HEADS))
     ]
-    return (*policy[:-1], policy[-1]._replace(kernel=jnp.concatenate(heads, axis=1)))
+    last = layers[-1]._replace(kernel=jnp.concatenate(heads, axis=1))
+    return networks.network_of((*layers[:-1], last))
 
 
 # --- policy -----------------------------------------------------------------------------------------------------------
@@ -197,7 +224,7 @@ def policy_loss(learner: Learner, policy: Network, batch: Batch) -> tuple[jax.Ar
     return (jnp.exp(learner.log_temperature) * log_prob - smallest).mean(), -log_prob.mean()
 
 
-def policy_step(config: Any, learner: Learner, batch: Batch) -> tuple[Learner, Losses]:
+def policy_step(config: Policy, learner: Learner, batch: Batch) -> tuple[Learner, Losses]:
     """One Adam step on the policy and one on the temperature, whose loss is temperature * (entropy - target)."""
     differentiate = jax.value_and_grad(lambda policy: policy_loss(learner, policy, batch), has_aux=True)
     (loss, entropy), gradient = differentiate(learner.policy)
@@ -226,13 +253,15 @@ def policy_step(config: Any, learner: Learner, batch: Batch) -> tuple[Learner, L
 # --- agents -----------------------------------------------------------------------------------------------------------
 
 
-def with_policy(train_critic: Agent) -> Agent:
-    """An agent that lets `train_critic` take its step, then policy and temperature theirs on a real batch.
+def with_policy(train_critic: Step) -> Step:
+    """The step of an agent that lets `train_critic` take its own, then policy and temperature on a real batch.
 
     With `policy_with_critic` they have stepped already; with `one_batch` all draw the same transitions.
     """
 
-    def agent(config: Any, learner: Learner, draw: Draw, key: jax.Array, t: jax.Array) -> tuple[Learner, Losses]:
+    def step(
+        config: SoftActorCritic, learner: Learner, draw: Draw, key: jax.Array, t: jax.Array
+    ) -> tuple[Learner, Losses]:
         critic_key, policy_key = jax.random.split(key)
         if config.one_batch:
             batch = draw(jax.random.fold_in(key, BATCH))
@@ -243,14 +272,68 @@ def with_policy(train_critic: Agent) -> Agent:
         learner, policy_losses = policy_step(config, trained, draw(policy_key))  # type: ignore[arg-type]
         return learner, critic_losses | policy_losses
 
-    return agent  # type: ignore[return-value]
+    return step  # type: ignore[return-value]
 
 
-AGENTS: dict[str, Callable] = {
-    "omd": with_policy(agents.bilevel_agent(agents.hypergradient_omd)),
-    "funcbo": with_policy(agents.bilevel_agent(agents.hypergradient_funcbo)),
-    "mle": with_policy(agents.predictive_agent(agents.squared_error_loss)),
-    "vep": with_policy(agents.predictive_agent(agents.value_equivalence_loss)),
-    "sac": with_policy(agents.model_free_agent),
-}
-BILEVEL = ("omd", "funcbo")
+@dataclasses.dataclass(frozen=True)
+class ContinuousAgent(Agent):
+    """An agent for continuous actions.
+
+    Args:
+        step: `(config, learner, draw, key, t) -> (Learner, losses)`, of the policy too (see `with_policy`); `config` is
+            a `soft_actor_critic.Config` of one member.
+        init: `(config, key, obs_dim, action_dim) -> Learner`; a subclass of `Learner` may carry more.
+    """
+
+    step: Step
+    init: Callable[..., Learner] = init_learner
+
+
+# Tuned values: the paper's rate, and for the bilevel agents what learned in this project's own runs on Pendulum-v1
+# (README, "Continuous control"). omd with one critic step did so for few seeds: model and critic chase each other.
+# (That was not the paper's omd: Adam states were fresh, rates others, and the steps in another order.)
+PAPER = {"lr": 3e-4, "inner_lr": 3e-4, "num_Q_steps": 1}
+
+AGENTS = Agents(
+    ContinuousAgent,
+    [
+        ContinuousAgent(
+            name="omd",
+            text="implicit differentiation of the inner problem's optimality in the critic's parameters",
+            step=with_policy(agents.bilevel_agent(agents.hypergradient_omd)),
+            defaults={"lr": 1e-3, "inner_lr": 5e-4, "num_Q_steps": 3},
+            settings=(*SOLVED, *SMOOTHED, *INNER),
+        ),
+        ContinuousAgent(
+            name="funcbo",
+            text="functional differentiation, adjoint in the space of the critic's values",
+            step=with_policy(agents.bilevel_agent(agents.hypergradient_funcbo)),
+            init=functools.partial(init_learner, has_dual=True),
+            defaults={"lr": 1e-4, "inner_lr": 1e-3, "num_Q_steps": 1},
+            settings=(*DUAL, *SMOOTHED, *INNER),
+        ),
+        Alias("smoothfbo", "funcbo", {"smoothing": "window"}),
+        ContinuousAgent(
+            name="mle",
+            text="likelihood of the observed transitions",
+            step=with_policy(agents.predictive_agent(agents.squared_error_loss)),
+            defaults=PAPER,
+            settings=PREDICTIVE,
+        ),
+        ContinuousAgent(
+            name="vep",
+            text="value-equivalent prediction under random value functions",
+            step=with_policy(agents.predictive_agent(agents.value_equivalence_loss)),
+            init=functools.partial(init_learner, has_values=True),
+            defaults=PAPER,
+            settings=(*PREDICTIVE, "num_ensemble_vep"),
+        ),
+        ContinuousAgent(
+            name="sac",
+            text="no model, soft actor-critic on real transitions",
+            step=with_policy(agents.model_free_agent),
+            init=functools.partial(init_learner, has_model=False),
+            defaults=PAPER,
+        ),
+    ],
+)

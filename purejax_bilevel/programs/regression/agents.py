@@ -9,16 +9,14 @@ All lags share their inputs, so h depends on lambda only through a `Summary`: th
 the targets. One forward pass serves the whole window, and an agent differentiates with respect to the summary; what
 that means for each lambda_s is `window.pull_back`'s business.
 
-    funcbo             functional differentiation; the adjoint is a second, dual network that is fitted all along
-    funcbo_nosmooth    the same, its hypergradients are not averaged over time
-    exact              functional differentiation; the adjoint in closed form, with today's targets on the inner inputs
-    aid                implicit differentiation in the network's parameters, conjugate gradient
-    unroll1, unroll    through one, or all `num_inner_steps`, Adam steps of the inner problem
-
-Each is a function `agent(config, learner, data, summary) -> (Step, Learner)`. Arrays are features first.
+Each agent, a value of `AGENTS` at the end of this file, has a function
+`step(config, learner, data, summary) -> (Step, Learner)`. Arrays are features first.
 Sources: functional bilevel optimisation, Petrulionyte et al. 2024; the problem and its smoothing in time: OFBO.
 """
 
+import dataclasses
+import functools
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -28,8 +26,10 @@ import jax.numpy as jnp
 import optax
 
 from purejax_bilevel import networks
+from purejax_bilevel.agents import Agent, Agents
 from purejax_bilevel.bilevel import functional, implicit, smoothing, unrolled
 from purejax_bilevel.networks import Network
+from purejax_bilevel.programs.regression.settings import Hypergradient, Inner, Learning, Outer
 
 NUM_LAYERS = 2
 HIDDEN_GAIN, OUTPUT_GAIN = 1.0, 0.1
@@ -73,16 +73,14 @@ class Step(NamedTuple):
     gradient: Summary  # of the outer loss
 
 
-Agent = Callable[[Any, Learner, Data, Summary], tuple[Step, Learner]]
-
 # --- construction -----------------------------------------------------------------------------------------------------
 
 
-def init_learner(config: Any, key: jax.Array) -> Learner:
-    """Initial networks, weights and optimiser states; the key is consumed."""
+def init_learner(config: Learning, key: jax.Array, has_dual: bool = False) -> Learner:
+    """Initial networks, weights and optimiser states, with a dual network where asked; the key is consumed."""
     both = jax.vmap(lambda key: init_network(config, key))(jax.random.split(key))  # together: less to compile
     inner, dual = (jax.tree.map(lambda leaf, i=i: leaf[i], both) for i in range(2))
-    dual = dual if uses_dual(config) else None
+    dual = dual if has_dual else None
     weights = jnp.full(config.max_window_size, config.lambda_reg, jnp.result_type(float))
     return Learner(
         inner=inner,
@@ -94,7 +92,7 @@ def init_learner(config: Any, key: jax.Array) -> Learner:
     )
 
 
-def init_network(config: Any, key: jax.Array) -> Network:
+def init_network(config: Inner, key: jax.Array) -> Network:
     """A network of the inner problem (or its dual): two hidden layers with GELU."""
     sizes = (config.input_dim, *[config.max_hidden_dim] * NUM_LAYERS, config.output_dim)
     return networks.init_network(key, sizes, config.hidden_dim, OUTPUT_GAIN, HIDDEN_GAIN)
@@ -105,27 +103,17 @@ def predict(network: Network, inputs: jax.Array) -> jax.Array:
     return networks.apply_network(network, inputs, networks.gelu)
 
 
-def uses_dual(config: Any) -> bool:
-    """Whether the agent fits a dual network."""
-    return config.agent_type in ("funcbo", "funcbo_nosmooth")
-
-
-def inner_steps(config: Any) -> int:
-    """Adam steps of the inner problem per time step."""
-    return 1 if config.agent_type == "unroll1" else config.num_inner_steps
-
-
-def inner_optimizer(config: Any) -> optax.GradientTransformation:
+def inner_optimizer(config: Hypergradient) -> optax.GradientTransformation:
     """Adam of the inner problem; `eps_root` keeps its derivative finite where a gradient is zero."""
     return optax.adam(config.inner_lr, eps_root=config.eps_root)
 
 
-def dual_optimizer(config: Any) -> optax.GradientTransformation:
+def dual_optimizer(config: Hypergradient) -> optax.GradientTransformation:
     """Adam of the dual network."""
     return optax.adam(jnp.where(config.dual_lr > 0, config.dual_lr, config.inner_lr))
 
 
-def outer_optimizer(config: Any) -> optax.GradientTransformationExtraArgs:
+def outer_optimizer(config: Outer) -> optax.GradientTransformationExtraArgs:
     """Adam of the weights, behind the time average of the hypergradient where it is asked for."""
     adam = optax.adam(config.outer_lr)
     if not config.average_hypergradients:
@@ -160,9 +148,14 @@ def outer_loss(values: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 def solve_inner(
-    config: Any, inner: Network, optimizer_state: optax.OptState, inputs: jax.Array, summary: Summary
+    config: Hypergradient,
+    inner: Network,
+    optimizer_state: optax.OptState,
+    inputs: jax.Array,
+    summary: Summary,
+    num_steps: int,
 ) -> tuple[Network, optax.OptState, jax.Array]:
-    """Adam steps on the inner problem, from the carried network and optimiser state.
+    """`num_steps` Adam steps on the inner problem, from the carried network and optimiser state.
 
     Returns:
         (network, optimiser state, `inner_loss` before the last step).
@@ -175,11 +168,13 @@ def solve_inner(
         updates, state = optimizer.update(gradient, state, inner)
         return (optax.apply_updates(inner, updates), state), loss
 
-    (inner, optimizer_state), losses = jax.lax.scan(step, (inner, optimizer_state), length=inner_steps(config))
+    (inner, optimizer_state), losses = jax.lax.scan(step, (inner, optimizer_state), length=num_steps)
     return inner, optimizer_state, losses[-1]
 
 
-def solve_inner_without_data(config: Any, inner: Network, optimizer_state: optax.OptState) -> Network:
+def solve_inner_without_data(
+    config: Hypergradient, inner: Network, optimizer_state: optax.OptState, num_steps: int
+) -> Network:
     """The network after `solve_inner` with all weights zero: what Adam's momentum does, without a pass through it."""
     optimizer, zeros = inner_optimizer(config), jax.tree.map(jnp.zeros_like, inner)
 
@@ -188,18 +183,20 @@ def solve_inner_without_data(config: Any, inner: Network, optimizer_state: optax
         updates, state = optimizer.update(zeros, state, inner)
         return optax.apply_updates(inner, updates), state
 
-    return jax.lax.fori_loop(0, inner_steps(config), step, (inner, optimizer_state))[0]
+    return jax.lax.fori_loop(0, num_steps, step, (inner, optimizer_state))[0]
 
 
-def _solve(config: Any, learner: Learner, data: Data, summary: Summary) -> tuple[Learner, jax.Array]:
-    inner, state, loss = solve_inner(config, learner.inner, learner.inner_optimizer, data.x_inner, summary)
+def _solve(config: Hypergradient, learner: Learner, data: Data, summary: Summary) -> tuple[Learner, jax.Array]:
+    inner, state, loss = solve_inner(
+        config, learner.inner, learner.inner_optimizer, data.x_inner, summary, config.num_inner_steps
+    )
     return learner.replace(inner=inner, inner_optimizer=state), loss
 
 
 # --- agents -----------------------------------------------------------------------------------------------------------
 
 
-def functional_agent(config: Any, learner: Learner, data: Data, summary: Summary) -> tuple[Step, Learner]:
+def functional_agent(config: Hypergradient, learner: Learner, data: Data, summary: Summary) -> tuple[Step, Learner]:
     """funcbo: the adjoint is a dual network a, fitted to the minimum of Lambda mean_i |a(x_i)|^2 + <a(x'), dF/dh(x')>.
 
     The dual and its optimiser are carried to the next time step. `reference_dual` follows the original code instead:
@@ -232,7 +229,7 @@ def functional_agent(config: Any, learner: Learner, data: Data, summary: Summary
     return Step(loss, inner_value, gradient), learner
 
 
-def exact_agent(config: Any, learner: Learner, data: Data, summary: Summary) -> tuple[Step, Learner]:
+def exact_agent(config: Hypergradient, learner: Learner, data: Data, summary: Summary) -> tuple[Step, Learner]:
     """exact: the adjoint -dF/dh / (2 Lambda / batch) in closed form.
 
     It is known where inner and outer loss share their inputs, so dF/dh is taken on the inner inputs with today's
@@ -249,7 +246,7 @@ def exact_agent(config: Any, learner: Learner, data: Data, summary: Summary) -> 
     return Step(loss, inner_value, gradient), learner
 
 
-def implicit_agent(config: Any, learner: Learner, data: Data, summary: Summary) -> tuple[Step, Learner]:
+def implicit_agent(config: Hypergradient, learner: Learner, data: Data, summary: Summary) -> tuple[Step, Learner]:
     """aid: -(d^2 L_in / d lambda d phi) (H + aid_cg_reg I)^-1 dF/dphi, with conjugate gradient on the Hessian H in phi.
 
     It stops at |residual| <= aid_cg_tol (1 + |dF/dphi|), or after `aid_cg_iters` products. H need not be positive.
@@ -266,9 +263,18 @@ def implicit_agent(config: Any, learner: Learner, data: Data, summary: Summary) 
     return Step(loss, inner_value, gradient), learner
 
 
-def unrolled_agent(config: Any, learner: Learner, data: Data, summary: Summary) -> tuple[Step, Learner]:
+def unrolled_agent(
+    config: Hypergradient, learner: Learner, data: Data, summary: Summary, num_steps: int | None = None
+) -> tuple[Step, Learner]:
     """unroll1, unroll: the derivative through the Adam steps themselves; the carried network and Adam state count as
     constants.
+
+    Args:
+        config: of one member.
+        learner: before the step.
+        data: of this time.
+        summary: of lambda and the past targets.
+        num_steps: Adam steps; None: `num_inner_steps`.
     """
     loss, gradient, inner, state = unrolled.unrolled_hypergradient(
         lambda summary, inner: inner_loss(summary, inner, data.x_inner),
@@ -277,26 +283,92 @@ def unrolled_agent(config: Any, learner: Learner, data: Data, summary: Summary) 
         learner.inner,
         learner.inner_optimizer,
         inner_optimizer(config),
-        inner_steps(config),
+        config.num_inner_steps if num_steps is None else num_steps,
     )
     inner_value = inner_loss(summary, inner, data.x_inner)
     return Step(loss, inner_value, gradient), learner.replace(inner=inner, inner_optimizer=state)
 
 
-AGENTS: dict[str, Agent] = {
-    "funcbo": functional_agent,
-    "funcbo_nosmooth": functional_agent,
-    "exact": exact_agent,
-    "aid": implicit_agent,
-    "unroll1": unrolled_agent,
-    "unroll": unrolled_agent,
-}
-SMOOTHED = ("funcbo", "exact")
-
-
-def outer_step(config: Any, learner: Learner, hypergradient: jax.Array, t: jax.Array) -> Learner:
+def outer_step(config: Outer, learner: Learner, hypergradient: jax.Array, t: jax.Array) -> Learner:
     """Moves the weights `[lags]` along a hypergradient and projects them to 0 or above."""
     # t is shared by all members: the smoothing window is then written in place.
     updates, state = outer_optimizer(config).update(hypergradient, learner.outer_optimizer, learner.weights, step=t)
     weights = jnp.maximum(optax.apply_updates(learner.weights, updates), 0.0)
     return learner.replace(weights=weights, outer_optimizer=state)
+
+
+# --- the agents as values ---------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class RegressionAgent(Agent):
+    """An agent of non-stationary regression.
+
+    Args:
+        step: `(config, learner, data, summary) -> (Step, Learner)`; `config` is a `program.Config` of one member.
+        init: `(config, key) -> Learner`; a subclass of `Learner` may carry more.
+        inner_targets: whether it sees today's targets on the inner inputs, `Data.y_inner`.
+        inner_steps: Adam steps of the inner problem per time step.
+    """
+
+    step: Callable[[Any, Learner, Data, Summary], tuple[Step, Learner]]
+    init: Callable[..., Learner] = init_learner
+    inner_targets: bool = False
+    inner_steps: Callable[[Inner], int] = operator.attrgetter("num_inner_steps")
+
+
+AVERAGED = ("average_hypergradients", "grad_buffer_size", "newest_share")
+DUAL = ("num_inner_steps", "num_dual_steps", "dual_lr", "reference_dual")
+
+AGENTS = Agents(
+    RegressionAgent,
+    [
+        RegressionAgent(
+            name="funcbo",
+            text="functional differentiation, the adjoint a dual network that is fitted all along; averaged over time",
+            step=functional_agent,
+            init=functools.partial(init_learner, has_dual=True),
+            defaults={"average_hypergradients": True},
+            settings=(*DUAL, *AVERAGED),
+        ),
+        RegressionAgent(
+            name="funcbo_nosmooth",
+            text="the same, never averaged",
+            step=functional_agent,
+            init=functools.partial(init_learner, has_dual=True),
+            defaults={"average_hypergradients": False},
+            settings=DUAL,
+        ),
+        RegressionAgent(
+            name="aid",
+            text="implicit differentiation in the network's parameters, conjugate gradient",
+            step=implicit_agent,
+            defaults={"average_hypergradients": False},
+            settings=("num_inner_steps", "aid_cg_iters", "aid_cg_tol", "aid_cg_reg", *AVERAGED),
+        ),
+        RegressionAgent(
+            name="unroll1",
+            text="through one Adam step of the inner problem, its only one",
+            step=functools.partial(unrolled_agent, num_steps=1),
+            defaults={"average_hypergradients": False},
+            settings=("eps_root", *AVERAGED),
+            inner_steps=lambda config: 1,
+        ),
+        RegressionAgent(
+            name="unroll",
+            text="through all Adam steps of the inner problem",
+            step=unrolled_agent,
+            defaults={"average_hypergradients": False},
+            settings=("num_inner_steps", "eps_root", *AVERAGED),
+        ),
+        RegressionAgent(
+            name="exact",
+            text="functional differentiation, the adjoint in closed form with today's targets on the inner inputs; "
+            "averaged over time",
+            step=exact_agent,
+            defaults={"average_hypergradients": True},
+            settings=("num_inner_steps", "adjoint_floor", *AVERAGED),
+            inner_targets=True,
+        ),
+    ],
+)

@@ -15,17 +15,18 @@ in distribution exactly as if all w x outputs x batch numbers had been drawn: wh
 independent of M. So the cost of a step does not depend on the length of the window.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from purejax_bilevel import networks
 from purejax_bilevel.networks import Layer, Network
+from purejax_bilevel.programs.regression import GRID_LIMIT, GRID_POINTS, settings
 from purejax_bilevel.programs.regression.agents import Summary
+from purejax_bilevel.programs.regression.settings import Inner, Samples, Shift
 
 TRUTH_MEAN = 0.1
-GRID_LIMIT, GRID_POINTS = 2.5, {1: 64, 2: 24}  # where approximations of functions of one or two inputs are drawn
 PARALLEL = 1e-3  # lambda counts as parallel to 1 when the rest is relatively smaller
 
 
@@ -40,7 +41,7 @@ class Problem(NamedTuple):
     f_outer: jax.Array  # [outputs, pool], f(x_outer)
 
 
-def init_problem(config: Any, key: jax.Array) -> Problem:
+def init_problem(config: Samples, key: jax.Array) -> Problem:
     """Draws inputs, function and direction; the key is consumed."""
     normal_key, truth_key = jax.random.split(key)
     outer_size, sizes = config.n_samples // 2, (config.input_dim, config.truth_hidden_dim, config.output_dim)
@@ -58,7 +59,7 @@ def init_problem(config: Any, key: jax.Array) -> Problem:
     return Problem(truth, direction / jnp.linalg.norm(direction), inner, outer, f_inner, f_outer)
 
 
-def shift(config: Any, time: jax.Array) -> jax.Array:
+def shift(config: Shift, time: jax.Array) -> jax.Array:
     """Size of the shift along u at the given times (whole numbers from 1), same shape."""
     if config.shift_type == "linear":
         return config.alpha * time
@@ -69,12 +70,12 @@ def shift(config: Any, time: jax.Array) -> jax.Array:
     return jnp.zeros(jnp.shape(time))
 
 
-def targets_without_noise(config: Any, problem: Problem, values: jax.Array, time: jax.Array) -> jax.Array:
+def targets_without_noise(config: Shift, problem: Problem, values: jax.Array, time: jax.Array) -> jax.Array:
     """f + shift(time) u for values f `[outputs, batch]`."""
     return values + shift(config, time) * problem.direction[:, None]
 
 
-def plot_inputs(config: Any, problem: Problem) -> jax.Array:
+def plot_inputs(config: Samples, problem: Problem) -> jax.Array:
     """Where approximations are drawn, `[inputs, points]`: a grid for one or two inputs, else the outer inputs."""
     points = GRID_POINTS.get(config.input_dim)
     if points is None:
@@ -96,16 +97,16 @@ class Window(NamedTuple):
     basis: jax.Array  # [lags, 2], U
     components: jax.Array  # [2, outputs, batch], M
     rest: jax.Array  # [lags], (I - U U^T) r
-    noise_level: jax.Array  # []
+    noise_level: float | jax.Array  # []
 
 
-def noise_size(config: Any) -> int:
+def noise_size(config: Inner) -> int:
     """Standard normals that `make_window` takes."""
     return 2 * config.output_dim * config.batch_size + config.max_window_size
 
 
 def make_window(
-    config: Any, problem: Problem, values: jax.Array, weights: jax.Array, time: jax.Array, noise: jax.Array
+    config: settings.Window, problem: Problem, values: jax.Array, weights: jax.Array, time: jax.Array, noise: jax.Array
 ) -> Window:
     """The window before `time` on a batch with f = `values` `[outputs, batch]`.
 

@@ -19,7 +19,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from purejax_bilevel.programs.regression.data import GRID_LIMIT, GRID_POINTS
+from purejax_bilevel.programs.regression import GRID_LIMIT, GRID_POINTS
 from purejax_bilevel.results import plots, statistics
 from purejax_bilevel.results.dataset import SEED, STEP, setting_dimensions, setting_labels
 
@@ -52,7 +52,7 @@ def curves(dataset: xarray.Dataset, path: str | Path) -> Path:
     Returns:
         The path.
     """
-    names = [name for name in PANELS if _has_values(dataset, name)]
+    names = [name for name in PANELS if _has_values(dataset, name)] or list(PANELS[:1])
     all_curves = [plots._curves(dataset, name) for name in names]
     layout = _one_panel_layout(dataset, all_curves[0])
     with matplotlib.rc_context(plots.STYLE):

@@ -4,17 +4,17 @@ Outline of a run (every line inside one compiled loop):
 
     for time in 1 .. T_max:
         targets of the last window_size times on the inner inputs, today's targets on the outer inputs
-        agent (regression_agents.py): Adam steps on the network with the past targets, lag s weighted by lambda_s;
+        agent (agents.py): Adam steps on the network with the past targets, lag s weighted by lambda_s;
             then the gradient of today's loss with respect to lambda
         lambda: Adam step (funcbo: along the mean of the last grad_buffer_size gradients), projection to lambda >= 0
         local regret; every regret_frequency times also the regret against the best constant lambda
         mean squared error on all inputs; every eval_frequency times: its mean since the last evaluation
 
-Nothing grows with T_max or with the window (regression_data.py).
+Nothing grows with T_max or with the window (data.py).
 Source: the problem of "SmoothFBO"/OFBO, with the names of its settings.
 """
 
-from typing import ClassVar, Literal, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import flax.struct
 import jax
@@ -22,106 +22,21 @@ import jax.numpy as jnp
 
 from purejax_bilevel import networks
 from purejax_bilevel.bilevel import regret
-from purejax_bilevel.configuration import (
-    FINITE,
-    FRACTION,
-    NONNEGATIVE,
-    POSITIVE,
-    at_least,
-    configuration,
-    replace,
-    static,
-    traced,
-    validate,
-)
+from purejax_bilevel.configuration import changed, configuration, validate
 from purejax_bilevel.errors import UserError
-from purejax_bilevel.program import Metrics
-from purejax_bilevel.programs.regression import agents, data
+from purejax_bilevel.program import Measure, Metrics, Program, Stage, Tree
+from purejax_bilevel.programs.regression import agents, data, settings
+from purejax_bilevel.programs.regression.settings import Learning, Samples, Schedule, Task, Window
 
 # Named streams of random numbers; a constant each, so that adding one moves no other.
 PROBLEM, LEARNER, STEPS = range(3)
 
-AgentType = Literal["funcbo", "funcbo_nosmooth", "aid", "unroll1", "unroll", "exact"]
-
 
 @configuration
-class Config:
+class Config(settings.Regret, Learning, Window, Schedule):
     """Settings of one training program; a traced field may hold several values, one per point of a grid."""
 
-    agent_type: AgentType = static("funcbo", "where the gradient of lambda comes from", group="agent")
-    # schedule
-    T_max: int = static(5000, "time steps of each member", at_least(1), "schedule")
-    eval_frequency: int = static(
-        100,
-        "time steps between evaluations, over which the error is averaged (0: only one, at the end)",
-        at_least(0),
-        "schedule",
-    )
-    regret_frequency: int = static(
-        10, "time steps between comparisons with constant lambda (0: never)", at_least(0), "schedule"
-    )
-    # data
-    input_dim: int = static(5, "inputs of the regression", at_least(1), "data")
-    output_dim: int = static(3, "outputs of the regression", at_least(1), "data")
-    n_samples: int = static(256, "fixed inputs; one half is for the inner problem", at_least(2), "data")
-    batch_size: int = static(128, "inputs per time step, of each half", at_least(1), "data")
-    truth_hidden_dim: int = static(64, "hidden units of the function to be learned", at_least(1), "data")
-    noise_level: float = traced(1.0, "standard deviation of the targets' noise", NONNEGATIVE, "data")
-    # shift
-    shift_type: Literal["sinusoidal", "linear", "abrupt", "none"] = static(
-        "sinusoidal", "how the targets move", group="shift"
-    )
-    beta: float = traced(10.0, "amplitude (sinusoidal, abrupt)", FINITE, "shift")
-    omega: float = traced(0.2, "radians per time step (sinusoidal)", FINITE, "shift")
-    alpha: float = traced(
-        0.002, "distance per time step (linear; the original's 0 does not move the targets)", FINITE, "shift"
-    )
-    abrupt_steps: int = traced(500, "time steps between jumps from beta to -beta or back", at_least(1), "shift")
-    # inner problem
-    hidden_dim: int = traced(
-        64, "units in each hidden layer of the network", at_least(1), "inner problem", "max_hidden_dim"
-    )
-    window_size: int = traced(60, "past times in the inner problem", at_least(1), "inner problem", "max_window_size")
-    num_inner_steps: int = static(16, "Adam steps per time step (unroll1: always 1)", at_least(1), "inner problem")
-    inner_lr: float = traced(1e-4, "Adam rate of the network", POSITIVE, "inner problem")
-    # outer problem
-    outer_lr: float = traced(1e-2, "Adam rate of lambda", POSITIVE, "outer problem")
-    lambda_reg: float = traced(0.0, "initial value of every lambda", NONNEGATIVE, "outer problem")
-    average_hypergradients: bool | None = static(
-        None,
-        "average hypergradients over time (default: funcbo and exact do, the others do not)",
-        group="outer problem",
-    )
-    grad_buffer_size: int = traced(100, "hypergradients averaged", at_least(1), "outer problem", "max_grad_buffer_size")
-    newest_share: float = traced(0.0, "share of the newest hypergradient beside the average", FRACTION, "outer problem")
-    # hypergradient
-    num_dual_steps: int = static(
-        1, "funcbo: Adam steps on the dual network per time step", at_least(1), "hypergradient"
-    )
-    dual_lr: float = traced(0.0, "funcbo: Adam rate of the dual network (0: inner_lr)", NONNEGATIVE, "hypergradient")
-    reference_dual: bool = static(
-        False,
-        "funcbo: the original's rule, a dual forgotten at every step and the opposite sign",
-        group="hypergradient",
-    )
-    adjoint_floor: float = traced(1.0, "exact: smallest sum of lambda that the adjoint sees", POSITIVE, "hypergradient")
-    aid_cg_iters: int = static(10, "aid: largest number of conjugate gradient steps", at_least(1), "hypergradient")
-    aid_cg_tol: float = traced(1e-6, "aid: tolerance of conjugate gradient", NONNEGATIVE, "hypergradient")
-    aid_cg_reg: float = traced(1e-4, "aid: added to the Hessian", NONNEGATIVE, "hypergradient")
-    eps_root: float = traced(
-        1e-24, "under the root of the network's Adam: bounds its derivative (unroll)", NONNEGATIVE, "hypergradient"
-    )
-    # regret
-    regret_window: int = traced(
-        100, "hypergradients averaged in the local regret", at_least(1), "regret", "max_regret_window"
-    )
-    regret_grid_size: int = static(7, "constant values of lambda compared with", at_least(2), "regret")
-    regret_lambda_max: float = traced(5.0, "largest of them; the smallest is 0", POSITIVE, "regret")
-    # array sizes: the largest values among the members
-    max_hidden_dim: int = static(0, "array size of the network", hidden=True)
-    max_window_size: int = static(0, "array size of lambda", hidden=True)
-    max_grad_buffer_size: int = static(0, "array size of the smoothing window", hidden=True)
-    max_regret_window: int = static(0, "array size of the local regret's window", hidden=True)
+    agent_type: str = changed(Task, "agent_type", "funcbo", choices=agents.AGENTS)
 
     def program(self) -> "Regression":
         """The training program of this (resolved) configuration."""
@@ -130,7 +45,7 @@ class Config:
     @property
     def title(self) -> str:
         """Short name of the experiment."""
-        return f"{self.agent_type}-{self.shift_type}"
+        return f"{agents.AGENTS[self.agent_type].name}-{self.shift_type}"
 
     def resolved(self) -> Self:
         """Fills in what depends on the agent and checks everything.
@@ -138,10 +53,7 @@ class Config:
         Raises:
             UserError: for a value that is not allowed, or two that do not go together.
         """
-        config = self
-        if config.average_hypergradients is None:
-            config = replace(config, average_hypergradients=config.agent_type in agents.SMOOTHED)
-        validate(config)
+        config = validate(agents.AGENTS.tuned(self))
         _check_together(config)
         return config
 
@@ -153,10 +65,7 @@ def _check_together(config: Config) -> None:
             f"--batch_size {config.batch_size} is larger than the {half} inputs of each half of --n_samples "
             f"{config.n_samples}; lower the one or raise the other."
         )
-    if config.reference_dual and config.agent_type not in ("funcbo", "funcbo_nosmooth"):
-        raise UserError(f"--reference_dual is for --agent_type funcbo, not {config.agent_type}.")
-    if config.average_hypergradients and config.agent_type == "funcbo_nosmooth":
-        raise UserError("--average_hypergradients True is what funcbo_nosmooth leaves out; use --agent_type funcbo.")
+    agents.AGENTS.check_settings(config)
 
 
 class Regret(NamedTuple):
@@ -179,7 +88,7 @@ class State(flax.struct.PyTreeNode):
     regret: Regret
 
 
-class Regression:
+class Regression(Program):
     """The program: three pure functions of a member's configuration.
 
     Args:
@@ -188,47 +97,29 @@ class Regression:
 
     headline = "evaluation_mse"
     step_unit = "time steps"
-    long_names: ClassVar = {
-        "evaluation_mse": "evaluation MSE (all inputs)",
-        "outer_loss": "mean outer loss",
-        "inner_loss": "inner loss",
-        "hypergradient_norm": "norm of the hypergradient",
-        "local_regret": "cumulative local regret",
-        "local_regret_increment": "local regret per time step",
-        "static_regret": "cumulative static regret",
-        "best_constant": "best constant lambda so far",
-        "lambda": "weight lambda of each lag",
-        "prediction": "first output of the network",
-        "truth": "first output without noise",
-    }
-    finals: ClassVar[dict[str, str]] = {}
-    tables: ClassVar = ("evaluation_mse", "outer_loss", "local_regret", "static_regret")
-    attributes: ClassVar = {
-        **{
-            name: {"better": "lower"}
-            for name in (
-                "evaluation_mse",
-                "outer_loss",
-                "inner_loss",
-                "local_regret",
-                "local_regret_increment",
-                "static_regret",
-            )
-        },
-        "lambda": {"dimension": "lag"},
-        "prediction": {"dimension": "point"},
-        "truth": {"dimension": "point"},
-    }
-    not_logged: ClassVar = ("prediction", "truth")
+    measures = (
+        Measure(
+            "evaluation_mse", "evaluation MSE (all inputs, mean since the last evaluation)", better="lower", tabled=True
+        ),
+        Measure("outer_loss", "mean outer loss", better="lower", tabled=True),
+        Measure("inner_loss", "inner loss", better="lower"),
+        Measure("hypergradient_norm", "norm of the hypergradient"),
+        Measure("local_regret", "cumulative local regret", better="lower", tabled=True),
+        Measure("local_regret_increment", "local regret per time step", better="lower"),
+        Measure("static_regret", "cumulative static regret", better="lower", tabled=True),
+        Measure("best_constant", "best constant lambda so far"),
+        Measure("lambda", "weight lambda of each lag", dims=("lag",)),
+        Measure("prediction", "first output of the network", dims=("point",), logged=False),
+        Measure("truth", "first output without noise", dims=("point",), logged=False),
+    )
 
     def __init__(self, config: Config):
         self.agent = agents.AGENTS[config.agent_type]
-        self.num_steps = config.T_max
-        self.eval_frequency = config.eval_frequency
+        self.stages = (Stage(config.T_max, config.eval_frequency, self.update, self.evaluate),)
 
-    def init(self, key: jax.Array, config: Config) -> State:
+    def init(self, key: jax.Array, config: Config, shared: Tree = ()) -> State:
         """State of a member before its first step; the key is consumed."""
-        learner = agents.init_learner(config, jax.random.fold_in(key, LEARNER))
+        learner = self.agent.init(config, jax.random.fold_in(key, LEARNER))
         return State(
             key=jax.random.fold_in(key, STEPS),
             problem=data.init_problem(config, jax.random.fold_in(key, PROBLEM)),
@@ -240,7 +131,7 @@ class Regression:
             ),
         )
 
-    def update(self, state: State, config: Config, t: jax.Array) -> tuple[State, Metrics]:
+    def update(self, state: State, config: Config, t: jax.Array, shared: Tree = ()) -> tuple[State, Metrics]:
         """One time step.
 
         Args:
@@ -252,7 +143,7 @@ class Regression:
         weights = state.learner.weights
         batch, window = self._draw(state, config, t)
         summary = data.summarise(window, weights)
-        step, learner = self.agent(config, state.learner, batch, summary)
+        step, learner = self.agent.step(config, state.learner, batch, summary)
         hypergradient = data.pull_back(window, step.gradient)
         _, local = _local_regret(config).update(hypergradient, state.regret.local, step=t)
         sums = self._compare(state, config, t, batch, window, step.outer_loss)
@@ -272,7 +163,7 @@ class Regression:
         x_inner, f_inner = _batch(config, inner_key, problem.x_inner, problem.f_inner)
         x_outer, f_outer = _batch(config, outer_key, problem.x_outer, problem.f_outer)
         # All noise of a step at once, that of the window last: a longer one changes no other number.
-        count, exact = f_outer.size, config.agent_type == "exact"
+        count, exact = f_outer.size, self.agent.inner_targets
         noise = jax.random.normal(noise_key, ((1 + exact) * count + data.noise_size(config),))
 
         def observe(values: jax.Array, number: int) -> jax.Array:
@@ -308,23 +199,27 @@ class Regression:
             return before.own, before.constant
         uniform = data.summarise(window, window.present)
         start, optimizer_state = state.learner.inner, state.learner.inner_optimizer
+        num_steps = self.agent.inner_steps(config)
 
         def loss_of(inner: networks.Network) -> jax.Array:
             return agents.outer_loss(agents.predict(inner, batch.x_outer), batch.y_outer)
 
         def loss_with(constant: jax.Array) -> jax.Array:
             summary = jax.tree.map(lambda x: constant * x, uniform)
-            return loss_of(agents.solve_inner(config, start, optimizer_state, batch.x_inner, summary)[0])
+            return loss_of(agents.solve_inner(config, start, optimizer_state, batch.x_inner, summary, num_steps)[0])
 
         def compare() -> tuple[jax.Array, jax.Array]:
-            first = loss_of(agents.solve_inner_without_data(config, start, optimizer_state))  # the grid begins at 0
+            # the grid begins at 0
+            first = loss_of(agents.solve_inner_without_data(config, start, optimizer_state, num_steps))
             others = jax.lax.map(loss_with, constant_weights(config)[1:])
             return before.own + own, before.constant + jnp.append(first, others)
 
         due = (t + 1) % config.regret_frequency == 0
         return jax.lax.cond(due, compare, lambda: (before.own, before.constant))
 
-    def evaluate(self, state: State, config: Config, t: jax.Array, is_last: jax.Array) -> dict[str, jax.Array]:
+    def evaluate(
+        self, state: State, config: Config, t: jax.Array, is_last: jax.Array, shared: Tree = ()
+    ) -> dict[str, jax.Array]:
         """What there is at this time.
 
         Returns:
@@ -356,16 +251,16 @@ class Regression:
         return jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()
 
 
-def constant_weights(config: Config) -> jax.Array:
+def constant_weights(config: settings.Regret) -> jax.Array:
     """The constant values of lambda that the static regret compares with, `[grid]`."""
     return config.regret_lambda_max * jnp.linspace(0.0, 1.0, config.regret_grid_size)
 
 
-def _local_regret(config: Config) -> regret.LocalRegret:
+def _local_regret(config: settings.Regret) -> regret.LocalRegret:
     return regret.local_regret(config.regret_window, config.max_regret_window)
 
 
-def _batch(config: Config, key: jax.Array, inputs: jax.Array, values: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _batch(config: Samples, key: jax.Array, inputs: jax.Array, values: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Distinct samples of a pool `[features, pool]`; all of them where the batch is as large as the pool."""
     pool = inputs.shape[1]
     if config.batch_size == pool:

@@ -14,7 +14,7 @@ import pytest
 from purejax_bilevel import replay
 from purejax_bilevel.configuration import replace
 from purejax_bilevel.errors import UserError
-from purejax_bilevel.programs.control import agents, q_learning
+from purejax_bilevel.programs.control import agents
 from purejax_bilevel.programs.control.q_learning import Config
 from purejax_bilevel.runtime import loop
 from purejax_bilevel.runtime.devices import make_mesh
@@ -268,7 +268,7 @@ def test_the_error_of_a_probabilistic_model_is_that_of_its_mean(small_problem: t
     silent = learner.model._replace(next_obs=jax.tree.map(jnp.zeros_like, learner.model.next_obs))
     batch = batch._replace(next_obs=jnp.full((3, 16), 2.0))
     learner = learner.replace(model=silent)
-    agent = agents.AGENTS[agent_type]
+    agent = agents.AGENTS[agent_type].step
     losses = jax.jit(lambda: agent(config, learner, lambda _: batch, jax.random.key(1), jnp.int32(0))[1])()
     np.testing.assert_allclose(losses["model_error"], 3 * 2.0**2, rtol=1e-12)
 
@@ -301,12 +301,18 @@ def test_random_actions_are_uniform_then_the_policys(interrupted: tuple):
         ({"tau": 1.5}, "--tau must be a number from 0 to 1"),
         ({"model_hidden_dim": 0}, "--model_hidden_dim must be a whole number of at least 1"),
         ({"model_hidden_dim": 2.5}, "--model_hidden_dim must be a whole number"),
-        ({"agent_type": "dqn"}, "--agent_type must be one of omd"),
+        (
+            {"agent_type": "dqn"},
+            "--agent_type must be one of omd, funcbo, funcbo_reward_only, smoothfbo, mle",
+        ),
         ({"batch_size": 32}, "--batch_size 32 is larger than the 16 transitions that --init_steps"),
         ({"capacity": 8}, "--capacity 8 is smaller than --batch_size 16"),
-        ({"agent_type": "mle", "smoothing": "ema"}, "--smoothing ema needs an agent with a hypergradient"),
-        ({"agent_type": "mle", "with_inv_jac": "cg"}, "--with_inv_jac cg is for --agent_type omd"),
-        ({"num_dual_Q_steps": 1}, "--num_dual_Q_steps is for --agent_type funcbo"),
+        (
+            {"agent_type": "mle", "smoothing": "ema"},
+            "ema is for --agent_type omd, funcbo, funcbo_reward_only, not mle.",
+        ),
+        ({"agent_type": "mle", "with_inv_jac": "cg"}, "--with_inv_jac cg is for --agent_type omd, not mle."),
+        ({"num_dual_Q_steps": 1}, "--num_dual_Q_steps 1 is for --agent_type funcbo, funcbo_reward_only, not omd."),
         ({"env_name": "Acrobot-v1", "non_stationary": "drift"}, "CartPole's pole angle"),
         ({"clear_buffer": True}, "--clear_buffer needs --non_stationary drift"),
     ],
@@ -318,7 +324,8 @@ def test_bad_settings_are_one_sentence(changes: dict[str, Any], sentence: str):
 
 
 def test_tuned_values_fill_in_only_what_is_not_given():
-    for agent, tuned in q_learning.TUNED.items():
+    for agent in agents.AGENTS:
+        tuned = agents.AGENTS[agent].defaults
         config = Config(agent_type=agent, inner_lr=0.5).resolved()
         assert (config.lr, config.tau, config.inner_lr) == (tuned["lr"], tuned["tau"], 0.5)
 
@@ -326,3 +333,5 @@ def test_tuned_values_fill_in_only_what_is_not_given():
 def test_smoothfbo_is_funcbo_with_a_window():
     config = Config(agent_type="smoothfbo").resolved()
     assert (config.agent_type, config.smoothing) == ("funcbo", "window")
+    config = Config(agent_type="smoothfbo", smoothing="ema").resolved()
+    assert (config.agent_type, config.smoothing) == ("funcbo", "ema")

@@ -94,7 +94,7 @@ def test_runs_in_one_compilation(trained: tuple):
     assert outcome.steps == STEPS
     assert not outcome.failed[0].any()
     rows = outcome.rows[0]
-    measured = set(part.program.long_names)
+    measured = {measure.name for measure in part.program.measures}
     if config.agent_type == "sac":
         measured -= {"model_loss", "model_gradient_norm", "model_error"}
     if part.config.with_inv_jac == "identity":
@@ -415,7 +415,7 @@ def test_policy_climbs_the_soft_value_and_temperature_follows_the_entropy(proble
         ({"num_train_steps": 10**9, "num_envs": 3}, "is more than can be counted"),
         (
             {"agent_type": "sac", "smoothing": "ema"},
-            "--smoothing ema needs an agent with a hypergradient (omd, funcbo)",
+            "--smoothing ema is for --agent_type omd, funcbo, not sac.",
         ),
         ({"agent_type": "mle", "with_inv_jac": "cg"}, "--with_inv_jac cg is for --agent_type omd"),
         ({"init_temperature": 0.0}, "--init_temperature must be a finite number above 0"),
@@ -439,7 +439,8 @@ def test_capacity_is_the_run_up_to_a_bound_in_whole_steps():
 
 
 def test_tuned_values_fill_in_only_what_is_not_given():
-    for agent, tuned in soft_actor_critic.TUNED.items():
+    for agent in soft_actor_critic_agents.AGENTS:
+        tuned = soft_actor_critic_agents.AGENTS[agent].defaults
         config = Config(agent_type=agent, inner_lr=0.5).resolved()
         assert (config.lr, config.num_Q_steps, config.inner_lr) == (tuned["lr"], tuned["num_Q_steps"], 0.5)
 
@@ -470,7 +471,7 @@ def test_script_chooses_the_configuration(tmp_path: Path, capsys: pytest.Capture
         assert sentence in " ".join(capsys.readouterr().err.split())
 
 
-def test_command_line_runs_and_resumes(tmp_path: Path):
+def test_command_line_runs_and_resumes(tmp_path: Path, capsys: pytest.CaptureFixture):
     words = (
         f"--agent_type sac --num_train_steps 20 --init_steps 10 --batch_size 8 --hidden_dim 3 --eval_frequency 10 "
         f"--eval_episodes 1 --final_eval_episodes 1 --output_dir {tmp_path} --name run --quiet --video"
@@ -478,4 +479,7 @@ def test_command_line_runs_and_resumes(tmp_path: Path):
     assert command_line.main(train_rl.configuration(words), "", words) == 0
     assert (tmp_path / "run" / "policy.gif").stat().st_size > 0
     words = f"--resume {tmp_path / 'run'} --num_train_steps 30 --quiet".split()
+    assert command_line.main(train_rl.configuration(words), "", words) == 2
+    assert "--capacity 0 stood for 20" in capsys.readouterr().err  # all of 20 steps are not all of 30
+    words += ["--capacity", "20"]
     assert command_line.main(train_rl.configuration(words), "", words) == 0

@@ -231,8 +231,9 @@ def test_a_well_fitted_dual_gives_the_exact_hypergradient():
         ("reference", "funcbo", True),
     ):
         config = batched(replace(base, agent_type=agent_type, reference_dual=reference))
-        learner = regression_agents.init_learner(config, jax.random.key(1))
-        step = jax.jit(lambda *args, config=config: regression_agents.AGENTS[config.agent_type](config, *args)[0])
+        agent = regression_agents.AGENTS[agent_type]
+        learner = agent.init(config, jax.random.key(1))
+        step = jax.jit(lambda *args, config=config, agent=agent: agent.step(config, *args)[0])
         gradients[name] = step(learner, data, summary).gradient.target.ravel()
     np.testing.assert_allclose(gradients["dual"], gradients["exact"], atol=0.05 * jnp.abs(gradients["exact"]).max())
     np.testing.assert_allclose(
@@ -423,8 +424,14 @@ def test_a_run_leaves_results_and_figures(tmp_path: Path, capsys: pytest.Capture
     ("changes", "words"),
     [
         ({"batch_size": 7}, "--batch_size 7 is larger than the 6 inputs"),
-        ({"agent_type": "aid", "reference_dual": True}, "--reference_dual is for --agent_type funcbo, not aid"),
-        ({"agent_type": "funcbo_nosmooth", "average_hypergradients": True}, "use --agent_type funcbo"),
+        (
+            {"agent_type": "aid", "reference_dual": True},
+            "--reference_dual is for --agent_type funcbo, funcbo_nosmooth, not aid.",
+        ),
+        (
+            {"agent_type": "funcbo_nosmooth", "average_hypergradients": True},
+            "--average_hypergradients is for --agent_type funcbo, aid, unroll1, unroll, exact, not",
+        ),
         ({"shift_type": "wobbly"}, "--shift_type must be one of sinusoidal, linear, abrupt, none, got 'wobbly'"),
         ({"window_size": (3, 0)}, "--window_size must be a whole number of at least 1, got 0"),
     ],

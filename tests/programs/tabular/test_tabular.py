@@ -16,12 +16,14 @@ from purejax_bilevel.configuration import replace
 from purejax_bilevel.environments import finite
 from purejax_bilevel.errors import UserError
 from purejax_bilevel.programs.control import q_learning
+from purejax_bilevel.programs.tabular import agents
 from purejax_bilevel.programs.tabular import figures as tabular_figures
 from purejax_bilevel.programs.tabular import program as tabular
-from purejax_bilevel.programs.tabular.program import Config, Model
+from purejax_bilevel.programs.tabular.agents import Model
+from purejax_bilevel.programs.tabular.program import Config
 from purejax_bilevel.results import dataset as datasets
 from purejax_bilevel.runtime import loop
-from purejax_bilevel.studies import command_line, sweep
+from purejax_bilevel.studies import command_line, sweep_command
 from purejax_bilevel.studies import run as runs
 
 GOLDEN = Path(__file__).parents[2] / "data" / "tabular_curve.npz"
@@ -45,7 +47,7 @@ def random_model(true: finite.MDP, temperature: float, seed: int = 0) -> Model:
 
 @jax.jit
 def solution(model: Model, true: finite.MDP, temperature: float) -> jax.Array:
-    world = tabular.imagined(model, true, temperature)
+    world = agents.imagined(model, true, temperature)
     return finite.action_values(world, finite.optimal_values(world, temperature, jnp.zeros(true.reward.shape[0])))
 
 
@@ -101,12 +103,12 @@ def test_exact_hypergradient_is_that_of_finite_differences(name: str, objective:
     flat, unravel = jax.flatten_util.ravel_pytree(model)
 
     def loss(flat: jax.Array) -> jax.Array:
-        return tabular.outer_loss(config, true, solution(unravel(flat), true, temperature))
+        return agents.outer_loss(config, true, solution(unravel(flat), true, temperature))
 
     steps = 1e-5 * jnp.concatenate([jnp.eye(flat.size), -jnp.eye(flat.size)])
     ahead, behind = jax.jit(jax.vmap(loss))(flat + steps).reshape(2, -1)
     expected = (ahead - behind) / 2e-5
-    _, gradient = jax.jit(lambda q: tabular.hypergradient(config, true, model, q))(solution(model, true, temperature))
+    _, gradient = jax.jit(lambda q: agents.hypergradient(config, true, model, q))(solution(model, true, temperature))
     computed = jax.flatten_util.ravel_pytree(gradient)[0]
     np.testing.assert_allclose(computed, expected, atol=1e-7 * float(jnp.abs(expected).max()))
 
@@ -133,12 +135,12 @@ def test_identity_hypergradient_passes_the_outer_gradient_on(float64: None):
 
     @jax.jit
     def parts(q: jax.Array) -> tuple:
-        outer_gradient = jax.grad(lambda q: tabular.outer_loss(config, true, q))(q)
-        operator = lambda model: finite.bellman(tabular.imagined(model, true, 0.3), q, 0.3)  # noqa: E731
-        exact = tabular.hypergradient(replace(config, with_inv_jac="exact"), true, model, q)[1]
+        outer_gradient = jax.grad(lambda q: agents.outer_loss(config, true, q))(q)
+        operator = lambda model: finite.bellman(agents.imagined(model, true, 0.3), q, 0.3)  # noqa: E731
+        exact = agents.hypergradient(replace(config, with_inv_jac="exact"), true, model, q)[1]
         return outer_gradient, jax.vjp(operator, model)[1](outer_gradient)[0], exact
 
-    _, gradient = jax.jit(lambda q: tabular.hypergradient(config, true, model, q))(q)
+    _, gradient = jax.jit(lambda q: agents.hypergradient(config, true, model, q))(q)
     outer_gradient, expected, exact = parts(q)
     np.testing.assert_allclose(gradient.reward, outer_gradient, rtol=1e-12)
     np.testing.assert_allclose(gradient.logits, expected.logits, rtol=1e-9, atol=1e-15)
@@ -148,13 +150,13 @@ def test_identity_hypergradient_passes_the_outer_gradient_on(float64: None):
 def test_likelihood_loss_is_squared_error_and_divergence(float64: None):
     true = true_mdp("two_state")
     model = random_model(true, 0.01)
-    predicted = tabular.imagined(model, true, 0.01).transition
+    predicted = agents.imagined(model, true, 0.01).transition
     expected = ((model.reward - true.reward) ** 2).mean()
     expected += (true.transition * jnp.log(true.transition / predicted)).sum(-1).mean()
-    np.testing.assert_allclose(tabular.likelihood_loss(Config(), true, model), expected, rtol=1e-10)
+    np.testing.assert_allclose(agents.likelihood_loss(Config(), true, model), expected, rtol=1e-10)
     sparse = true_mdp("garnet")  # most of its transitions are impossible
     perfect = Model(0.01 * jnp.log(jnp.maximum(sparse.transition, 1e-300)), sparse.reward)
-    np.testing.assert_allclose(tabular.likelihood_loss(Config(), sparse, perfect), 0.0, atol=1e-12)
+    np.testing.assert_allclose(agents.likelihood_loss(Config(), sparse, perfect), 0.0, atol=1e-12)
 
 
 # --- projection and errors --------------------------------------------------------------------------------------------
@@ -162,14 +164,14 @@ def test_likelihood_loss_is_squared_error_and_divergence(float64: None):
 
 def test_projection_scales_back_onto_the_ball_only(float64: None):
     model = random_model(true_mdp("two_state"), 0.01)
-    size = float(tabular.norm(model, 0.01))
+    size = float(agents.norm(model, 0.01))
     plain = np.concatenate([np.ravel(model.logits) / 0.01, np.ravel(model.reward)])
     np.testing.assert_allclose(size, np.linalg.norm(plain), rtol=1e-12)
     for bound in (2 * size, np.inf):
-        jax.tree.map(np.testing.assert_array_equal, tabular.project(model, 0.01, bound), model)
-    projected = tabular.project(model, 0.01, 0.5 * size)
+        jax.tree.map(np.testing.assert_array_equal, agents.project(model, 0.01, bound), model)
+    projected = agents.project(model, 0.01, 0.5 * size)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, 0.5 * y, rtol=1e-12), projected, model)
-    zero = tabular.project(tabular.project(model, 0.01, 0.0), 0.01, 0.0)
+    zero = agents.project(agents.project(model, 0.01, 0.0), 0.01, 0.0)
     assert all((leaf == 0).all() for leaf in zero)
 
 
@@ -181,7 +183,7 @@ def test_logged_bounds_hold_and_are_the_published_formulas(float64: None):
     for seed in range(20):
         model = random_model(true, 0.01, seed)
         row = evaluate(model)
-        world = tabular.imagined(model, true, 0.01)
+        world = agents.imagined(model, true, 0.01)
         q = solution(model, true, 0.01)
         error = np.abs(np.asarray(OPTIMAL_Q) - q).max()
         np.testing.assert_allclose(row["q_error"], error, rtol=1e-6)
@@ -301,8 +303,8 @@ def test_noise_as_in_the_notebook_leaves_the_jacobians_exact(float64: None):
     exact = solution(model, true, 0.5)
     noisy = exact + 0.3 * jax.random.normal(jax.random.key(5), exact.shape)
     flat, unravel = ravel_pytree(model)
-    own = lambda *at: jax.jit(lambda: ravel_pytree(tabular.hypergradient(config, true, model, *at)[1])[0])()  # noqa: E731
-    cotangent = jax.grad(lambda q: tabular.outer_loss(config, true, q))(noisy)
+    own = lambda *at: jax.jit(lambda: ravel_pytree(agents.hypergradient(config, true, model, *at)[1])[0])()  # noqa: E731
+    cotangent = jax.grad(lambda q: agents.outer_loss(config, true, q))(noisy)
     along = lambda x: jnp.vdot(cotangent, solution(unravel(x), true, 0.5))  # noqa: E731
     direction = jax.random.normal(jax.random.key(6), flat.shape)
     slope = (along(flat + 1e-5 * direction) - along(flat - 1e-5 * direction)) / 2e-5
@@ -481,11 +483,11 @@ def test_a_sweep_draws_its_figure_where_the_axes_are_those_of_the_figure(tmp_pat
     words = ["tabular_norm_bound", "num_train_steps=10", "eval_frequency=5", "norm_bound=1,4", "seeds.count=4"]
     where = ["--output_dir", str(tmp_path), "--quiet", "--name"]
     title = "Return against the norm bound"
-    assert sweep.main([*words, *where, "own"]) == 0
+    assert sweep_command.main([*words, *where, "own"]) == 0
     assert f"![{title}" in (tmp_path / "own" / "report.md").read_text()
     for agent in ("mle", "omd"):
         dataset = datasets.load(tmp_path / "own" / agent)
         assert dataset.attrs["compilations"] == 1
         assert dataset.evaluation_return.dtype == np.float64
-    assert sweep.main([*words, "lr=0.01,0.1", *where, "other"]) == 0
+    assert sweep_command.main([*words, "lr=0.01,0.1", *where, "other"]) == 0
     assert title not in (tmp_path / "other" / "report.md").read_text()

@@ -1,0 +1,232 @@
+"""What runs on a device: the members one after another, and of each the steps of a stage in blocks.
+
+Steps come in blocks without a branch: whether a stage still warms up, and whether it is time to evaluate, is asked
+between two blocks only. On a CPU a block goes on to the next such moment. On an accelerator it has a fixed number of
+steps, so that the compiler knows the loop's length and nothing goes back to the host in between.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from purejax_bilevel.program import Program, Stage, Tree
+
+ROWS = 32  # most evaluations in one call: the size of the arrays that take them
+
+
+class Stored(NamedTuple):
+    """What is carried of a member from call to call."""
+
+    state: Tree  # keys as plain numbers
+    sums: tuple[dict[str, Any], ...]  # per stage, the metrics since the last evaluation
+    done: Any  # [], whether the stage is over for the member; () where no stage asks
+
+
+class Functions:
+    """A program's functions, traced once for every use with the same arguments."""
+
+    def __init__(self, program: Program):
+        def traced(function: Any) -> Any:
+            return None if function is None else jax.jit(function, inline=True)
+
+        self.program, self.init = program, traced(program.init)
+        self.stages = tuple(
+            dataclasses.replace(
+                stage,
+                update=traced(stage.update),
+                collect=traced(stage.collect),
+                evaluate=traced(stage.evaluate),
+                begin=traced(stage.begin),
+            )
+            for stage in program.stages
+        )
+        self.may_end_early = any(stage.done is not None for stage in self.stages)
+
+
+def map_members(
+    run: Callable, members: Sequence[Tree], same: Sequence[Tree], member_batch: int | None, batches: jax.Array
+) -> Tree:
+    """`run(stored, config, seed, *same) -> stored, rows, finite` of all members of a device.
+
+    The number of batches is an argument: the compiler cannot treat one batch in another way than many. States are
+    replaced where they lie.
+    """
+    several = jax.vmap(run, in_axes=(*(0 for _ in members), *(None for _ in same)))
+    if member_batch is None:
+        return several(*members, *same)
+    one = member_batch == 1  # without the dimension of a batch
+
+    def part_of(tree: Tree, i: jax.Array) -> Tree:
+        def cut(x: jax.Array) -> jax.Array:
+            return x[i] if one else jax.lax.dynamic_slice_in_dim(x, i * member_batch, member_batch)
+
+        return jax.tree.map(cut, tree)
+
+    def put(whole: Tree, part: Tree, i: jax.Array) -> Tree:
+        pieces = jax.tree.map(lambda x: x[None], part) if one else part
+        return jax.tree.map(
+            lambda x, piece: jax.lax.dynamic_update_slice_in_dim(x, piece, i * member_batch, 0), whole, pieces
+        )
+
+    run = run if one else several
+
+    def batch(i: jax.Array, carry: tuple) -> tuple:
+        state, *measured = carry
+        new_state, *new = run(*part_of((state, *members[1:]), i), *same)
+        return put(state, new_state, i), *put(measured, new, i)
+
+    count = jax.tree.leaves(members[0])[0].shape[0]
+    measured = jax.eval_shape(run, *part_of(members, jnp.int32(0)), *same)[1:]
+    empty = jax.tree.map(lambda x: jnp.zeros((count, *x.shape[not one :]), x.dtype), measured)
+    return jax.lax.fori_loop(0, batches, batch, (members[0], *empty))
+
+
+def fresh_member(functions: Functions, config: Any, seed: jax.Array, shared: Tree) -> Stored:
+    """A member before its first step."""
+    state = functions.init(jax.random.key(seed), config, shared)
+    metrics = [jax.eval_shape(stage.update, state, config, jnp.int32(0), shared)[1] for stage in functions.stages]
+    sums = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), tuple(metrics))
+    return Stored(plain_keys(state), sums, jnp.bool_(False) if functions.may_end_early else ())
+
+
+def run_member(
+    functions: Functions,
+    number: int,
+    block_steps: int,
+    stored: Stored,
+    config: Any,
+    seed: jax.Array,
+    shared: Tree,
+    start: jax.Array,
+    stop: jax.Array,
+    total: jax.Array,
+) -> tuple[Stored, dict[str, jax.Array], jax.Array]:
+    """Steps start..stop-1 of stage `number`, of `total` steps, of one member."""
+    stage = functions.stages[number]
+    keyed = jax.eval_shape(functions.init, jax.random.key(0), config, shared)
+    stored = _begun(functions, number, stored, keyed, config, seed, shared, start)
+    state, sums = typed_keys(stored.state, keyed), stored.sums[number]
+    frequency = stage.eval_every
+
+    def evaluate(state: Tree, sums: Tree, t: jax.Array, is_last: jax.Array) -> dict[str, jax.Array]:
+        means = {name: jnp.where(n > 0, total / jnp.maximum(n, 1), jnp.nan) for name, (total, n) in sums.items()}
+        return means | stage.evaluate(state, config, t, is_last, shared)
+
+    shapes = jax.eval_shape(evaluate, state, sums, start, start == total)
+    rows = jax.tree.map(lambda leaf: jnp.zeros((ROWS, *leaf.shape), leaf.dtype), shapes)
+
+    def block(carry: tuple) -> tuple:
+        t, state, sums, done, rows = carry
+        end = t + block_steps if block_steps else _block_end(stage, t, stop)
+        steps = functools.partial(_steps, stage, config, shared, block_steps, t, end)
+        state, sums = steps((state, sums)) if stage.done is None else _unless(done, steps, (state, sums))
+
+        def record() -> tuple:
+            number = (end - 1) // frequency - start // frequency if frequency else 0
+            over, last = done, end == total
+            if stage.done is not None:
+                over = done | stage.done(state)
+                last |= over
+            row = evaluate(state, sums, end - 1, last)
+            if stage.done is not None:  # the host may go on to the next stage before such rows are made
+                row = jax.tree.map(lambda x: _or_nothing(done, x), row)
+            # A run that ends in between may be made longer: its next regular row is of all steps since the last one.
+            kept = jax.tree.map(lambda x: jnp.where(regular, 0, x).astype(x.dtype), sums)
+            return kept, over, jax.tree.map(lambda r, x: r.at[number].set(x), rows, row)
+
+        regular = end % frequency == 0 if frequency else jnp.bool_(False)
+        due = (end == total) | regular
+        sums, done, rows = jax.lax.cond(due, record, lambda: (sums, done, rows))
+        return end, state, sums, done, rows
+
+    carry = (start, state, sums, stored.done, rows)
+    _, state, sums, done, rows = jax.lax.while_loop(lambda carry: carry[0] < stop, block, carry)
+    all_sums = (*stored.sums[:number], sums, *stored.sums[number + 1 :])
+    return Stored(plain_keys(state), all_sums, done), rows, functions.program.is_finite(state)
+
+
+def _begun(
+    functions: Functions,
+    number: int,
+    stored: Stored,
+    keyed: Tree,
+    config: Any,
+    seed: jax.Array,
+    shared: Tree,
+    start: jax.Array,
+) -> Stored:
+    """A member at the beginning of a call: at the first step of all it is made, at that of a stage it begins it."""
+    stage = functions.stages[number]
+    if number and stage.begin is None and not functions.may_end_early:
+        return stored
+
+    def first() -> Stored:
+        made = number == 0
+        state = functions.init(jax.random.key(seed), config, shared) if made else typed_keys(stored.state, keyed)
+        if stage.begin is not None:
+            state = stage.begin(state, config, shared)
+        sums = jax.tree.map(jnp.zeros_like, stored.sums) if made else stored.sums
+        return Stored(plain_keys(state), sums, jax.tree.map(jnp.zeros_like, stored.done))
+
+    return jax.lax.cond(start == 0, first, lambda: stored)
+
+
+def _unless(done: jax.Array, function: Callable, carry: Tree) -> Tree:
+    return jax.lax.cond(done, lambda carry: carry, function, carry)
+
+
+def _or_nothing(done: jax.Array, value: jax.Array) -> jax.Array:
+    """NaN (0 for whole numbers) in place of what was not measured because the member was done."""
+    return jnp.where(done, jnp.nan if jnp.issubdtype(value.dtype, jnp.inexact) else 0, value).astype(value.dtype)
+
+
+def _block_end(stage: Stage, t: jax.Array, stop: jax.Array) -> jax.Array:
+    """The next moment at which something is decided."""
+    frequency, first = stage.eval_every, stage.warm_up
+    end = jnp.minimum(stop, (t // frequency + 1) * frequency) if frequency else stop
+    return jnp.where(t < first, jnp.minimum(end, first), end) if first else end
+
+
+def _steps(
+    stage: Stage,
+    config: Any,
+    shared: Tree,
+    block_steps: int,
+    t: jax.Array,
+    end: jax.Array,
+    carry: tuple[Tree, Tree],
+) -> tuple[Tree, Tree]:
+    """The steps t..end-1, all before or all after the end of the warm-up; `carry` is the state and what is measured."""
+
+    def loop(function: Callable, carry: tuple) -> tuple:
+        def step(i: jax.Array, carry: tuple) -> tuple:
+            state, sums = carry
+            state, metrics = function(state, config, t + i, shared)
+            return state, sums | {name: jax.tree.map(jnp.add, sums[name], new) for name, new in metrics.items()}
+
+        return jax.lax.fori_loop(0, block_steps or end - t, step, carry)
+
+    learn = functools.partial(loop, stage.update)
+    if not stage.warm_up:
+        return learn(carry)
+    assert stage.collect is not None, "a stage with a warm-up collects"
+    return jax.lax.cond(t < stage.warm_up, functools.partial(loop, stage.collect), learn, carry)
+
+
+# --- keys -------------------------------------------------------------------------------------------------------------
+
+
+def plain_keys(tree: Tree) -> Tree:
+    return jax.tree.map(lambda x: jax.random.key_data(x) if _is_key(x) else x, tree)
+
+
+def typed_keys(tree: Tree, like: Tree) -> Tree:
+    return jax.tree.map(lambda x, shape: jax.random.wrap_key_data(x) if _is_key(shape) else x, tree, like)
+
+
+def _is_key(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)

@@ -1,0 +1,47 @@
+"""Programs with networks as an accelerator stores them learn what they learn on a CPU."""
+
+import jax
+import numpy as np
+import pytest
+
+from purejax_bilevel import ContinuousConfig, RegressionConfig, RLConfig, networks
+from purejax_bilevel.studies import run as runs
+from tests.programs.programs import recorded
+
+SIZES = {"init_steps": 8, "batch_size": 8, "hidden_dim": 8, "model_hidden_dim": 6}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        RLConfig(agent_type="omd", **SIZES),
+        RLConfig(agent_type="vep", no_learn_reward=True, **SIZES),
+        RLConfig(agent_type="mle", prob_model=True, **SIZES),
+        ContinuousConfig(agent_type="omd", env_name="Pendulum-v1", **SIZES),
+    ],
+    ids=["omd", "vep", "mle", "sac-omd"],
+)
+def test_agents(config: RLConfig | ContinuousConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    *_, apart = recorded(config, 14, 20)
+    monkeypatch.setattr(networks, "together", lambda: True)
+    _, _, state, together = recorded(config, 14, 20)
+    assert isinstance(state.learner.q, networks.Joined)
+    assert isinstance(state.learner.model, networks.Joined)
+    assert float(np.abs(together["q_loss"][0]).sum()) > 0
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), apart, together)
+
+
+def test_regression(monkeypatch: pytest.MonkeyPatch) -> None:
+    def losses() -> tuple:
+        part = runs.make_part(RegressionConfig(agent_type="aid", T_max=3, n_samples=32, batch_size=8).resolved(), 1, 0)
+        own = jax.tree.map(lambda leaf: jax.numpy.asarray(leaf)[0], part.config)
+        state, update = part.program.init(jax.random.key(0), own), jax.jit(part.program.update)
+        for t in range(3):
+            state, metrics = update(state, own, jax.numpy.int32(t))
+        return state, metrics
+
+    _, apart = losses()
+    monkeypatch.setattr(networks, "together", lambda: True)
+    state, together = losses()
+    assert networks.Joined in map(type, jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, networks.Joined)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), apart, together)
