@@ -343,7 +343,7 @@ def continuous_update(
     monkeypatch.setattr(
         soft_actor_critic_agents, "with_new_noise", lambda batch, key: batch._replace(noise=drawn.pop(0))
     )
-    agent = soft_actor_critic_agents.AGENTS[config.agent_type]
+    agent = soft_actor_critic_agents.AGENTS[config.agent_type].step
     draw = lambda key: batch._replace(noise=nothing)  # noqa: E731
     result = jax.jit(lambda learner: agent(config, learner, draw, jax.random.key(0), jnp.int32(update)))(learner)
     assert not drawn

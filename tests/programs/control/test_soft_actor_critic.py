@@ -167,7 +167,7 @@ def one_update(problem: tuple, **changes: Any) -> tuple[Learner, int]:
         drawn.append(key)
         return soft_actor_critic_agents.with_new_noise(batch, key)
 
-    agent = soft_actor_critic_agents.AGENTS[config.agent_type]
+    agent = soft_actor_critic_agents.AGENTS[config.agent_type].step
     after, _ = jax.jit(lambda learner: agent(config, learner, draw, jax.random.key(5), jnp.int32(0)))(learner)
     return after, len(drawn)
 
