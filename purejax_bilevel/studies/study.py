@@ -19,7 +19,8 @@ field, and each program is one compiled call with its own steps. A program of yo
 
 A list in `settings` or in an agent's own settings is a grid axis too, there of that agent alone. Values that are leaves
 of the configuration become members of one sub-program; values that change the program become sub-programs of their own.
-An agent of your own is `module:agent`, as a label or as `agent_type` (see `purejax_bilevel/agents.py`).
+An agent of your own is `module:agent`, as a label or as `agent_type`. README.md in this folder says it
+all at length.
 """
 
 import dataclasses
