@@ -86,6 +86,7 @@ class Found:
     compile_seconds: float
     run_seconds: float
     num_traces: int
+    stage_of: dict[str, str]  # as in `loop.Outcome`
 
 
 def split_seeds(study: Study) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -126,6 +127,7 @@ class Rounds:
         self.compiled: CompiledProgram | None = None
         self.run_seconds = self.compile_seconds = 0.0
         self.history: list[dict[str, Any]] = []
+        self.stage_of: dict[str, str] = {}
 
     def parts(self, members: Sequence[Sequence[Member]]) -> list[Part]:
         """Sub-programs with the given members; empty places repeat the first ones."""
@@ -218,6 +220,7 @@ class Rounds:
         except Interrupted as error:
             raise Interrupted(f"stopped in {name}; go on with --resume {self.options.folder}") from error
         self.compile_seconds += self.compiled.compile_seconds - before
+        self.stage_of = outcome.stage_of
         return outcome
 
     def state(self, name: str, members: Sequence[Sequence[Member]]) -> list[Any]:
@@ -300,7 +303,7 @@ def search(study: Study, agents: Sequence[Agent], options: RunOptions, console: 
     findings = _finals(rounds, agents, finalists, report, lower)
     rounds.save_history()
     traces = rounds.compiled.num_traces if rounds.compiled else 0
-    return Found(findings, rounds.compile_seconds, rounds.run_seconds, traces)
+    return Found(findings, rounds.compile_seconds, rounds.run_seconds, traces, rounds.stage_of)
 
 
 def places_of(search: Search, template: Template, num_seeds: int) -> int:
@@ -504,6 +507,8 @@ def rung_ends(total: int, eval_frequency: int, halvings: int) -> list[int]:
 
 def halve(rounds: Rounds, search: Search, seeds: tuple[int, ...], lower: bool) -> list[list[tuple[Setting, float]]]:
     """Runs all rungs; returns the settings of the last one with their quality, per sub-program."""
+    if any(len(program.stages) > 1 for program in rounds.programs):
+        raise UserError("--halving compares settings within a stage, and this program has several: leave it out.")
     ends = rung_ends(rounds.total, rounds.programs[0].stages[-1].eval_every, search.halving)
     alive: list[list[Setting]] = [list(template.settings) for template in rounds.templates]
     homes: dict[tuple[int, str], tuple[str, int]] = {}  # where a setting's state is: round and position

@@ -276,6 +276,7 @@ def _in_rounds(
             found.run_seconds,
             found.num_traces,
             [finding.bytes_per_member],
+            found.stage_of,
         )
         dataset = _dataset(study, agent, part, outcome, plan, {report.SELECTION: finding.selection})
         if processes.is_first():
@@ -406,14 +407,13 @@ class Plan:
             self._say(f"memory per device: {bytes_in_words(needed)}{of}; compiled in {program.compile_seconds:.1f} s")
         if steps > 0 or self.quiet:
             return state
-        state, per_step, per_evaluation = program.time_steps(state, total)
-        frequency = program.schedule.eval_every[-1]
-        work = searches.work(self.study, total, frequency) if self.study.search.in_rounds else total
-        evaluations = num_rows(total, total, frequency) * work / total
-        self._say(
-            f"time: about {duration(per_step * work + per_evaluation * evaluations)}"
-            + (", then the finalists" if self.study.search.in_rounds else "")
-        )
+        seconds, in_rounds = 0.0, self.study.search.in_rounds
+        for stage, length in enumerate(program.schedule.lengths):
+            state, per_step, per_evaluation = program.time_steps(state, length, stage)
+            frequency = program.schedule.eval_every[stage]
+            work = searches.work(self.study, length, frequency) if in_rounds else length
+            seconds += per_step * work + per_evaluation * num_rows(length, length, frequency) * work / length
+        self._say(f"time: about {duration(seconds)}" + (", then the finalists" if in_rounds else ""))
         return state
 
     def _shared(self, program: CompiledProgram) -> bool:
