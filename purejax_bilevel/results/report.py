@@ -22,7 +22,7 @@ import xarray
 
 from purejax_bilevel.errors import UserError
 from purejax_bilevel.members import bytes_in_words, counted, format_value
-from purejax_bilevel.results import comparison, plots, statistics
+from purejax_bilevel.results import comparison, plots, residuals, statistics
 from purejax_bilevel.results import dataset as datasets
 from purejax_bilevel.results.checks import choice, known_entries, load_yaml, mapping_of, number_of, text_of
 from purejax_bilevel.results.comparison import Line, Score, score_of
@@ -327,6 +327,7 @@ class _Report:
             *self._search(),
             *self._settings(),
             *self._failed(),
+            *self._residuals(),
             *self._provenance(),
         ]
 
@@ -537,6 +538,14 @@ class _Report:
         text = f"{len(names)} of {whole} diverged or {have} no finite score, and {are} left out of all numbers above."
         listed = names[:MOST_FAILED] + ([f"and {len(names) - MOST_FAILED} more"] if len(names) > MOST_FAILED else [])
         return [Heading("Failed members"), Paragraph(text), Code("\n".join(listed))]
+
+    def _residuals(self) -> list[Block]:
+        sentences = [sentence for agent in self.agents for sentence in residuals.warnings(agent.dataset)]
+        if not sentences:
+            return []
+        shown = sentences[:MOST_FAILED]
+        more = [f"And {len(sentences) - MOST_FAILED} more settings."] if len(sentences) > MOST_FAILED else []
+        return [Heading("Linear solvers that did not solve"), *map(Paragraph, [*shown, *more])]
 
     def _provenance(self) -> list[Block]:
         versions = dict(self.about.get("versions", {}))

@@ -20,13 +20,13 @@ import numpy as np
 import xarray
 from rich.console import Console
 
-from purejax_bilevel.configuration import fields
+from purejax_bilevel.configuration import fields, warn
 from purejax_bilevel.errors import UserError
 from purejax_bilevel.members import bytes_in_words, check_count, counted
 from purejax_bilevel.program import Part
 from purejax_bilevel.programs.tabular.figures import FIGURES
 from purejax_bilevel.results import dataset as datasets
-from purejax_bilevel.results import report
+from purejax_bilevel.results import report, residuals
 from purejax_bilevel.results.statistics import SettingRow, by_task, lower_is_better, render_table
 from purejax_bilevel.runtime import checkpoint as checkpoints
 from purejax_bilevel.runtime import devices, loop, processes, sizes
@@ -97,6 +97,8 @@ def _run_in(
         return found
     for file, dataset in zip(files, found, strict=True):
         datasets.save(dataset, file)
+        for sentence in residuals.warnings(dataset):
+            warn(sentence)
     searches.clean(folder)
     written = report.write(folder, study.name, study.report, files)
     for own in trained or ():

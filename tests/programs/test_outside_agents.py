@@ -15,7 +15,7 @@ from purejax_bilevel.configuration import replace
 from purejax_bilevel.errors import UserError
 from purejax_bilevel.programs.control import agents
 from purejax_bilevel.results import dataset as datasets
-from purejax_bilevel.studies import command_line, study, sweep
+from purejax_bilevel.studies import command_line, study, sweep_command
 from purejax_bilevel.studies import run as runs
 from tests import outside
 from tests.programs.programs import check_resume_is_bitwise, initial_learners, moved, own_run, train
@@ -60,7 +60,7 @@ def _forget(patch: pytest.MonkeyPatch) -> None:
 
 
 def parse(words: str) -> RLConfig:
-    return command_line.parse(RLConfig, "", words.split())[1]
+    return command_line.parse(RLConfig, "", words.split())[1].resolved()
 
 
 def shown(config_class: type, words: str, capsys: pytest.CaptureFixture) -> str:
@@ -252,7 +252,7 @@ def test_a_sweep_runs_it(tmp_path: Path):
     }
     path = tmp_path / "signs.yaml"
     path.write_text(yaml.safe_dump(given))
-    assert sweep.main([str(path), "--output_dir", str(tmp_path), "--name", "run", "--quiet"]) == 0
+    assert sweep_command.main([str(path), "--output_dir", str(tmp_path), "--name", "run", "--quiet"]) == 0
     found = {
         datasets.load(file).attrs["agent"]: datasets.load(file) for file in (tmp_path / "run").glob("*/results.nc")
     }

@@ -162,6 +162,20 @@ def test_settings_of_a_random_search_are_all_shown():
 # ---------------------------------------------------------------- documents
 
 
+def test_solvers_that_did_not_solve_have_a_section(tmp_path):
+    config = {"with_inv_jac": "cg", "damping": 1e-5, "solver_steps": 5}
+    dataset = make(CROSSED, config=config)
+    assert "did not solve" not in write(tmp_path, {"omd": dataset})[0]
+    residual = np.full((2, len(SEEDS), len(STEPS)), 0.01)
+    residual[1] = 0.8
+    dataset["solver_residual"] = ("lr", "seed", "step"), residual
+    _, page = write(tmp_path, {"omd": dataset})
+    assert "Linear solvers that did not solve" in page
+    assert re.findall(r"omd, lr.*?left a relative residual of 0\.8", page) == [
+        "omd, lr=0.01: the solver cg left a relative residual of 0.8"
+    ]
+
+
 def write(folder: Path, agents: dict[str, Any], **changes: Any) -> tuple[str, str]:
     files = []
     for number, (label, dataset) in enumerate(agents.items()):
