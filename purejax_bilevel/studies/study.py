@@ -645,7 +645,7 @@ def make_agents(study: Study) -> list[Agent]:
     _check_tasks(study, agents)
     schedules = [Schedule.of(template.config.program()) for agent in agents for template in agent.templates]
     for name, words in (("names", "stages"), ("lengths", "number of steps"), ("eval_every", "eval_frequency")):
-        found = sorted({" + ".join(map(str, getattr(schedule, name))) for schedule in schedules})
+        found = [" + ".join(map(str, values)) for values in sorted({getattr(schedule, name) for schedule in schedules})]
         if len(found) > 1:
             raise UserError(f"all agents and settings of a sweep need the same {words}, got {', '.join(found)}.")
     if study.search.halving and len(schedules[0].names) > 1:
