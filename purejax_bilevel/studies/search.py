@@ -76,6 +76,7 @@ class Finding:
     failed: np.ndarray
     selection: np.ndarray  # [members], the score that chose the setting
     bytes_per_member: int
+    stage_of: dict[str, str]  # of what is not measured in the last stage
 
 
 @dataclasses.dataclass
@@ -86,7 +87,6 @@ class Found:
     compile_seconds: float
     run_seconds: float
     num_traces: int
-    stage_of: dict[str, str]  # as in `loop.Outcome`
 
 
 def split_seeds(study: Study) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -303,7 +303,7 @@ def search(study: Study, agents: Sequence[Agent], options: RunOptions, console: 
     findings = _finals(rounds, agents, finalists, report, lower)
     rounds.save_history()
     traces = rounds.compiled.num_traces if rounds.compiled else 0
-    return Found(findings, rounds.compile_seconds, rounds.run_seconds, traces, rounds.stage_of)
+    return Found(findings, rounds.compile_seconds, rounds.run_seconds, traces)
 
 
 def places_of(search: Search, template: Template, num_seeds: int) -> int:
@@ -392,7 +392,7 @@ def _finding(
     failed = merged.gather([np.concatenate(gathered[part][1]) for part in parts])
     assert rounds.compiled is not None
     size = max(rounds.compiled.bytes_per_member[part] for part in parts)
-    return Finding(grid, rows, failed, -chosen if lower else chosen, size)
+    return Finding(grid, rows, failed, -chosen if lower else chosen, size, rounds.stage_of)
 
 
 # ---------------------------------------------------------------- evolution strategy

@@ -51,7 +51,6 @@ from purejax_bilevel.results.checks import (
     whole,
 )
 from purejax_bilevel.results.report import Reporting, reporting
-from purejax_bilevel.results.statistics import TASKS
 from purejax_bilevel.runtime.loop import make_seeds
 from purejax_bilevel.runtime.schedule import Schedule
 
@@ -192,7 +191,7 @@ def program_name(value: Any, where: str = "program") -> str:
     if isinstance(value, str) and ":" in value:
         config_class(value)
         return value
-    if value not in PROGRAMS:
+    if not isinstance(value, str) or value not in PROGRAMS:
         raise UserError(f"{where} must be one of {', '.join(PROGRAMS)}, or module:Config, got {value!r}.")
     return value
 
@@ -328,7 +327,7 @@ def override(description: Mapping[str, Any], changes: Mapping[str, Any]) -> dict
         elif name in known:
             _override_field(result, name, value)
         else:
-            raise UserError(f"{name}={value} is no setting of the program {', '.join(sorted(programs))}.")
+            raise UserError(f"{name}={value!r} is no setting of the program {', '.join(sorted(programs))}.")
     return result
 
 
@@ -422,7 +421,7 @@ def _agents(cls: type, given: Any, settings: dict[str, Any]) -> dict[str, dict[s
         _distinct("agents", given)
         given = {label: {} for label in given}
     agents = {}
-    named = agent_values.registry(cls) is not None  # else a label is nothing but a label
+    named = any(field.name == agent_values.FIELD for field in fields(cls))  # else a label is nothing but a label
     for label, own in mapping_of(given, "agents").items():
         own = {name: value for name, value in mapping_of(own, f"agents: {label}").items() if name != PROGRAM}
         stated = _settings(cls, own, f"agents: {label}")
@@ -646,15 +645,19 @@ def make_agents(study: Study) -> list[Agent]:
     _check_tasks(study, agents)
     schedules = [Schedule.of(template.config.program()) for agent in agents for template in agent.templates]
     for name, words in (("names", "stages"), ("lengths", "number of steps"), ("eval_every", "eval_frequency")):
-        found = sorted({" + ".join(map(str, getattr(schedule, name))) for schedule in schedules})
+        found = [" + ".join(map(str, values)) for values in sorted({getattr(schedule, name) for schedule in schedules})]
         if len(found) > 1:
             raise UserError(f"all agents and settings of a sweep need the same {words}, got {', '.join(found)}.")
+    if study.search.halving and len(schedules[0].names) > 1:
+        stages = " and ".join(schedules[0].names)
+        raise UserError(f"halving compares settings within one stage, and this program has {stages}: use es or random.")
     return agents
 
 
 def _check_tasks(study: Study, agents: Sequence[Agent]) -> None:
     """Scores are compared task by task."""
-    for name in TASKS:
+    declared = [field for family in study.by_program for field in fields(family.config_class)]
+    for name in dict.fromkeys(field.name for field in declared if field.metadata.get("task")):
         axes = [[axis for axis in agent.grid.axes if name in axis.names] for agent in agents]
         values = {
             agent.label: [value for axis in own for value in axis.values]
