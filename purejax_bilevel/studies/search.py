@@ -507,8 +507,6 @@ def rung_ends(total: int, eval_frequency: int, halvings: int) -> list[int]:
 
 def halve(rounds: Rounds, search: Search, seeds: tuple[int, ...], lower: bool) -> list[list[tuple[Setting, float]]]:
     """Runs all rungs; returns the settings of the last one with their quality, per sub-program."""
-    if any(len(program.stages) > 1 for program in rounds.programs):
-        raise UserError("--halving compares settings within a stage, and this program has several: leave it out.")
     ends = rung_ends(rounds.total, rounds.programs[0].stages[-1].eval_every, search.halving)
     alive: list[list[Setting]] = [list(template.settings) for template in rounds.templates]
     homes: dict[tuple[int, str], tuple[str, int]] = {}  # where a setting's state is: round and position

@@ -183,7 +183,7 @@ def test_a_program_of_several_stages_is_timed_and_searched_but_not_halved(
     assert sweep_command.main([*words, "--name", "grid"]) == 0
     assert "time: about" in capsys.readouterr().err
     assert sweep_command.main([*words, "--name", "halved", "--halving", "1", "--quiet"]) == 2
-    assert "this program has several" in capsys.readouterr().err
+    assert "this program has ensemble and policy" in capsys.readouterr().err
     evolved = [*words, "--name", "evolved", "--search", "es", "--generations", "2", "--population", "4", "--quiet"]
     assert sweep_command.main(evolved) == 0
     assert datasets.load(tmp_path / "evolved" / "agent").sizes["seed"] == 1
