@@ -40,7 +40,8 @@ from purejax_bilevel.studies import run as runs
 from purejax_bilevel.studies import search as searches
 from purejax_bilevel.studies import video as videos
 from purejax_bilevel.studies.command_line import how_to_run
-from purejax_bilevel.studies.study import Agent, Study, make_agents
+from purejax_bilevel.studies.plan import Agent, make_agents
+from purejax_bilevel.studies.study import Study
 from purejax_bilevel.studies.sweep_command import SweepOptions
 
 PROGRAMS_FOLDER = "programs"  # of a sweep of several programs: the checkpoint of each
