@@ -186,7 +186,10 @@ def reported_variable(dataset: xarray.Dataset, report: Reporting) -> str:
     """What a sweep reports: as it says, else the program's final or headline variable."""
     if report.variable:
         return report.variable
-    final = [str(name) for name in dataset.data_vars if "episode" in dataset[name].dims]
+    steps = {datasets.step_dimension(stage) for stage in ("", *dataset.attrs.get("stages", ()))}
+    others = ("failed", SELECTION)
+    known = {str(name): array for name, array in dataset.data_vars.items() if name not in others}
+    final = [name for name, array in known.items() if steps.isdisjoint(array.dims)]
     return final[0] if final else str(dataset.attrs["headline"])
 
 

@@ -40,6 +40,7 @@ WANDB_RUNS = ("member", "setting")
 WANDB_MODE_WORDS = {"dryrun": "offline", "run": "online", **{mode: mode for mode in WANDB_MODES}}
 DEFAULT_PROJECT = "purejax_bilevel"
 STATE_FILE = "logged.json"
+LOGGED = (STATE_FILE, "tensorboard", "wandb")  # what is written to a folder
 WANDB_FILES = ("run-*.wandb", "logs/debug*.log")  # that an offline run of ours consists of
 EVENTS_SUFFIX = ".purejax_bilevel"  # of the names of our TensorBoard files
 LIVE_RUNS = 32  # with more runs than this, rows are written at the end

@@ -43,7 +43,8 @@ from purejax_bilevel.runtime import loop, processes
 from purejax_bilevel.runtime.compiled import CompiledProgram
 from purejax_bilevel.runtime.options import RunOptions
 from purejax_bilevel.studies.folder import ROUNDS, SCORES
-from purejax_bilevel.studies.study import Agent, Interval, Search, Study, Template, listed_grid
+from purejax_bilevel.studies.plan import Agent, Template, listed_grid
+from purejax_bilevel.studies.study import Interval, Search, Study
 
 Setting = dict[str, Any]
 Member = tuple[Setting, int]  # setting and seed
@@ -76,6 +77,7 @@ class Finding:
     failed: np.ndarray
     selection: np.ndarray  # [members], the score that chose the setting
     bytes_per_member: int
+    stage_of: dict[str, str]  # of what is not measured in the last stage
 
 
 @dataclasses.dataclass
@@ -126,6 +128,7 @@ class Rounds:
         self.compiled: CompiledProgram | None = None
         self.run_seconds = self.compile_seconds = 0.0
         self.history: list[dict[str, Any]] = []
+        self.stage_of: dict[str, str] = {}
 
     def parts(self, members: Sequence[Sequence[Member]]) -> list[Part]:
         """Sub-programs with the given members; empty places repeat the first ones."""
@@ -218,6 +221,7 @@ class Rounds:
         except Interrupted as error:
             raise Interrupted(f"stopped in {name}; go on with --resume {self.options.folder}") from error
         self.compile_seconds += self.compiled.compile_seconds - before
+        self.stage_of = outcome.stage_of
         return outcome
 
     def state(self, name: str, members: Sequence[Sequence[Member]]) -> list[Any]:
@@ -389,7 +393,7 @@ def _finding(
     failed = merged.gather([np.concatenate(gathered[part][1]) for part in parts])
     assert rounds.compiled is not None
     size = max(rounds.compiled.bytes_per_member[part] for part in parts)
-    return Finding(grid, rows, failed, -chosen if lower else chosen, size)
+    return Finding(grid, rows, failed, -chosen if lower else chosen, size, rounds.stage_of)
 
 
 # ---------------------------------------------------------------- evolution strategy

@@ -11,6 +11,7 @@ Before it starts, a sweep tells its members, sub-programs, memory and time; what
 
 import dataclasses
 import itertools
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,10 @@ from purejax_bilevel.programs.tabular.figures import FIGURES
 from purejax_bilevel.results import dataset as datasets
 from purejax_bilevel.results import report, residuals
 from purejax_bilevel.results.statistics import SettingRow, by_task, lower_is_better, render_table
+from purejax_bilevel.runtime import checkpoint as checkpoints
 from purejax_bilevel.runtime import devices, loop, processes, sizes
 from purejax_bilevel.runtime.compiled import CompiledProgram
-from purejax_bilevel.runtime.loggers import Loggers
+from purejax_bilevel.runtime.loggers import LOGGED, Loggers
 from purejax_bilevel.runtime.options import RunOptions
 from purejax_bilevel.runtime.progress import duration
 from purejax_bilevel.runtime.schedule import num_rows
@@ -38,10 +40,15 @@ from purejax_bilevel.studies import run as runs
 from purejax_bilevel.studies import search as searches
 from purejax_bilevel.studies import video as videos
 from purejax_bilevel.studies.command_line import how_to_run
-from purejax_bilevel.studies.study import Agent, Study, make_agents
+from purejax_bilevel.studies.plan import Agent, make_agents
+from purejax_bilevel.studies.study import Study
 from purejax_bilevel.studies.sweep_command import SweepOptions
 
 PROGRAMS_FOLDER = "programs"  # of a sweep of several programs: the checkpoint of each
+OWN_NAMES = (
+    *(folders.CONFIG, *datasets.ABOUT, checkpoints.FILE_NAME, searches.ROUNDS, PROGRAMS_FOLDER),
+    *(report.HTML, report.MARKDOWN, report.FIGURES, report.HISTORY, *LOGGED),
+)  # in the folder of a sweep, where each agent has a folder of its own
 
 # ---------------------------------------------------------------- the sweep
 
@@ -145,7 +152,7 @@ def _check_one_score(study: Study, agents: Sequence[Agent]) -> None:
 def _check_names(agents: Sequence[Agent]) -> None:
     names = [loop.file_name(agent.label) for agent in agents]
     for agent, name in zip(agents, names, strict=True):
-        if not name or names.count(name) > 1 or name in (report.FIGURES, searches.ROUNDS, PROGRAMS_FOLDER):
+        if not name or names.count(name) > 1 or name in OWN_NAMES or len(os.fsencode(name)) > folders.LONGEST_NAME:
             raise UserError(
                 f"agents: {agent.label!r} cannot name a folder of its own ({name!r}); choose another label."
             )
@@ -276,6 +283,7 @@ def _in_rounds(
             found.run_seconds,
             found.num_traces,
             [finding.bytes_per_member],
+            finding.stage_of,
         )
         dataset = _dataset(study, agent, part, outcome, plan, {report.SELECTION: finding.selection})
         if processes.is_first():
@@ -293,6 +301,7 @@ def _dataset(
         "selected_by": by,
         "selected_over": over,
         "sweep": study.name,
+        "tasks": [field.name for field in fields(part.config) if field.metadata.get("task")],
         "selection_seeds": list(searches.split_seeds(study)[0]),
         "sub_programs": plan.num_parts,
         "devices": plan.num_devices,
@@ -314,9 +323,9 @@ def _dataset(
 def _log_finalists(dataset: xarray.Dataset, part: Part, outcome: loop.Outcome, options: RunOptions) -> None:
     """Copies the finalists' series to wandb and TensorBoard; the rounds before are in search.json."""
     assert options.folder is not None
-    hidden = {measure.name for measure in part.program.measures if not loop.is_logged(measure)}
-    rows = {name: array for name, array in outcome.rows[0].items() if name not in hidden}
-    members = np.arange(len(part.grid))
+    logged = [measure.name for measure in part.program.measures if loop.is_logged(measure)]
+    rows = {name: array for name, array in outcome.rows[0].items() if name in logged}
+    members, before = np.arange(len(part.grid)), 0
     with Loggers(
         part.grid,
         options.folder / loop.file_name(part.label),
@@ -327,8 +336,13 @@ def _log_finalists(dataset: xarray.Dataset, part: Part, outcome: loop.Outcome, o
         label=part.label,
         tensorboard=options.tensorboard,
     ) as loggers:
-        loggers.log_rows(members, {"step": dataset[datasets.STEP].values, **rows})
-        loggers.log_finals(members, {name: outcome.rows[0][name][:, -1] for name in part.program.finals})
+        for stage in (*dataset.attrs["stages"], ""):  # steps are counted over all of them
+            own = {name: array for name, array in rows.items() if outcome.stage_of.get(name, "") == stage}
+            steps = dataset[datasets.step_dimension(stage)].values
+            loggers.log_rows(members, {datasets.STEP: before + steps, **own})
+            before += int(steps[-1])
+        finals = {name: loop.last_values(outcome.rows[0][name]) for name in part.program.finals}
+        loggers.log_finals(members, finals)
 
 
 def _print_summary(
@@ -406,14 +420,13 @@ class Plan:
             self._say(f"memory per device: {bytes_in_words(needed)}{of}; compiled in {program.compile_seconds:.1f} s")
         if steps > 0 or self.quiet:
             return state
-        state, per_step, per_evaluation = program.time_steps(state, total)
-        frequency = program.schedule.eval_every[-1]
-        work = searches.work(self.study, total, frequency) if self.study.search.in_rounds else total
-        evaluations = num_rows(total, total, frequency) * work / total
-        self._say(
-            f"time: about {duration(per_step * work + per_evaluation * evaluations)}"
-            + (", then the finalists" if self.study.search.in_rounds else "")
-        )
+        seconds, in_rounds = 0.0, self.study.search.in_rounds
+        for stage, length in enumerate(program.schedule.lengths):
+            state, per_step, per_evaluation = program.time_steps(state, length, stage)
+            frequency = program.schedule.eval_every[stage]
+            work = searches.work(self.study, length, frequency) if in_rounds else length
+            seconds += per_step * work + per_evaluation * num_rows(length, length, frequency) * work / length
+        self._say(f"time: about {duration(seconds)}" + (", then the finalists" if in_rounds else ""))
         return state
 
     def _shared(self, program: CompiledProgram) -> bool:

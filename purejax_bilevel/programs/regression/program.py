@@ -104,7 +104,9 @@ class Regression(Program):
         Measure("outer_loss", "mean outer loss", better="lower", tabled=True),
         Measure("inner_loss", "inner loss", better="lower"),
         Measure("hypergradient_norm", "norm of the hypergradient"),
-        Measure("local_regret", "cumulative local regret", better="lower", tabled=True),
+        Measure(
+            "local_regret", "cumulative local regret", better="lower", tabled=True, total_of="local_regret_increment"
+        ),
         Measure("local_regret_increment", "local regret per time step", better="lower"),
         Measure("static_regret", "cumulative static regret", better="lower", tabled=True),
         Measure("best_constant", "best constant lambda so far"),
@@ -223,9 +225,8 @@ class Regression(Program):
         """What there is at this time.
 
         Returns:
-            The regrets up to now, in 32 bits (what `local_regret` gains between two evaluations can be below its last
-            digit; it is `local_regret_increment` times the time between them); `lambda` `[lags]` (NaN beyond the
-            window); `prediction` and `truth` `[points]`, first output.
+            The static regret up to now (the local one is the sum of its increments, which the host makes); `lambda`
+            `[lags]` (NaN beyond the window); `prediction` and `truth` `[points]`, first output.
         """
         del is_last
         time, problem, inner, sums = t + 1, state.problem, state.learner.inner, state.regret
@@ -237,7 +238,6 @@ class Regression(Program):
             config, problem, networks.apply_network(problem.truth, points, networks.gelu), time
         )
         return {
-            "local_regret": sums.local.cumulative,
             "static_regret": jnp.where(compared, sums.own - sums.constant.min(), jnp.nan),
             "best_constant": jnp.where(compared, best, jnp.nan),
             "lambda": jnp.where(in_window, state.learner.weights, jnp.nan),
