@@ -334,5 +334,5 @@ def test_the_example_of_a_sweep_file_has_the_members_that_are_said(place: Path) 
 def test_agents_of_several_programs_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, OWN_PROGRAM, population)
     _, example = blocks(SWEEPS, "yaml")
-    agents = study.make_agents(study.parse(yaml.safe_load(example)))
+    agents = plan.make_agents(study.parse(yaml.safe_load(example)))
     assert [type(agent.templates[0].config) for agent in agents] == [RLConfig, population.Config]
