@@ -187,7 +187,7 @@ class Loggers:
 
         Args:
             members: `[m]`, which members the arrays' first axis holds.
-            rows: `step` `[n]`, steps done at each row, and per name `[m, n]` or `[m, n, k]`.
+            rows: `step` `[n]`, steps done at each row, and per name `[m, n, ...]`.
 
         Raises:
             ValueError: wrong shapes, or a resumed experiment does not begin with its first row.
@@ -330,7 +330,8 @@ class Loggers:
         for name, array in rows.items() if len(positions) else ():
             if name == STEP:
                 continue
-            parts = {name: array} if array.ndim == 2 else {f"{name}/{i}": array[..., i] for i in range(array.shape[2])}
+            flat = array.reshape(*array.shape[:2], -1)
+            parts = {name: array} if array.ndim == 2 else {f"{name}/{i}": flat[..., i] for i in range(flat.shape[2])}
             for part, values in parts.items():
                 if setting is None:
                     columns[part] = values[positions[0]]
