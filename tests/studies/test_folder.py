@@ -75,8 +75,8 @@ def test_a_name_may_be_used_again_after_a_refusal(tmp_path: Path, monkeypatch: p
         runs.run(config, num_seeds=2, folder=tmp_path / "run", quiet=True, wandb_mode="offline")
     assert not (tmp_path / "run").exists()
     runs.run(config, num_seeds=2, folder=tmp_path / "run", quiet=True)
+    longer = replace(config, num_train_steps=24)
     with pytest.raises(UserError, match="under `wandb agent`"):
-        longer = replace(config, num_train_steps=24)
         runs.run(longer, num_seeds=2, folder=tmp_path / "run", quiet=True, wandb_mode="offline", resume=True)
     assert {folder.CONFIG, checkpoint.FILE_NAME, "results.nc"} <= set(os.listdir(tmp_path / "run"))
 
