@@ -24,7 +24,7 @@ from purejax_bilevel import ContinuousConfig, RegressionConfig, RLConfig, RunOpt
 from purejax_bilevel.configuration import replace
 from purejax_bilevel.results import __main__ as report_again
 from purejax_bilevel.results import dataset as datasets
-from purejax_bilevel.studies import command_line, study, sweep_command
+from purejax_bilevel.studies import command_line, plan, study, sweep_command
 from purejax_bilevel.studies import folder as folders
 
 ROOT = Path(__file__).parents[1]
@@ -152,7 +152,7 @@ def accept(words: list[str]) -> None:
         case ["python", "sweep.py", *rest]:
             _, found = sweep_command.read_arguments(rest)
             if found.settings.get("env_name") != "halfcheetah":
-                study.make_agents(found)
+                plan.make_agents(found)
         case ["python", "-m", "purejax_bilevel.results", *rest]:
             assert report_again.main(rest) == 2  # read, and there is nothing in that folder
         case ["python", script, *rest]:
@@ -289,7 +289,7 @@ def test_tuned_defaults_are_those_of_the_agents() -> None:
 
 
 def test_the_example_of_a_sweep_file_has_the_members_that_are_said(place: Path) -> None:
-    agents = study.make_agents(study.parse(study.read(place / "my_sweep.yaml")))
+    agents = plan.make_agents(study.parse(study.read(place / "my_sweep.yaml")))
     members = sum(len(agent.grid) for agent in agents)
     assert f"= {members} members in three sub-programs" in SWEEPS.read_text()
     assert sum(len(agent.templates) for agent in agents) == 3

@@ -111,13 +111,8 @@ def run_member(
     keyed = jax.eval_shape(functions.init, jax.random.key(0), config, shared)
     stored = _begun(functions, number, block_steps, stored, keyed, config, seed, shared, start)
     state, sums = typed_keys(stored.state, keyed), stored.sums[number]
-    frequency = stage.eval_every
-
-    def evaluate(state: Tree, sums: Tree, t: jax.Array, is_last: jax.Array) -> dict[str, jax.Array]:
-        means = {name: jnp.where(n > 0, total / jnp.maximum(n, 1), jnp.nan) for name, (total, n) in sums.items()}
-        return means | stage.evaluate(state, config, t, is_last, shared)
-
-    shapes = jax.eval_shape(evaluate, state, sums, start, start == total)
+    frequency, evaluate = stage.eval_every, functools.partial(_evaluated, stage, config, shared, total)
+    shapes, _ = jax.eval_shape(evaluate, state, sums, stored.done, start)
     rows = jax.tree.map(lambda leaf: jnp.zeros((ROWS, *leaf.shape), leaf.dtype), shapes)
 
     def block(carry: tuple) -> tuple:
@@ -128,13 +123,7 @@ def run_member(
 
         def record() -> tuple:
             number = (end - 1) // frequency - start // frequency if frequency else 0
-            over, last = done, end == total
-            if stage.done is not None:
-                over = done | stage.done(state)
-                last |= over
-            row = evaluate(state, sums, end - 1, last)
-            if stage.done is not None:  # the host may go on to the next stage before such rows are made
-                row = jax.tree.map(lambda x: _or_nothing(done, x), row)
+            row, over = evaluate(state, sums, done, end)
             # A run that ends in between may be made longer: its next regular row is of all steps since the last one.
             kept = jax.tree.map(lambda x: jnp.where(regular, 0, x).astype(x.dtype), sums)
             return kept, over, jax.tree.map(lambda r, x: r.at[number].set(x), rows, row)
@@ -177,6 +166,28 @@ def _begun(
     if block_steps:
         return _if(start == 0, lambda _: first(), stored)
     return jax.lax.cond(start == 0, first, lambda: stored)
+
+
+def _evaluated(
+    stage: Stage,
+    config: Any,
+    shared: Tree,
+    total: jax.Array,
+    state: Tree,
+    sums: dict[str, Any],
+    done: Any,
+    end: jax.Array,
+) -> tuple[dict[str, jax.Array], Any]:
+    """What is measured after `end` of `total` steps, and whether the member is done with the stage then."""
+    over, is_last = done, end == total
+    if stage.done is not None:
+        over = done | stage.done(state)
+        is_last |= over
+    means = {name: jnp.where(n > 0, sum_ / jnp.maximum(n, 1), jnp.nan) for name, (sum_, n) in sums.items()}
+    row = means | stage.evaluate(state, config, end - 1, is_last, shared)
+    if stage.done is not None:  # the host may go on to the next stage before such rows are made
+        row = jax.tree.map(lambda value: _or_nothing(done, value), row)
+    return row, over
 
 
 def _unless(done: jax.Array, function: Callable, carry: Tree) -> Tree:

@@ -43,7 +43,8 @@ from purejax_bilevel.runtime import loop, processes
 from purejax_bilevel.runtime.compiled import CompiledProgram
 from purejax_bilevel.runtime.options import RunOptions
 from purejax_bilevel.studies.folder import ROUNDS, SCORES
-from purejax_bilevel.studies.study import Interval, Search, Study, SweptAgent, Template, listed_grid
+from purejax_bilevel.studies.plan import SweptAgent, Template, listed_grid
+from purejax_bilevel.studies.study import Interval, Search, Study
 
 Setting = dict[str, Any]
 Member = tuple[Setting, int]  # setting and seed

@@ -40,7 +40,8 @@ from purejax_bilevel.studies import run as runs
 from purejax_bilevel.studies import search as searches
 from purejax_bilevel.studies import video as videos
 from purejax_bilevel.studies.command_line import how_to_run
-from purejax_bilevel.studies.study import Study, SweptAgent, make_agents
+from purejax_bilevel.studies.plan import SweptAgent, make_agents
+from purejax_bilevel.studies.study import Study
 from purejax_bilevel.studies.sweep_command import SweepOptions
 
 PROGRAMS_FOLDER = "programs"  # of a sweep of several programs: the checkpoint of each
@@ -419,14 +420,13 @@ class Plan:
             self._say(f"memory per device: {bytes_in_words(needed)}{of}; compiled in {program.compile_seconds:.1f} s")
         if steps > 0 or self.quiet:
             return state
-        state, per_step, per_evaluation = program.time_steps(state, total)
-        frequency = program.schedule.eval_every[-1]
-        work = searches.work(self.study, total, frequency) if self.study.search.in_rounds else total
-        evaluations = num_rows(total, total, frequency) * work / total
-        self._say(
-            f"time: about {duration(per_step * work + per_evaluation * evaluations)}"
-            + (", then the finalists" if self.study.search.in_rounds else "")
-        )
+        seconds, in_rounds = 0.0, self.study.search.in_rounds
+        for stage, length in enumerate(program.schedule.lengths):
+            state, per_step, per_evaluation = program.time_steps(state, length, stage)
+            frequency = program.schedule.eval_every[stage]
+            work = searches.work(self.study, length, frequency) if in_rounds else length
+            seconds += per_step * work + per_evaluation * num_rows(length, length, frequency) * work / length
+        self._say(f"time: about {duration(seconds)}" + (", then the finalists" if in_rounds else ""))
         return state
 
     def _shared(self, program: CompiledProgram) -> bool:

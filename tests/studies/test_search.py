@@ -15,8 +15,9 @@ from purejax_bilevel.runtime import compiled, loop
 from purejax_bilevel.runtime.loggers import Loggers
 from purejax_bilevel.studies import run as runs
 from purejax_bilevel.studies import search, sweep_command
+from purejax_bilevel.studies.plan import make_agents
 from purejax_bilevel.studies.search import Evolution, rung_ends
-from purejax_bilevel.studies.study import Interval, Search, make_agents, parse
+from purejax_bilevel.studies.study import Interval, Search, parse
 
 BEST = 1e-2
 TOY: dict[str, Any] = {
