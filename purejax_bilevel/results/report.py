@@ -51,7 +51,7 @@ class Reporting:
         select_over: as `over`, for `select_by`.
         solved: score regarded as solved, for the optimality gap.
         figures: the study's own, first in the report: {kind: sensitivity, axis: lr}, {kind: curves, variable: x} or
-            {kind: tabular, figure: x}, x being one of `tabular_plots`.
+            {kind: tabular, figure: x}, x being a name in the FIGURES of the tabular figures.
     """
 
     variable: str = ""

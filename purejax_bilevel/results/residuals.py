@@ -4,6 +4,7 @@ The programs log `solver_residual`, |b - (Hessian + damping) x| / |b| for a solv
 since the last evaluation. 1 is what x = 0 leaves.
 """
 
+import collections
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from purejax_bilevel.members import format_value
 from purejax_bilevel.results import statistics
 from purejax_bilevel.results.dataset import SEED, STEP, setting_dimensions, setting_labels
 
-VARIABLE = "solver_residual"
+VARIABLE, SOLVER = "solver_residual", "with_inv_jac"
 LARGE = 0.1
 ADVICE = {
     "cg": "raise --damping ({damping}), since the Hessian may be indefinite, or --solver_steps ({solver_steps})",
@@ -33,13 +34,13 @@ def warnings(dataset: xarray.Dataset) -> list[str]:
     Returns:
         Sentences that name agent, setting, solver, residual and what to change; none where no solver was used.
     """
-    if VARIABLE not in dataset:
+    config = dataset.attrs.get("config", {})
+    if VARIABLE not in dataset or (SOLVER not in config and SOLVER not in dataset.coords):
         return []
     residuals = dataset[VARIABLE].transpose(*setting_dimensions(dataset), SEED, STEP).values
     residuals = residuals.reshape(-1, *residuals.shape[-2:])
     failed = statistics.failed_members(dataset)
-    config = dataset.attrs["config"]
-    agent = str(dataset.attrs.get("agent") or config["agent_type"])
+    agent = str(dataset.attrs.get("agent") or config.get("agent_type") or dataset.attrs["program"])
     sentences = []
     for setting, values, ended in zip(setting_labels(dataset), residuals, failed, strict=True):
         measured = values[~ended & np.isfinite(values).any(axis=-1)]
@@ -54,9 +55,10 @@ def _values(value: Any) -> str:
 
 
 def _sentence(agent: str, setting: dict[str, Any], config: dict[str, Any], residual: float) -> str:
-    solver = str(config["with_inv_jac"])
+    solver = str(config[SOLVER])
     where = ", ".join([agent, *(f"{name}={format_value(value)}" for name, value in setting.items())])
-    advice = ADVICE[solver].format_map({name: _values(value) for name, value in config.items()})
+    values = collections.defaultdict(lambda: "not set", {name: _values(value) for name, value in config.items()})
+    advice = ADVICE.get(solver, "change its settings").format_map(values)
     return (
         f"{where}: the solver {solver} left a relative residual of {residual:.2g} (median over seeds and evaluations), "
         f"so its hypergradients are not those of implicit differentiation; {advice}."

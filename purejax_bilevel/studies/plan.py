@@ -41,7 +41,7 @@ class Template:
 
 
 @dataclasses.dataclass(frozen=True)
-class Agent:
+class SweptAgent:
     """All settings and seeds of one agent, and the sub-programs that run them.
 
     Args:
@@ -94,7 +94,7 @@ def listed_grid(settings: Sequence[dict[str, Any]], seeds: tuple[int, ...]) -> G
     return Grid((Axis(names, tuple(tuple(setting[name] for name in names) for setting in settings)),), seeds)
 
 
-def make_agents(study: Study) -> list[Agent]:
+def make_agents(study: Study) -> list[SweptAgent]:
     """The agents of a study with all their settings.
 
     Raises:
@@ -117,7 +117,7 @@ def make_agents(study: Study) -> list[Agent]:
     return agents
 
 
-def _check_tasks(study: Study, agents: Sequence[Agent]) -> None:
+def _check_tasks(study: Study, agents: Sequence[SweptAgent]) -> None:
     """Scores are compared task by task."""
     declared = [field for family in study.by_program for field in fields(family.config_class)]
     for name in dict.fromkeys(field.name for field in declared if field.metadata.get("task")):
@@ -134,7 +134,7 @@ def _check_tasks(study: Study, agents: Sequence[Agent]) -> None:
             raise UserError(f"{name}: agents that are compared need the same ones, in the same order.")
 
 
-def _make_agent(study: Study, label: str) -> Agent:
+def _make_agent(study: Study, label: str) -> SweptAgent:
     cls, own = study.config_class, study.agents[label]
     single, axes = _values_and_axes(study, own, label)
     static = {field.name for field in fields(cls, is_traced=False)}
@@ -153,7 +153,7 @@ def _make_agent(study: Study, label: str) -> Agent:
     grid = Grid(tuple(axes), study.all_seeds)
     groups = _groups(grid, static)
     templates = [_template(cls, label, single, grid, numbers, static, space) for numbers in groups]
-    return Agent(label, grid, tuple(templates), tuple(groups), space if study.search.method == "es" else ())
+    return SweptAgent(label, grid, tuple(templates), tuple(groups), space if study.search.method == "es" else ())
 
 
 def _values_and_axes(study: Study, own: dict[str, Any], label: str) -> tuple[dict[str, Any], list[Axis]]:

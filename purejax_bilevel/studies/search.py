@@ -43,7 +43,7 @@ from purejax_bilevel.runtime import loop, processes
 from purejax_bilevel.runtime.compiled import CompiledProgram
 from purejax_bilevel.runtime.options import RunOptions
 from purejax_bilevel.studies.folder import ROUNDS, SCORES
-from purejax_bilevel.studies.plan import Agent, Template, listed_grid
+from purejax_bilevel.studies.plan import SweptAgent, Template, listed_grid
 from purejax_bilevel.studies.study import Interval, Search, Study
 
 Setting = dict[str, Any]
@@ -114,7 +114,7 @@ class Rounds:
     def __init__(
         self,
         study: Study,
-        agents: Sequence[Agent],
+        agents: Sequence[SweptAgent],
         places: Sequence[int],
         options: RunOptions,
         console: Console,
@@ -282,7 +282,9 @@ def _plain(scores: np.ndarray) -> list[float | None]:
 # ---------------------------------------------------------------- the search
 
 
-def search(study: Study, agents: Sequence[Agent], options: RunOptions, console: Console, watcher: Any = None) -> Found:
+def search(
+    study: Study, agents: Sequence[SweptAgent], options: RunOptions, console: Console, watcher: Any = None
+) -> Found:
     """Searches by the study's method, then trains the finalists on the seeds that are reported.
 
     Raises:
@@ -336,7 +338,7 @@ def _distinct_best(candidates: list[tuple[Setting, float]], count: int) -> list[
 
 def _finals(
     rounds: Rounds,
-    agents: Sequence[Agent],
+    agents: Sequence[SweptAgent],
     finalists: list[list[tuple[Setting, float]]],
     seeds: tuple[int, ...],
     lower: bool,
@@ -368,7 +370,7 @@ def _finals(
 
 def _finding(
     rounds: Rounds,
-    agent: Agent,
+    agent: SweptAgent,
     parts: range,
     finalists: list[list[tuple[Setting, float]]],
     gathered: list[tuple[list[dict], list[np.ndarray]]],
@@ -384,7 +386,9 @@ def _finding(
     counts = [len(finalists[part]) for part in parts]
     edges = np.cumsum([0, *counts])
     grid = listed_grid(settings, seeds)
-    merged = Agent(agent.label, grid, agent.templates, tuple(np.arange(a, b) for a, b in itertools.pairwise(edges)))
+    merged = SweptAgent(
+        agent.label, grid, agent.templates, tuple(np.arange(a, b) for a, b in itertools.pairwise(edges))
+    )
     names = gathered[parts[0]][0][0]
     rows = {
         name: merged.gather([np.concatenate([batch[name] for batch in gathered[part][0]]) for part in parts])

@@ -40,7 +40,7 @@ from purejax_bilevel.studies import run as runs
 from purejax_bilevel.studies import search as searches
 from purejax_bilevel.studies import video as videos
 from purejax_bilevel.studies.command_line import how_to_run
-from purejax_bilevel.studies.plan import Agent, make_agents
+from purejax_bilevel.studies.plan import SweptAgent, make_agents
 from purejax_bilevel.studies.study import Study
 from purejax_bilevel.studies.sweep_command import SweepOptions
 
@@ -77,7 +77,7 @@ def run(study: Study, options: SweepOptions, console: Console) -> list[xarray.Da
 
 
 def _run_in(
-    folder: Path, study: Study, agents: Sequence[Agent], options: SweepOptions, console: Console
+    folder: Path, study: Study, agents: Sequence[SweptAgent], options: SweepOptions, console: Console
 ) -> list[xarray.Dataset]:
     resume = options.resume is not None
     if processes.is_first():
@@ -111,7 +111,7 @@ def _run_in(
     return found
 
 
-def check_report(study: Study, agents: Sequence[Agent]) -> None:
+def check_report(study: Study, agents: Sequence[SweptAgent]) -> None:
     """Whether the report asks for what the sweep has; before hours of training, not after.
 
     Raises:
@@ -140,7 +140,7 @@ def check_report(study: Study, agents: Sequence[Agent]) -> None:
             raise UserError(f"report: a figure names the axis {figure['axis']!r}, which is no setting of the program.")
 
 
-def _check_one_score(study: Study, agents: Sequence[Agent]) -> None:
+def _check_one_score(study: Study, agents: Sequence[SweptAgent]) -> None:
     """Agents of several programs are compared by something that all of them measure."""
     found = {searches.selecting(study, agent.templates[0].config.program())[0] for agent in agents}
     if len(found) > 1:
@@ -149,7 +149,7 @@ def _check_one_score(study: Study, agents: Sequence[Agent]) -> None:
         )
 
 
-def _check_names(agents: Sequence[Agent]) -> None:
+def _check_names(agents: Sequence[SweptAgent]) -> None:
     names = [loop.file_name(agent.label) for agent in agents]
     for agent, name in zip(agents, names, strict=True):
         if not name or names.count(name) > 1 or name in OWN_NAMES or len(os.fsencode(name)) > folders.LONGEST_NAME:
@@ -184,7 +184,7 @@ class Trained:
 
 
 def _at_once(
-    study: Study, agents: Sequence[Agent], options: RunOptions, console: Console, plan: "Plan"
+    study: Study, agents: Sequence[SweptAgent], options: RunOptions, console: Console, plan: "Plan"
 ) -> list[Trained]:
     """One compiled call for each program."""
     trained = []
@@ -204,7 +204,7 @@ def _in_own_folder(study: Study, family: Study, options: RunOptions) -> RunOptio
     return dataclasses.replace(options, folder=options.folder / PROGRAMS_FOLDER / loop.file_name(family.program))
 
 
-def _datasets(agents: Sequence[Agent], trained: Sequence[Trained], plan: "Plan") -> list[xarray.Dataset]:
+def _datasets(agents: Sequence[SweptAgent], trained: Sequence[Trained], plan: "Plan") -> list[xarray.Dataset]:
     found: dict[str, xarray.Dataset] = {}
     for own in trained:
         labelled = [agent for agent in agents if agent.label in own.labels]
@@ -212,7 +212,7 @@ def _datasets(agents: Sequence[Agent], trained: Sequence[Trained], plan: "Plan")
     return [found[agent.label] for agent in agents]
 
 
-def _datasets_of(trained: Trained, agents: Sequence[Agent], plan: "Plan") -> list[xarray.Dataset]:
+def _datasets_of(trained: Trained, agents: Sequence[SweptAgent], plan: "Plan") -> list[xarray.Dataset]:
     found, outcome, study = [], trained.outcome, trained.study
     for agent, span in zip(agents, trained.spans().values(), strict=True):
         names = outcome.rows[span][0]
@@ -228,7 +228,7 @@ def _datasets_of(trained: Trained, agents: Sequence[Agent], plan: "Plan") -> lis
     return found
 
 
-def _save_artefacts(agents: Sequence[Agent], trained: Trained, files: Sequence[Path]) -> None:
+def _save_artefacts(agents: Sequence[SweptAgent], trained: Trained, files: Sequence[Path]) -> None:
     """What each agent leaves for others, in its folder; where it has several sub-programs, in a folder of each."""
     spans = trained.spans()
     for agent, file in zip(agents, files, strict=True):
@@ -239,7 +239,7 @@ def _save_artefacts(agents: Sequence[Agent], trained: Trained, files: Sequence[P
             runs.save_artefact(part, template.config, state, folder)
 
 
-def _check_video(study: Study, agents: Sequence[Agent]) -> None:
+def _check_video(study: Study, agents: Sequence[SweptAgent]) -> None:
     for agent in agents:
         videos.check(agent.templates[0].config.program())
     if study.search.in_rounds:
@@ -247,7 +247,7 @@ def _check_video(study: Study, agents: Sequence[Agent]) -> None:
 
 
 def _write_videos(
-    agents: Sequence[Agent], trained: Trained, results: Sequence[report.AgentResult], files: Sequence[Path]
+    agents: Sequence[SweptAgent], trained: Trained, results: Sequence[report.AgentResult], files: Sequence[Path]
 ) -> None:
     """The median member of each agent's best setting."""
     spans = trained.spans()
@@ -265,7 +265,7 @@ def _write_videos(
 
 
 def _in_rounds(
-    study: Study, agents: Sequence[Agent], options: RunOptions, console: Console, plan: "Plan"
+    study: Study, agents: Sequence[SweptAgent], options: RunOptions, console: Console, plan: "Plan"
 ) -> list[xarray.Dataset]:
     """The finalists of a search."""
     with sizes.explained():
@@ -293,7 +293,7 @@ def _in_rounds(
 
 
 def _dataset(
-    study: Study, agent: Agent, part: Part, outcome: loop.Outcome, plan: "Plan", extra: dict[str, np.ndarray]
+    study: Study, agent: SweptAgent, part: Part, outcome: loop.Outcome, plan: "Plan", extra: dict[str, np.ndarray]
 ) -> xarray.Dataset:
     by, over = searches.selecting(study, part.program)
     attrs = {
@@ -384,7 +384,7 @@ class Plan:
     def __init__(
         self,
         study: Study,
-        agents: Sequence[Agent],
+        agents: Sequence[SweptAgent],
         console: Console,
         quiet: bool = False,
         free: Callable[[Any], int | None] = devices.free_memory,

@@ -51,6 +51,15 @@ def test_advice_follows_the_solver():
     assert "lower the step size" in second
 
 
+def test_programs_of_others_may_measure_a_residual():
+    levels = [[[2.0, 2.0]] * 3] * 2
+    assert residuals.warnings(make(levels, config={}, program="Mine")) == []
+    first, _ = residuals.warnings(make(levels, config={"with_inv_jac": "lu"}, program="Mine"))
+    assert first.startswith("Mine, damping=1e-05: the solver lu left a relative residual of 2 ")
+    first, _ = residuals.warnings(make(levels, config={"with_inv_jac": "cg"}, program="Mine"))
+    assert "--solver_steps (not set)" in first
+
+
 def test_a_run_says_so_at_its_end(capsys: pytest.CaptureFixture):
     configuration.warn.cache_clear()
     sizes = {"hidden_dim": 3, "model_hidden_dim": 3, "batch_size": 8, "init_steps": 8, "num_train_steps": 16}
