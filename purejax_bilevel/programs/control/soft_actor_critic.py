@@ -6,8 +6,8 @@ Outline of a run (every line inside one compiled loop):
         in each of num_envs copies of the environment: sample an action from the policy (uniformly before init_steps),
         step, store the transition
         if t >= init_steps, updates_per_step times:
-            agent (actor_critic_agents.py): inner steps on the critic with the model's transitions, one outer step on
-            the model; then a step on policy and temperature, which never see the model
+            agent (soft_actor_critic_agents.py): inner steps on the critic with the model's transitions, one outer step
+            on the model; then a step on policy and temperature, which never see the model
         every eval_frequency steps: evaluate the policy's mean action
 
 The agent is an argument; nothing else in this file depends on which one it is.
