@@ -411,7 +411,16 @@ def test_every_process_has_its_share_of_the_mesh(monkeypatch, members, asked, ow
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(devices, "Mesh", lambda array, axes: array)
     mesh = devices.make_mesh(members, asked)
-    assert [device.process_index for device in mesh] == [0] * own[0] + [1] * own[1]
+    assert [device.process_index for device in mesh.flat] == [0] * own[0] + [1] * own[1]
+    assert mesh.shape[1] == 1
+
+
+def test_a_population_stays_within_a_process(monkeypatch):
+    monkeypatch.setattr(jax, "devices", lambda: [Device(i) for i in (0, 1, 0, 1, 0, 1)])
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(devices, "Mesh", lambda array, axes: array)
+    mesh = devices.make_mesh(1, population=6)
+    assert [[device.process_index for device in row] for row in mesh] == [[0] * 3, [1] * 3]
 
 
 @pytest.mark.parametrize("asked", [1, 3, 8, 9])
