@@ -120,8 +120,9 @@ def make_mesh(num_members: int, num_devices: int | None = None, population: int 
             f"{min(map(len, own))} here; got {num_devices}."
         )
     places = max(1, min(most, -(-num_members // len(own))))
-    spread = next(n for n in range(max(1, most // places), 0, -1) if n == 1 or (population and population % n == 0))
-    chosen = [devices[: places * spread] for devices in own]
+    left = min(most, *map(len, own)) // places
+    spread = next(n for n in range(max(1, left), 0, -1) if n == 1 or (population and population % n == 0))
+    chosen = [device for devices in own for device in devices[: places * spread]]
     # Mesh, unlike make_mesh, has Auto axes, which vmap inside shard_map needs.
     return Mesh(np.array(chosen).reshape(-1, spread), (AXIS, POPULATION))
 
