@@ -97,7 +97,7 @@ def _finish_curve(panel: Axes, series: plots.Curves, title: str) -> None:
 
 
 def _has_values(dataset: xarray.Dataset, name: str) -> bool:
-    return bool(np.isfinite(dataset[name].values).any())
+    return name in dataset and bool(np.isfinite(dataset[name].values).any())  # older files lack the increments
 
 
 # ---------------------------------------------------------------- lambda
