@@ -160,7 +160,7 @@ def open_optimizer(
         **others: Any,  # those of transformations chained with this one
     ) -> tuple[Tree, OpenState]:
         if params is None:
-            raise ValueError(optax.NO_PARAMS_MSG)
+            raise UserError("OPEN needs the parameters at each update: update(gradients, state, params, ...).")
         layout = layout_for(params)
         seen = _Seen(activations, training_clock, batch_clock, key, noise)
         _check_seen(switches, layout, seen)
