@@ -1,10 +1,10 @@
 """What an update with OPEN takes, beside Adam's and beside OPEN applied to one array after the other.
 
-    python tests/benchmarks/open_speed.py [--width 64] [--observations 400] [--repeats 50]
+    python tests/benchmarks/open_speed.py [--width 64] [--observations 400] [--repeats 15]
 
 An actor-critic of two hidden layers, as in the paper; with 400 observations and 3 actions, Breakout's of MinAtar. Each
-is compiled alone and they are timed in turn, in one process; printed are medians. `with gradient` is a whole step of
-training: gradient of a squared error on a minibatch, and update.
+is a compiled loop of steps, and they are timed in turn, in one process; printed are medians. `with gradient` is a
+whole step of training: gradient of a squared error on a minibatch, and update.
 """
 
 import argparse
@@ -23,6 +23,8 @@ from purejax_bilevel.programs.learned_optimizers.optimizer import DECAYS
 from purejax_bilevel.programs.learned_optimizers.weights import SIZES, Weights, unflatten
 
 Tree = Any
+Update = Callable[..., tuple[Tree, Any]]  # of key, gradient, activations, state and parameters
+STEPS = 16  # in one call, as in training: a call alone pays for its memory again
 CONTEXT = {"training_clock": 0.5, "batch_clock": 0.5}
 RATIOS = (("OPEN", "Adam"), ("OPEN with gradient", "Adam with gradient"), ("OPEN, array by array", "OPEN"))
 
@@ -32,7 +34,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--observations", type=int, default=400)
     parser.add_argument("--minibatch", type=int, default=1024)
-    parser.add_argument("--repeats", type=int, default=50)
+    parser.add_argument("--repeats", type=int, default=15)
     options = parser.parse_args()
     for length in SIZES:
         number, medians = measure(options.width, options.observations, options.minibatch, options.repeats, length)
@@ -47,7 +49,7 @@ def main() -> None:
 def measure(
     width: int, observations: int, minibatch: int, repeats: int, length: int
 ) -> tuple[int, dict[str, tuple[float, float]]]:
-    """Number of parameters; median milliseconds of each variant by the clock and of the process's CPU time.
+    """Number of parameters; median milliseconds of a step of each, by the clock and of the process's CPU time.
 
     Args:
         width: of hidden layers.
@@ -60,13 +62,13 @@ def measure(
     weights = 0.3 * jax.random.normal(keys[0], (length,))
     params = make_agent(keys[1], observations, width)
     inputs = jax.random.normal(keys[2], (minibatch, observations))
-    variants = make_variants(weights, params, inputs)
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
+    variants = make_variants(weights, params, inputs, STEPS)
+    times: dict[str, list[np.ndarray]] = {name: [] for name in variants}
     for _ in range(repeats + 1):  # the first compiles
         for name, function in variants.items():
-            begin, begin_process = time.perf_counter(), time.process_time()
+            begin = np.array([time.perf_counter(), time.process_time()])
             jax.block_until_ready(function())
-            times[name].append((1e3 * (time.perf_counter() - begin), 1e3 * (time.process_time() - begin_process)))
+            times[name].append(1e3 / STEPS * (np.array([time.perf_counter(), time.process_time()]) - begin))
     medians = {name: np.median(own[1:], axis=0) for name, own in times.items()}
     number = sum(leaf.size for leaf in jax.tree.leaves(params))
     return number, {name: (float(clock), float(process)) for name, (clock, process) in medians.items()}
@@ -103,38 +105,39 @@ def loss(params: Tree, inputs: jax.Array) -> tuple[jax.Array, Tree]:
     return found["actor"][0] + found["critic"][0], {name: sizes for name, (_, sizes) in found.items()}
 
 
-def make_variants(weights: jax.Array, params: Tree, inputs: jax.Array) -> dict[str, Callable[[], Any]]:
-    """What is timed; each returns updates or new parameters, and the new state."""
+def make_variants(weights: jax.Array, params: Tree, inputs: jax.Array, steps: int) -> dict[str, Callable[[], Any]]:
+    """What is timed, `steps` steps in one compiled loop; each returns parameters and state."""
     fused, adam = open_optimizer(weights), optax.with_extra_args_support(optax.adam(1e-3))
     state, adam_state = fused.init(params), adam.init(params)
     apart = jax.tree.map(lambda leaf: start_apart(leaf, state.carry.shape[0]), params)
-    gradient, activations = jax.jit(jax.grad(loss, has_aux=True))(params, inputs)
+    found = jax.jit(jax.grad(loss, has_aux=True))(params, inputs)
 
-    def update(optimiser: optax.GradientTransformationExtraArgs, *given: Any) -> Any:
-        gradient, activations, state, params = given
-        extra = {"activations": activations, "key": jax.random.key(1), **CONTEXT}
-        return optimiser.update(gradient, state, params, **extra)
+    def by(optimiser: optax.GradientTransformationExtraArgs) -> Update:
+        def update(key: jax.Array, gradient: Tree, activations: Tree, state: Any, params: Tree) -> Any:
+            return optimiser.update(gradient, state, params, activations=activations, key=key, **CONTEXT)
 
-    def step(optimiser: optax.GradientTransformationExtraArgs, inputs: jax.Array, state: Any, params: Tree) -> Any:
-        updates, state = update(optimiser, *jax.grad(loss, has_aux=True)(params, inputs), state, params)
-        return optax.apply_updates(params, updates), state
+        return update
 
-    def array_by_array(*given: Any) -> Any:
-        return update_apart(unflatten(weights), jax.random.key(1), *given)
+    def loop(update: Update, state: Any, with_gradient: bool) -> Callable[[], Any]:
+        def run(params: Tree, state: Any, inputs: jax.Array, found: Any) -> Any:
+            def step(carry: Any, at: jax.Array) -> Any:
+                params, state = carry
+                gradient, activations = jax.grad(loss, has_aux=True)(params, inputs) if with_gradient else found
+                updates, state = update(jax.random.fold_in(jax.random.key(1), at), gradient, activations, state, params)
+                return (optax.apply_updates(params, updates), state), None
 
-    alone = (gradient, activations)
+            return jax.lax.scan(step, (params, state), jnp.arange(steps))[0]
+
+        whole = jax.jit(run)
+        return lambda: whole(params, state, inputs, found)
+
     return {
-        "Adam": compiled(functools.partial(update, adam), *alone, adam_state, params),
-        "OPEN": compiled(functools.partial(update, fused), *alone, state, params),
-        "OPEN, array by array": compiled(array_by_array, *alone, apart, params),
-        "Adam with gradient": compiled(functools.partial(step, adam), inputs, adam_state, params),
-        "OPEN with gradient": compiled(functools.partial(step, fused), inputs, state, params),
+        "Adam": loop(by(adam), adam_state, False),
+        "OPEN": loop(by(fused), state, False),
+        "OPEN, array by array": loop(functools.partial(update_apart, unflatten(weights)), apart, False),
+        "Adam with gradient": loop(by(adam), adam_state, True),
+        "OPEN with gradient": loop(by(fused), state, True),
     }
-
-
-def compiled(function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
-    whole = jax.jit(function)
-    return lambda: whole(*arguments)
 
 
 # --- array by array, as the original does it: features last, the network applied to each array ------------------------
@@ -149,21 +152,21 @@ def update_apart(
     weights: Weights, key: jax.Array, gradient: Tree, activations: Tree, states: Tree, params: Tree
 ) -> Any:
     """Updates and states of all arrays; they differ from those of `open_optimizer` in the drawn noise alone."""
-    paths = [(net, layer, name) for net in params for layer in params[net] for name in params[net][layer]]
-    keys = jax.random.split(key, len(paths))
-    changes, new = {}, {}
-    for path, own in zip(paths, keys, strict=True):
-        net, layer, name = path
-        place = int(layer[-1]) / (len(params[net]) - 1)
+    leaves, structure = jax.tree.flatten_with_path(params)
+    names = [tuple(entry.key for entry in path) for path, _ in leaves]
+    changes, new = [], []
+    for (net, layer, name), own in zip(names, jax.random.split(key, len(names)), strict=True):
         active = activations[net][layer] + 1e-11
-        leaf = params[net][layer][name]
-        inputs = (leaf, gradient[net][layer][name], active / active.mean(), place)
-        outputs, new[path] = apply_apart(weights, inputs, states[net][layer][name])
-        changes[path] = 1e-3 * outputs[..., 0] * jnp.exp(1e-3 * outputs[..., 1])
+        place = int(layer[-1]) / (len(params[net]) - 1)
+        inputs = (params[net][layer][name], gradient[net][layer][name], active / active.mean(), place)
+        outputs, state = apply_apart(weights, inputs, states[net][layer][name])
+        change = 1e-3 * outputs[..., 0] * jnp.exp(1e-3 * outputs[..., 1])
         if net == "actor":
-            changes[path] += 1e-3 * outputs[..., 2] * jax.random.normal(own, leaf.shape)
-    mean = sum(change.sum() for change in changes.values()) / sum(change.size for change in changes.values())
-    return {path: mean - change for path, change in changes.items()}, new
+            change += 1e-3 * outputs[..., 2] * jax.random.normal(own, change.shape)
+        changes.append(change)
+        new.append(state)
+    mean = sum(change.sum() for change in changes) / sum(change.size for change in changes)
+    return jax.tree.unflatten(structure, [mean - change for change in changes]), jax.tree.unflatten(structure, new)
 
 
 def apply_apart(weights: Weights, inputs: Any, state: Any) -> Any:
