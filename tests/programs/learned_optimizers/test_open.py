@@ -302,6 +302,18 @@ def test_noise_that_is_given() -> None:
     np.testing.assert_allclose(joined(updates), change.mean() - change, atol=1e-8)
 
 
+def test_noise_of_some_arrays() -> None:
+    """Noisy and quiet arrays in turn; no two entries get the same number."""
+    agent = {name: jnp.ones(50) for name in "abcd"}
+    noisy = {"a": False, "b": True, "c": False, "d": True}
+    optimiser = open_optimizer(bias_only(2, 2.0), Switches(zero_mean="none"), noisy=noisy)
+    updates = step_plain(optimiser, agent, activations=1.0, key=jax.random.key(0))
+    loud = joined([updates["b"], updates["d"]])
+    assert len(set(loud.tolist())) == 100
+    np.testing.assert_allclose(np.std(loud), 0.002, rtol=0.3)
+    np.testing.assert_array_equal(joined([updates["a"], updates["c"]]), 0.0)
+
+
 def test_exponent() -> None:
     """m exp(e), with the scales of both: one output fixed, the other read from its bias."""
     weights = bias_only(0, 2.0).at[OUTPUT_BIAS + 1].set(3.0)
@@ -512,6 +524,14 @@ def test_members_and_candidates_at_once() -> None:
             expected = one(weights, agent, clocks[j], seeds[j])
             own = jax.tree.map(lambda leaf, i=i, j=j: leaf[i, j], found)
             np.testing.assert_allclose(joined(own), joined(expected), rtol=1e-4, atol=1e-6)
+
+
+def test_products_have_all_bits_of_float32_on_every_device() -> None:
+    optimiser, agent = open_optimizer(drawn_weights(), QUIET), {"w": jnp.ones(3)}
+    run = jax.make_jaxpr(lambda agent: optimiser.update(agent, optimiser.init(agent), agent, activations=1.0, **CLOCKS))
+    products = [equation for equation in run(agent).eqns if equation.primitive.name == "dot_general"]
+    assert len(products) == 7
+    assert {equation.params["precision"] for equation in products} == {(jax.lax.Precision.HIGHEST,) * 2}
 
 
 def test_scan_in_a_chain_compiles_once(strict_promotion: Any) -> None:
