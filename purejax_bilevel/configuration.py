@@ -2,7 +2,7 @@
 
 A *traced* field is a leaf of the configuration's pytree: members of one compiled program may differ in it. A *static*
 field changes the program. The same declaration gives the command line, the checks with their messages and the axes of
-a sweep. A *task* field is a static one that names what is to be solved, such as the environment.
+a sweep. A *task* field names what is to be solved, such as the environment.
 
     @configuration
     class Inner:
@@ -73,7 +73,14 @@ def at_least(minimum: int) -> Check:
     return Check(f"a whole number of at least {minimum}", lambda x: x == int(x) and x >= minimum)
 
 
-def traced(default: Any, help: str, check: Check = FINITE, group: str = "training", maximum: str | None = None) -> Any:
+def traced(
+    default: Any,
+    help: str,
+    check: Check = FINITE,
+    group: str = "training",
+    maximum: str | None = None,
+    task: bool = False,
+) -> Any:
     """Declares a field that may differ between the members of one compiled program.
 
     Args:
@@ -82,8 +89,9 @@ def traced(default: Any, help: str, check: Check = FINITE, group: str = "trainin
         check: what is allowed.
         group: heading in `--help`.
         maximum: name of the static field that receives the largest value among the members (array sizes).
+        task: as of `static`.
     """
-    metadata = {"traced": True, "help": help, "check": check, "group": group, "maximum": maximum}
+    metadata = {"traced": True, "help": help, "check": check, "group": group, "maximum": maximum, "task": task}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -145,8 +153,6 @@ def configuration(cls: type[C]) -> type[C]:
     in and checked (else every field is checked by itself), and `title`, the heading of figures and name of runs (else
     the program's class).
     """
-    import jax  # here alone: results read declarations on machines without jax
-
     cls = dataclasses.dataclass(frozen=True)(cls)
     if not hasattr(cls, "resolved"):
         cls.resolved = validate  # type: ignore[attr-defined]
@@ -155,6 +161,10 @@ def configuration(cls: type[C]) -> type[C]:
     names = {field.name: field.metadata["traced"] for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     leaves = [name for name, is_traced in names.items() if is_traced]
     structure = [name for name, is_traced in names.items() if not is_traced]
+    try:
+        import jax  # here alone
+    except ImportError:  # declarations are read, and nothing is run, on machines without it
+        return cls
     return jax.tree_util.register_dataclass(cls, data_fields=leaves, meta_fields=structure)
 
 
@@ -239,7 +249,8 @@ def _check_value(field: dataclasses.Field, hint: Any, value: Any) -> None:
         if fine and hint is int and abs(value) > LARGEST_WHOLE:
             allowed, fine = f"{allowed} and at most {LARGEST_WHOLE} (32 bits)", False
     else:
-        allowed, fine = (check.allowed, check.accepts(value)) if check else ("text", isinstance(value, Hashable))
+        of_kind = isinstance(value, str if hint is str else Hashable)
+        allowed, fine = (check.allowed, check.accepts(value)) if check else ("text", of_kind)
     if not fine:
         raise UserError(f"--{field.name} must be {allowed}, got {value!r}.")
 

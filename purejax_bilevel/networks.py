@@ -126,13 +126,22 @@ def init_network(
     Returns:
         One `Layer` for each pair of neighbouring sizes; on an accelerator, `Joined`.
     """
-    network = _init_layers(key, sizes, width, output_gain, hidden_gain)
-    return joined((network,)) if together() else network
+    return network_of(init_layers(key, sizes, width, output_gain, hidden_gain))
 
 
-def _init_layers(
-    key: jax.Array, sizes: Sequence[int], width: jax.Array | int | None, output_gain: float, hidden_gain: float
+def network_of(layers: Apart) -> Network:
+    """The network that has these layers; on an accelerator, `Joined`."""
+    return joined((layers,)) if together() else layers
+
+
+def init_layers(
+    key: jax.Array,
+    sizes: Sequence[int],
+    width: jax.Array | int | None = None,
+    output_gain: float = OUTPUT_GAIN,
+    hidden_gain: float = HIDDEN_GAIN,
 ) -> Apart:
+    """The layers of `init_network`, each by itself on every platform."""
     used = [sizes[0], *(size if width is None else width for size in sizes[1:-1]), sizes[-1]]
     gains = [hidden_gain] * (len(sizes) - 2) + [output_gain]
     keys = jax.random.split(key, len(gains))
@@ -151,7 +160,7 @@ def init_heads(
 ) -> Heads:
     """`num_heads` independent networks; arguments as for `init_network`."""
     # All in one call: less to compile.
-    make = jax.vmap(lambda head_key: _init_layers(head_key, sizes, width, output_gain, HIDDEN_GAIN))
+    make = jax.vmap(lambda head_key: init_layers(head_key, sizes, width, output_gain, HIDDEN_GAIN))
     stacked = make(jax.random.split(key, num_heads))
     return joined(tuple(jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(num_heads)))
 

@@ -44,6 +44,8 @@ class Measure:
         when: "regular": at every evaluation; "end": at the last one of its stage only.
         logged: whether wandb and TensorBoard get it.
         tabled: whether a table of it is printed at the end.
+        total_of: name of a metric with a value per step: this is the sum over all steps so far, which the host makes in
+            64 bits. The program itself does not return it.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Measure:
     when: Literal["regular", "end"] = "regular"
     logged: bool = True
     tabled: bool = False
+    total_of: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -111,8 +111,7 @@ condition:
       false_branch:
         012: kWhile        [source | sink]
 condition:
-            013: kCustomKernel [source | sink] compare
-          body:
+            No thunks.      body:
             014: kCustomKernel [source | sink] add
     015: kCustomKernel [source | sink] add
 016: kWhile         [prev=001 (1) | next=003 (1)]

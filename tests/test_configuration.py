@@ -60,6 +60,7 @@ def test_64_bits_hold_more():
         ({"lr": [[0.1, 0.2], [0.3]]}, r"--lr must be a finite number above 0, got \[\[0\.1, 0\.2\], \[0\.3\]\]\.$"),
         ({"lr": (0.1, [0.2])}, r"--lr must be .*, got \(0\.1, \[0\.2\]\)\.$"),
         ({"lr": {"a": 1}}, "--lr must be .*, got {'a': 1}"),
+        ({"level": 10**30}, r"--level must be text, got 1000"),
         ({"level": ["plain"]}, r"--level must be text, got \['plain'\]\.$"),
         ({"kind": ["a"]}, r"--kind must be one of a, b, got \['a'\]\.$"),
         ({"kind": np.array(["a", "b"])}, "--kind must be one of a, b, got array"),

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 TOOL = ROOT / "tests" / "benchmarks" / "gpu_structure.py"
 TARGET = ROOT / "tests" / "data" / "h200.txtpb"
 COUNTED = "0.10.2"  # the limits are of this release: each one fuses in its own way
-MOST_OPERATIONS, MOST_COPIES, MOST_MEGABYTES = 124, 5, 120
+MOST_OPERATIONS, MOST_COPIES, MOST_MEGABYTES = 113, 2, 65
 SECONDS = 900  # on a busy machine; 30 on an idle one
 
 

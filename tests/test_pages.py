@@ -2,9 +2,11 @@
 
 Bash blocks run with stand-ins in place of `setup/run`, `sbatch` and the container scripts, which write down what they
 were called with; the scripts' own readers of the command line then judge it. Python blocks of the first page and of
-the one on results run as they are, on runs made small.
+the one on results run as they are, on runs made small. Those of the page on programs are not run here: its examples are
+run by tests/programs/test_examples.py, the others are parts of programs, and their imports are tried.
 """
 
+import ast
 import contextlib
 import importlib.util
 import io
@@ -12,10 +14,12 @@ import os
 import re
 import shlex
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 import yaml
 
@@ -25,18 +29,22 @@ from purejax_bilevel.configuration import replace
 from purejax_bilevel.environments.grid_world import __main__ as grid_world_pictures
 from purejax_bilevel.results import __main__ as report_again
 from purejax_bilevel.results import dataset as datasets
-from purejax_bilevel.studies import command_line, study, sweep_command
+from purejax_bilevel.studies import command_line, plan, study, sweep_command
 from purejax_bilevel.studies import folder as folders
+from tests.programs.examples import population
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "purejax_bilevel"
 PAGES = [ROOT / "README.md", ROOT / "setup" / "README.md", *sorted(PACKAGE.rglob("README.md"))]
 FIRST, RESULTS, SWEEPS = ROOT / "README.md", PACKAGE / "results" / "README.md", PACKAGE / "studies" / "README.md"
-CONTROL, TABULAR = (PACKAGE / "programs" / name / "README.md" for name in ("control", "tabular"))
+PROGRAMS = PACKAGE / "programs" / "README.md"
+CONTROL, TABULAR = (PROGRAMS.parent / name / "README.md" for name in ("control", "tabular"))
+OWN_PROGRAM = "my_program"  # on the pages, a module of the reader's
 STAND_INS = (
     "setup/run",
     *(f"setup/docker/{action}_{target}.sh" for action in ("build", "run") for target in ("cpu", "gpu")),
     "bin/sbatch",
+    "bin/pip",
 )
 STAND_IN = """#!/bin/sh
 { printf '%s\\037' "${PUREJAX_BILEVEL_EXTRAS:-none}" "${0##*/}" "$@"; echo; } >> "$CALLS"
@@ -112,8 +120,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (place / name).parent.mkdir(parents=True, exist_ok=True)
         (place / name).write_text(STAND_IN)
         (place / name).chmod(0o755)
-    (example,) = blocks(SWEEPS, "yaml")
+    example, _ = blocks(SWEEPS, "yaml")
     (place / "my_sweep.yaml").write_text(example)
+    (agent,) = blocks(CONTROL, "python")
+    (place / "mypackage").mkdir()
+    (place / agent.splitlines()[0].removeprefix("# ")).write_text(agent)
     datasets.write_config(place / "runs" / "capacity", {"sweep": yaml.safe_load(example)})
     seeds, config = {"seed": 0, "num_seeds": 8}, RLConfig().resolved()
     folders.describe(place / "runs" / "first", folders.as_told(config, seeds), RunOptions(), False, video=False)
@@ -148,6 +159,11 @@ def accept(words: list[str]) -> None:
         case ["sbatch", file, *rest]:
             assert (ROOT / file).is_file()
             accept(["python", *([] if rest[0].endswith(".py") else ["sweep.py"]), *rest])
+        case ["pip", "install", *rest]:
+            pinned = (ROOT / "setup" / "requirements-gpu.txt").read_text()
+            assert {word for word in rest if "==" in word} <= set(pinned.split())
+        case ["python", "my_program.py", *rest]:
+            command_line.parse(population.Config, "", rest)
         case ["python", "train_rl.py" | "train_regression.py", *_, "--help"]:
             pass
         case ["python", "train_rl.py", *rest]:
@@ -157,7 +173,7 @@ def accept(words: list[str]) -> None:
         case ["python", "sweep.py", *rest]:
             _, found = sweep_command.read_arguments(rest)
             if found.settings.get("env_name") != "halfcheetah":
-                study.make_agents(found)
+                plan.make_agents(found)
         case ["python", "-m", "purejax_bilevel.results", *rest]:
             assert report_again.main(rest) == 2  # read, and there is nothing in that folder
         case ["python", "-m", "purejax_bilevel.environments.grid_world", *rest]:
@@ -173,6 +189,7 @@ def accept(words: list[str]) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_commands_are_accepted(page: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
+    monkeypatch.syspath_prepend(place)
     for text in [text for text in blocks(TABULAR, "python") if page == TABULAR]:
         exec(text, {})  # it makes the file that a command reads
     found = [call for text in commands(page) for call in calls(place, text)]
@@ -251,8 +268,27 @@ def test_python_of_the_page_on_results_runs(first_page: Path, monkeypatch: pytes
     assert Path("curves.png").is_file()
 
 
-def test_all_python_is_run() -> None:
-    assert [name_of(page) for page in PAGES if blocks(page, "python")] == list(map(name_of, (FIRST, TABULAR, RESULTS)))
+def test_the_agent_of_the_page_on_control_learns(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(place)
+    config = RLConfig(agent_type="mypackage.mine:MINE").resolved()
+    program = config.program()
+    state = jax.eval_shape(lambda: program.init(jax.random.key(0), config))
+    _, metrics = jax.eval_shape(lambda state: program.update(state, config, jax.numpy.int32(0)), state)
+    assert {"model_loss", "q_loss"} <= set(metrics)
+
+
+def test_imports_of_the_page_on_programs_exist() -> None:
+    texts = blocks(PROGRAMS, "python")
+    assert len(texts) == 6
+    for text in texts:
+        imports = [node for node in ast.parse(text).body if isinstance(node, ast.Import | ast.ImportFrom)]
+        assert imports
+        exec(compile(ast.Module(imports, []), name_of(PROGRAMS), "exec"), {})
+
+
+def test_no_page_with_python_is_left_out() -> None:
+    known = {FIRST, PROGRAMS, CONTROL, TABULAR, RESULTS}
+    assert {name_of(page) for page in PAGES if blocks(page, "python")} == set(map(name_of, known))
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
@@ -296,7 +332,14 @@ def test_tuned_defaults_are_those_of_the_agents() -> None:
 
 
 def test_the_example_of_a_sweep_file_has_the_members_that_are_said(place: Path) -> None:
-    agents = study.make_agents(study.parse(study.read(place / "my_sweep.yaml")))
+    agents = plan.make_agents(study.parse(study.read(place / "my_sweep.yaml")))
     members = sum(len(agent.grid) for agent in agents)
     assert f"= {members} members in three sub-programs" in SWEEPS.read_text()
     assert sum(len(agent.templates) for agent in agents) == 3
+
+
+def test_agents_of_several_programs_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, OWN_PROGRAM, population)
+    _, example = blocks(SWEEPS, "yaml")
+    agents = plan.make_agents(study.parse(yaml.safe_load(example)))
+    assert [type(agent.templates[0].config) for agent in agents] == [RLConfig, population.Config]

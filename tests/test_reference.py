@@ -2,7 +2,9 @@
 
 Every `*.npz` in `tests/data/`, or in the folder named by PUREJAX_BILEVEL_REFERENCE_DATA, is compared entry by entry:
 whatever a file says under `out/` must be reproduced, for any widths, batch sizes and numbers of inner steps found in
-it. Files whose name starts with `mbrl_` hold model-based agents, `nsr_` non-stationary regression.
+it. Files whose name starts with `mbrl_` hold model-based agents, `nsr_` non-stationary regression. Those in the folder
+`sac` hold two consecutive updates of OMD's code for continuous control: whole agents are run on them, in the treatment
+of the preset `omd_continuous_original`.
 
 "Reproduced" means to 1e-8 of the largest entry of an array (its small entries are sums that cancel); to 1e-6 for the
 regression agent aid, whose conjugate gradients amplify rounding; and as `check_iterative_hypergradient` says for
@@ -17,16 +19,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.flatten_util import ravel_pytree
 
 from purejax_bilevel.bilevel import implicit
+from purejax_bilevel.configuration import replace
 from purejax_bilevel.networks import Heads, Layer, Network
-from purejax_bilevel.programs.control import agents
+from purejax_bilevel.programs.control import agents, soft_actor_critic, soft_actor_critic_agents
 from purejax_bilevel.programs.control.q_learning import Config
 from purejax_bilevel.programs.regression import agents as regression_agents
 from purejax_bilevel.programs.regression import program as regression
 from purejax_bilevel.replay import Batch
+from purejax_bilevel.studies import presets
 
 FOLDER = Path(os.environ.get("PUREJAX_BILEVEL_REFERENCE_DATA", Path(__file__).parent / "data"))
 TOLERANCE, ITERATIVE_TOLERANCE = 1e-8, 1e-5
@@ -267,6 +272,110 @@ def heads_entries(prefix: str, heads: Heads, letter: str) -> dict[str, Any]:
 def model_entries(prefix: str, model: agents.Model) -> dict[str, Any]:
     entries = network_entries(f"{prefix}/next_obs", model.next_obs)
     return entries if model.reward is None else entries | network_entries(f"{prefix}/reward", model.reward)
+
+
+# --- continuous control -----------------------------------------------------------------------------------------------
+
+# Measured: 1.7e-15. The original's gradients are twice (critic) and four times (model of omd) those here, so that
+# Adam's eps is another share of them: with eps as it is, 2.8e-7.
+CONTINUOUS_TOLERANCE, OTHER_EPS_TOLERANCE = 1e-14, 1e-6
+
+
+@pytest.mark.parametrize("same_eps", [True, False])
+@pytest.mark.parametrize("agent_type", ["omd", "mle"])
+def test_continuous_control(agent_type: str, same_eps: bool, float64: Any, monkeypatch: pytest.MonkeyPatch):
+    golden = dict(np.load(FOLDER / "sac" / f"sac_{agent_type}.npz"))
+    config = continuous_config(golden, agent_type)
+    if same_eps:
+        model_eps = 0.25e-8 if agent_type == "omd" else 1e-8
+        monkeypatch.setattr(agents, "q_optimizer", lambda config: optax.adam(config.inner_lr, eps=0.5e-8))
+        monkeypatch.setattr(agents, "model_optimizer", lambda config: with_step(optax.adam(config.lr, eps=model_eps)))
+    learner = continuous_learner(golden, config)
+    for update in (1, 2):
+        learner, losses = continuous_update(golden, config, learner, update, monkeypatch)
+        computed = continuous_entries(learner, losses, agent_type)
+        for name, value in computed.items():
+            tolerance = CONTINUOUS_TOLERANCE if same_eps else OTHER_EPS_TOLERANCE
+            assert_close(value, expected_of(golden, update, name), tolerance, f"{agent_type} {update} {name}")
+
+
+def with_step(optimizer: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    return optax.with_extra_args_support(optimizer)
+
+
+def continuous_config(golden: Entries, agent_type: str) -> soft_actor_critic.Config:
+    settings = presets.preset("omd_continuous_original", "smoke")["settings"]
+    setting = {name.removeprefix("config/"): value.item() for name, value in golden.items() if "config/" in name}
+    assert bool(setting.pop("is_omd")) == (agent_type == "omd")
+    for name in ("lr", "inner_lr", "discount", "tau"):  # the preset's own values are those of the original
+        assert settings.get(name, getattr(soft_actor_critic.Config, name)) == setting[name]
+    widths = {name: int(setting.pop(name)) for name in ("hidden_dim", "model_hidden_dim")}
+    config = soft_actor_critic.Config(agent_type=agent_type, **{**settings, **setting, **widths}).resolved()
+    return replace(config, **{f"max_{name}": width for name, width in widths.items()})
+
+
+def continuous_learner(golden: Entries, config: soft_actor_critic.Config) -> soft_actor_critic_agents.Learner:
+    learner = soft_actor_critic_agents.init_learner(config, jax.random.key(0), 3, 1)
+    q, model, policy = read_heads(golden, "q", "q"), read_network(golden, "model"), read_network(golden, "policy")
+    assert jax.tree.map(jnp.shape, (q, model, policy)) == jax.tree.map(
+        jnp.shape, (learner.q, learner.model, learner.policy)
+    )
+    return learner.replace(
+        q=q,
+        target_q=read_heads(golden, "target_q", "q"),
+        model=model,
+        policy=policy,
+        log_temperature=jnp.asarray(golden["log_temperature"]),
+    )
+
+
+def continuous_update(
+    golden: Entries, config: soft_actor_critic.Config, learner: Any, update: int, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Any, dict[str, Any]]:
+    """One update on the file's batch, with the file's noise where the agent draws its own, in that order."""
+    entry = lambda name: jnp.asarray(golden[f"batch{update}/{name}"])  # noqa: E731
+    omd = config.agent_type == "omd"
+    names = ("critic", "policy", "outer") if omd else ("critic", "policy")
+    noise = {name: jnp.asarray(golden[f"noise{update}/{name}"]).T for name in names}
+    nothing = jnp.full_like(noise["critic"], jnp.nan)  # drawn and never used
+    drawn = [nothing] * (1 if omd else 2) + list(noise.values())
+    batch = Batch(entry("obs").T, entry("action").T, entry("reward"), entry("next_obs").T, 1.0 - entry("mask"))
+    monkeypatch.setattr(
+        soft_actor_critic_agents, "with_new_noise", lambda batch, key: batch._replace(noise=drawn.pop(0))
+    )
+    agent = soft_actor_critic_agents.AGENTS[config.agent_type].step
+    draw = lambda key: batch._replace(noise=nothing)  # noqa: E731
+    result = jax.jit(lambda learner: agent(config, learner, draw, jax.random.key(0), jnp.int32(update)))(learner)
+    assert not drawn
+    return result
+
+
+def continuous_entries(learner: Any, losses: dict[str, Any], agent_type: str) -> dict[str, Any]:
+    """What the files hold, in the originals' scale: their critic's loss is twice ours, their hypergradient four
+    times."""
+    is_omd = agent_type == "omd"
+    return {
+        "critic_loss": 2 * losses["q_loss"],
+        "norm of grad/q/": 2 * losses["q_gradient_norm"],
+        "model_loss": (1 + is_omd) * losses["model_loss"],
+        "norm of grad/model/": (1 + 3 * is_omd) * losses["model_gradient_norm"],
+        "policy_loss": losses["policy_loss"],
+        "norm of grad/policy/": losses["policy_gradient_norm"],
+        "entropy": losses["entropy"],
+        "temperature": losses["temperature"],
+        **network_entries("after/model", learner.model),
+        **heads_entries("after/q", learner.q, "q"),
+        **heads_entries("after/target_q", learner.target_q, "q"),
+        **network_entries("after/policy", learner.policy),
+        "after/log_temperature": learner.log_temperature,
+    }
+
+
+def expected_of(golden: Entries, update: int, name: str) -> np.ndarray:
+    if not name.startswith("norm of "):
+        return golden[f"out{update}/{name}"]
+    prefix = f"out{update}/{name.removeprefix('norm of ')}"
+    return np.sqrt(sum((value**2).sum() for key, value in golden.items() if key.startswith(prefix)))
 
 
 # --- non-stationary regression ----------------------------------------------------------------------------------------

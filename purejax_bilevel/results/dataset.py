@@ -30,6 +30,7 @@ from purejax_bilevel.members import Axis, Grid
 
 FORMAT = "purejax_bilevel results 1"
 FILE_NAME = "results.nc"
+COMMAND, VERSIONS = ABOUT = "command.txt", "versions.json"  # beside a run's settings
 SEED, STEP, EPISODE = "seed", "step", "episode"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "gymnax", "lineax", "distrax", "evosax", "numpy", "scipy", "xarray")
 
@@ -329,12 +330,12 @@ def write_config(
     """
     folder = Path(folder)
     text = config if isinstance(config, str) else yaml.safe_dump(as_plain(config), sort_keys=False)
-    command_file = folder / "command.txt"
+    command_file = folder / COMMAND
     earlier = command_file.read_text() if resumed and command_file.is_file() else ""
     line = command if isinstance(command, str) else command_line(command)
     write_text(folder / "config.yaml", text)
     write_text(command_file, f"{earlier}{line}\n")
-    write_text(folder / "versions.json", json.dumps(dict(versions or collect_versions()), indent=2) + "\n")
+    write_text(folder / VERSIONS, json.dumps(dict(versions or collect_versions()), indent=2) + "\n")
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -363,7 +364,8 @@ def command_line(arguments: Sequence[str] | None = None) -> str:
         words[0] = "python"
     script = sys.argv[0]
     first = [Path(word).name if Path(word).is_absolute() else word for word in words[:2]]
-    return shlex.join([*first, *(Path(word).name if word == script else word for word in words[2:])])
+    line = shlex.join([*first, *(Path(word).name if word == script else word for word in words[2:])])
+    return line.encode(errors="backslashreplace").decode()  # the name of a file may be no text
 
 
 def collect_versions() -> dict[str, Any]:

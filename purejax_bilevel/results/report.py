@@ -22,7 +22,7 @@ import xarray
 
 from purejax_bilevel.errors import UserError
 from purejax_bilevel.members import bytes_in_words, counted, format_value
-from purejax_bilevel.results import comparison, plots, statistics
+from purejax_bilevel.results import comparison, plots, residuals, statistics
 from purejax_bilevel.results import dataset as datasets
 from purejax_bilevel.results.checks import choice, known_entries, load_yaml, mapping_of, number_of, text_of
 from purejax_bilevel.results.comparison import Line, Score, score_of
@@ -51,7 +51,7 @@ class Reporting:
         select_over: as `over`, for `select_by`.
         solved: score regarded as solved, for the optimality gap.
         figures: the study's own, first in the report: {kind: sensitivity, axis: lr}, {kind: curves, variable: x} or
-            {kind: tabular, figure: x}, x being one of `tabular_plots`.
+            {kind: tabular, figure: x}, x being a name in the FIGURES of the tabular figures.
     """
 
     variable: str = ""
@@ -186,7 +186,10 @@ def reported_variable(dataset: xarray.Dataset, report: Reporting) -> str:
     """What a sweep reports: as it says, else the program's final or headline variable."""
     if report.variable:
         return report.variable
-    final = [str(name) for name in dataset.data_vars if "episode" in dataset[name].dims]
+    steps = {datasets.step_dimension(stage) for stage in ("", *dataset.attrs.get("stages", ()))}
+    others = ("failed", SELECTION)
+    known = {str(name): array for name, array in dataset.data_vars.items() if name not in others}
+    final = [name for name, array in known.items() if steps.isdisjoint(array.dims)]
     return final[0] if final else str(dataset.attrs["headline"])
 
 
@@ -324,6 +327,7 @@ class _Report:
             *self._search(),
             *self._settings(),
             *self._failed(),
+            *self._residuals(),
             *self._provenance(),
         ]
 
@@ -534,6 +538,14 @@ class _Report:
         text = f"{len(names)} of {whole} diverged or {have} no finite score, and {are} left out of all numbers above."
         listed = names[:MOST_FAILED] + ([f"and {len(names) - MOST_FAILED} more"] if len(names) > MOST_FAILED else [])
         return [Heading("Failed members"), Paragraph(text), Code("\n".join(listed))]
+
+    def _residuals(self) -> list[Block]:
+        sentences = [sentence for agent in self.agents for sentence in residuals.warnings(agent.dataset)]
+        if not sentences:
+            return []
+        shown = sentences[:MOST_FAILED]
+        more = [f"And {len(sentences) - MOST_FAILED} more settings."] if len(sentences) > MOST_FAILED else []
+        return [Heading("Linear solvers that did not solve"), *map(Paragraph, [*shown, *more])]
 
     def _provenance(self) -> list[Block]:
         versions = dict(self.about.get("versions", {}))

@@ -26,8 +26,9 @@ from purejax_bilevel.errors import UserError
 from purejax_bilevel.members import format_value
 from purejax_bilevel.results.dataset import SEED, STEP, setting_dimensions, setting_labels
 
-# Axes that say what is solved: scores are aggregated over them, none is a best setting. Programs declare them.
-TASKS = ("env_name", "mdp", "mdp_file", "shift_type")
+# Axes that say what is solved: scores are aggregated over them, none is a best setting. Programs declare them, and
+# results name them (`tasks`); these are those of files that do not.
+TASKS = ("env_name", "mdp", "mdp_file", "garnet_seed", "shift_type")
 BLOCK = 4_000_000  # numbers held at once by the bootstrap
 
 
@@ -362,9 +363,9 @@ def row_scores(rows: np.ndarray, failed: np.ndarray, over: float = 0.0) -> np.nd
 
 
 def by_task(dataset: xarray.Dataset, scores: np.ndarray) -> np.ndarray:
-    """Scores `[settings, seeds]` as `[settings without tasks, seeds, tasks]`: see `TASKS`."""
+    """Scores `[settings, seeds]` as `[settings without tasks, seeds, tasks]`: see `task_dimensions`."""
     dimensions = setting_dimensions(dataset)
-    tasks = [number for number, name in enumerate(dimensions) if name in TASKS]
+    tasks = [number for number, name in enumerate(dimensions) if name in task_dimensions(dataset)]
     grid = scores.reshape(*(dataset.sizes[name] for name in dimensions), -1)
     moved = np.moveaxis(grid, tasks, range(-len(tasks), 0))
     count = math.prod(dataset.sizes[dimensions[number]] for number in tasks)
@@ -373,12 +374,19 @@ def by_task(dataset: xarray.Dataset, scores: np.ndarray) -> np.ndarray:
 
 def settings_without_tasks(dataset: xarray.Dataset) -> list[dict[str, Any]]:
     """Hyper-parameters of every setting, in the order of `by_task`."""
-    return setting_labels(dataset.isel({name: 0 for name in setting_dimensions(dataset) if name in TASKS}))
+    return setting_labels(dataset.isel(dict.fromkeys(task_dimensions(dataset), 0)))
 
 
 def tasks_of(dataset: xarray.Dataset) -> list[dict[str, Any]]:
     """The tasks, in the order of `by_task`; a single one without a name where none is an axis."""
-    return setting_labels(dataset.isel({name: 0 for name in setting_dimensions(dataset) if name not in TASKS}))
+    tasks = task_dimensions(dataset)
+    return setting_labels(dataset.isel({name: 0 for name in setting_dimensions(dataset) if name not in tasks}))
+
+
+def task_dimensions(dataset: xarray.Dataset) -> tuple[str, ...]:
+    """Those of `setting_dimensions` that say what is solved."""
+    tasks = dataset.attrs.get("tasks", TASKS)
+    return tuple(name for name in setting_dimensions(dataset) if name in tasks)
 
 
 def failed_members(dataset: xarray.Dataset) -> np.ndarray:

@@ -75,9 +75,9 @@ def available() -> list[jax.Device]:
     """
     try:
         return jax.devices()
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError) as error:  # the second where no plug-in for the platform is installed
         asked = jax.config.jax_platforms  # type: ignore[attr-defined]
-        reason = str(error).splitlines()[0].rstrip(".")
+        reason = (str(error) or "nothing for it is installed").splitlines()[0].rstrip(".")
         raise UserError(
             f"jax finds no device for JAX_PLATFORMS={asked or ''} ({reason}): unset it, or set JAX_PLATFORMS=cpu."
         ) from error

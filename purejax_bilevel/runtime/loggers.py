@@ -40,6 +40,7 @@ WANDB_RUNS = ("member", "setting")
 WANDB_MODE_WORDS = {"dryrun": "offline", "run": "online", **{mode: mode for mode in WANDB_MODES}}
 DEFAULT_PROJECT = "purejax_bilevel"
 STATE_FILE = "logged.json"
+LOGGED = (STATE_FILE, "tensorboard", "wandb")  # what is written to a folder
 WANDB_FILES = ("run-*.wandb", "logs/debug*.log")  # that an offline run of ours consists of
 EVENTS_SUFFIX = ".purejax_bilevel"  # of the names of our TensorBoard files
 LIVE_RUNS = 32  # with more runs than this, rows are written at the end
@@ -186,7 +187,7 @@ class Loggers:
 
         Args:
             members: `[m]`, which members the arrays' first axis holds.
-            rows: `step` `[n]`, steps done at each row, and per name `[m, n]` or `[m, n, k]`.
+            rows: `step` `[n]`, steps done at each row, and per name `[m, n, ...]`.
 
         Raises:
             ValueError: wrong shapes, or a resumed experiment does not begin with its first row.
@@ -294,7 +295,7 @@ class Loggers:
             return key - len(self._grid)
         return key if self._per_setting else None
 
-    def _run(self, key: int) -> "Run":
+    def _run(self, key: int) -> "LoggedRun":
         setting = self._setting(key)
         member = key if setting is None else setting * len(self._grid.seeds)
         settings, words = self._grid.settings(member), self._grid.describe(member)
@@ -304,7 +305,7 @@ class Loggers:
         if key in self._overviews:
             words = f"{words}, IQM of {len(self._grid.seeds)} seeds".removeprefix(", ")
         name = ", ".join(part for part in (self._label, words) if part) or self._name
-        return Run(key, name, f"{self._identifier}-{key}", {**self._config, **as_plain(settings)})
+        return LoggedRun(key, name, f"{self._identifier}-{key}", {**self._config, **as_plain(settings)})
 
     def _columns(self, key: int, kept: Sequence[Rows]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """One run's part of the rows: `[n]` increasing steps, and `[n]` per column."""
@@ -329,7 +330,8 @@ class Loggers:
         for name, array in rows.items() if len(positions) else ():
             if name == STEP:
                 continue
-            parts = {name: array} if array.ndim == 2 else {f"{name}/{i}": array[..., i] for i in range(array.shape[2])}
+            flat = array.reshape(*array.shape[:2], -1)
+            parts = {name: array} if array.ndim == 2 else {f"{name}/{i}": flat[..., i] for i in range(flat.shape[2])}
             for part, values in parts.items():
                 if setting is None:
                     columns[part] = values[positions[0]]
@@ -374,7 +376,7 @@ def _first_line(error: Exception) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class LoggedRun:
     """What a logger shows as one run: a member or a setting."""
 
     key: int
@@ -424,7 +426,7 @@ class Sink(Protocol):
 
     name: str
 
-    def open(self, run: Run) -> Any:
+    def open(self, run: LoggedRun) -> Any:
         """Starts or continues a run."""
 
     def last_step(self, handle: Any) -> int:
@@ -485,7 +487,7 @@ class WandbSink:
                 "wandb_mode is 'online' but there is no wandb key: set WANDB_API_KEY, run `wandb login`, or use offline"
             )
 
-    def open(self, run: Run) -> Any:
+    def open(self, run: LoggedRun) -> Any:
         try:
             with self._one_at_a_time:
                 return self._wandb.init(
@@ -535,7 +537,7 @@ class TensorBoardSink:
         for earlier in folder.glob("[0-9]*_*"):
             _remove(earlier, (f"events.out.tfevents.*{EVENTS_SUFFIX}",))
 
-    def open(self, run: Run) -> Any:
+    def open(self, run: LoggedRun) -> Any:
         name = f"{run.key:04d}_{run.name}".replace(", ", ",").replace("/", "-")
         return self._writer(str(self._folder / name[:200]), filename_suffix=EVENTS_SUFFIX)
 

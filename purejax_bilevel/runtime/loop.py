@@ -27,6 +27,7 @@ from rich.console import Console
 
 from purejax_bilevel.configuration import RUN_LENGTH, to_dict
 from purejax_bilevel.errors import Interrupted, UserError
+from purejax_bilevel.members import counted
 from purejax_bilevel.program import POPULATION, Measure, Part
 from purejax_bilevel.results import dataset as datasets
 from purejax_bilevel.results import statistics
@@ -217,12 +218,27 @@ class Run:
         self.run_seconds += seconds
         for number, part in enumerate(self.parts):
             self._note_failures(number, part, ~finite[number], progress)
-            self._append(number, stage, rows[number])
-            self._log(number, stage, rows[number], self.schedule.rows(stage, start), loggers[number])
+            first = self.schedule.rows(stage, start)
+            own = rows[number] | self._totals(number, stage, rows[number], first)
+            self._append(number, stage, own)
+            self._log(number, stage, own, first, loggers[number])
         if self.program.all_done(self._state, stage):
             self._skip_rest(stage)
         progress.update(self.steps, self._headline(stage))
         return seconds
+
+    def _totals(self, number: int, stage: int, rows: dict[str, np.ndarray], first: int) -> dict[str, np.ndarray]:
+        """Sums over all steps so far, at rows of a stage the first of which has number `first`."""
+        totals = {}
+        for measure in self.parts[number].program.measures:
+            if measure.total_of not in rows:
+                continue
+            means = rows[measure.total_of].astype(np.float64)
+            known = self.rows[number].get(f"{stage}/{measure.name}", np.zeros((len(means), 1)))
+            steps = np.diff(self.schedule.row_steps(stage), prepend=0)[first : first + means.shape[1]]
+            before = known[:, -1:] if known.shape[1] else np.zeros((len(means), 1))
+            totals[measure.name] = np.cumsum(np.concatenate([before, means * steps], axis=1), axis=1)[:, 1:]
+        return totals
 
     def _append(self, number: int, stage: int, rows: dict[str, np.ndarray]) -> None:
         known = self.rows[number]
@@ -258,7 +274,7 @@ class Run:
             name = f"{part.label}: " if part.label else ""
             progress.note(f"diverged (not a number) by step {self.steps}: {name}{part.grid.describe(int(member))}")
         if len(new) > 10:
-            progress.note(f"... and {len(new) - 10} more members.")
+            progress.note(f"... and {counted(len(new) - 10, 'more member')}.")
 
     def _headline(self, stage: int) -> str:
         """The latest value of the headline, or, in an earlier stage than its own, of that stage's first measure."""

@@ -12,6 +12,10 @@ stops can then tell the others why, and they stop with that sentence.
 Process 0 listens at the coordinator's address only, where that is its own. With PUREJAX_BILEVEL_JOIN_TOKEN set, the
 same for all, nobody else can take a process's place when they meet.
 
+jax.distributed could find out about Slurm and Open MPI by itself. It takes the number of tasks of Slurm's allocation,
+which a shell in it sees too, for that of a step, and for Open MPI the host of mpirun for that of the first process; and
+when a process is missing it ends with a stack trace. So the variables are read, and the processes meet, here.
+
 With a single process everything here returns what it was given.
 """
 

@@ -23,7 +23,7 @@ from purejax_bilevel.runtime.schedule import Schedule
 
 SAFE_SHARE = 0.9  # of the free memory that a run may plan with
 BYTES_PER_RESULT = 8  # 32 bits, and a copy while a chunk's rows are appended
-STATES = "the states of their members alone"
+STATES = "the state alone"
 
 
 def state_bytes(part: Part) -> int:

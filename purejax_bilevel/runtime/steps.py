@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 
 from purejax_bilevel.program import Program, Stage, Tree
@@ -108,15 +109,10 @@ def run_member(
     """Steps start..stop-1 of stage `number`, of `total` steps, of one member."""
     stage = functions.stages[number]
     keyed = jax.eval_shape(functions.init, jax.random.key(0), config, shared)
-    stored = _begun(functions, number, stored, keyed, config, seed, shared, start)
+    stored = _begun(functions, number, block_steps, stored, keyed, config, seed, shared, start)
     state, sums = typed_keys(stored.state, keyed), stored.sums[number]
-    frequency = stage.eval_every
-
-    def evaluate(state: Tree, sums: Tree, t: jax.Array, is_last: jax.Array) -> dict[str, jax.Array]:
-        means = {name: jnp.where(n > 0, total / jnp.maximum(n, 1), jnp.nan) for name, (total, n) in sums.items()}
-        return means | stage.evaluate(state, config, t, is_last, shared)
-
-    shapes = jax.eval_shape(evaluate, state, sums, start, start == total)
+    frequency, evaluate = stage.eval_every, functools.partial(_evaluated, stage, config, shared, total)
+    shapes, _ = jax.eval_shape(evaluate, state, sums, stored.done, start)
     rows = jax.tree.map(lambda leaf: jnp.zeros((ROWS, *leaf.shape), leaf.dtype), shapes)
 
     def block(carry: tuple) -> tuple:
@@ -127,13 +123,7 @@ def run_member(
 
         def record() -> tuple:
             number = (end - 1) // frequency - start // frequency if frequency else 0
-            over, last = done, end == total
-            if stage.done is not None:
-                over = done | stage.done(state)
-                last |= over
-            row = evaluate(state, sums, end - 1, last)
-            if stage.done is not None:  # the host may go on to the next stage before such rows are made
-                row = jax.tree.map(lambda x: _or_nothing(done, x), row)
+            row, over = evaluate(state, sums, done, end)
             # A run that ends in between may be made longer: its next regular row is of all steps since the last one.
             kept = jax.tree.map(lambda x: jnp.where(regular, 0, x).astype(x.dtype), sums)
             return kept, over, jax.tree.map(lambda r, x: r.at[number].set(x), rows, row)
@@ -152,6 +142,7 @@ def run_member(
 def _begun(
     functions: Functions,
     number: int,
+    block_steps: int,
     stored: Stored,
     keyed: Tree,
     config: Any,
@@ -172,7 +163,31 @@ def _begun(
         sums = jax.tree.map(jnp.zeros_like, stored.sums) if made else stored.sums
         return Stored(plain_keys(state), sums, jax.tree.map(jnp.zeros_like, stored.done))
 
+    if block_steps:
+        return _if(start == 0, lambda _: first(), stored)
     return jax.lax.cond(start == 0, first, lambda: stored)
+
+
+def _evaluated(
+    stage: Stage,
+    config: Any,
+    shared: Tree,
+    total: jax.Array,
+    state: Tree,
+    sums: dict[str, Any],
+    done: Any,
+    end: jax.Array,
+) -> tuple[dict[str, jax.Array], Any]:
+    """What is measured after `end` of `total` steps, and whether the member is done with the stage then."""
+    over, is_last = done, end == total
+    if stage.done is not None:
+        over = done | stage.done(state)
+        is_last |= over
+    means = {name: jnp.where(n > 0, sum_ / jnp.maximum(n, 1), jnp.nan) for name, (sum_, n) in sums.items()}
+    row = means | stage.evaluate(state, config, end - 1, is_last, shared)
+    if stage.done is not None:  # the host may go on to the next stage before such rows are made
+        row = jax.tree.map(lambda value: _or_nothing(done, value), row)
+    return row, over
 
 
 def _unless(done: jax.Array, function: Callable, carry: Tree) -> Tree:
@@ -202,19 +217,84 @@ def _steps(
 ) -> tuple[Tree, Tree]:
     """The steps t..end-1, all before or all after the end of the warm-up; `carry` is the state and what is measured."""
 
-    def loop(function: Callable, carry: tuple) -> tuple:
-        def step(i: jax.Array, carry: tuple) -> tuple:
-            state, sums = carry
-            state, metrics = function(state, config, t + i, shared)
-            return state, sums | {name: jax.tree.map(jnp.add, sums[name], new) for name, new in metrics.items()}
+    def loop(function: Callable, carry: tuple[Tree, Tree]) -> tuple[Tree, Tree]:
+        def advance(state: Tree, i: jax.Array) -> tuple[Tree, Tree]:
+            return function(state, config, t + i, shared)
 
-        return jax.lax.fori_loop(0, block_steps or end - t, step, carry)
+        return _in_few_arrays(advance, block_steps, carry) if block_steps else _one_by_one(advance, end - t, carry)
 
     learn = functools.partial(loop, stage.update)
     if not stage.warm_up:
         return learn(carry)
     assert stage.collect is not None, "a stage with a warm-up collects"
-    return jax.lax.cond(t < stage.warm_up, functools.partial(loop, stage.collect), learn, carry)
+    collect = functools.partial(loop, stage.collect)
+    if not block_steps:
+        return jax.lax.cond(t < stage.warm_up, collect, learn, carry)
+    return _if(t >= stage.warm_up, learn, _if(t < stage.warm_up, collect, carry))
+
+
+def _one_by_one(advance: Callable, count: jax.Array, carry: tuple[Tree, Tree]) -> tuple[Tree, Tree]:
+    """`count` steps `advance(state, i) -> state, metrics`; `carry` is the state and the sums of metrics."""
+
+    def step(i: jax.Array, carry: tuple) -> tuple:
+        state, sums = carry
+        state, metrics = advance(state, i)
+        return state, sums | {name: jax.tree.map(jnp.add, sums[name], new) for name, new in metrics.items()}
+
+    return jax.lax.fori_loop(0, count, step, carry)
+
+
+def _in_few_arrays(advance: Callable, count: int, carry: tuple[Tree, Tree]) -> tuple[Tree, Tree]:
+    """As `_one_by_one`, for accelerators, where each array costs an operation: all metrics lie in one, and so do the
+    state's scalars of each type."""
+    state, sums = carry
+    zeros = jax.tree.map(jnp.zeros_like, sums)
+    total, apart = jax.flatten_util.ravel_pytree(sums)
+    join, separate = _scalars_joined(state)
+
+    def step(i: jax.Array, carry: tuple) -> tuple:
+        joined, total = carry
+        state, metrics = advance(separate(joined), i)
+        return join(state), total + jax.flatten_util.ravel_pytree(zeros | metrics)[0]
+
+    joined, total = jax.lax.fori_loop(0, count, step, (join(state), total))
+    return separate(joined), apart(total)
+
+
+def _scalars_joined(like: Tree) -> tuple[Callable[[Tree], Any], Callable[[Any], Tree]]:
+    """Functions from a tree to a vector of scalars per type beside its other leaves, and back."""
+    leaves, structure = jax.tree.flatten(like)
+    places: dict[Any, list[int]] = {}
+    for place, leaf in enumerate(leaves):
+        if leaf.ndim == 0 and not _is_key(leaf):
+            places.setdefault(leaf.dtype, []).append(place)
+    scalars = {place for own in places.values() for place in own}
+
+    def join(tree: Tree) -> tuple[list, list]:
+        leaves = jax.tree.leaves(tree)
+        vectors = [jnp.stack([leaves[place] for place in own]) for own in places.values()]
+        return vectors, [leaf for place, leaf in enumerate(leaves) if place not in scalars]
+
+    def separate(joined: tuple[list, list]) -> Tree:
+        vectors, rest = joined
+        found: dict[int, jax.Array] = {}
+        for vector, own in zip(vectors, places.values(), strict=True):
+            found |= {place: vector[i] for i, place in enumerate(own)}
+        others = iter(rest)
+        whole = [found[place] if place in found else next(others) for place in range(len(leaves))]
+        return jax.tree.unflatten(structure, whole)
+
+    return join, separate
+
+
+def _if(wanted: jax.Array, function: Callable, carry: Tree) -> Tree:
+    """`function(carry)` where wanted, else `carry`: a loop of one turn or none, which writes in place where a branch
+    would copy what it may change."""
+
+    def turn(turns: tuple) -> tuple:
+        return jnp.bool_(False), function(turns[1])
+
+    return jax.lax.while_loop(lambda turns: turns[0], turn, (wanted, carry))[1]
 
 
 # --- keys -------------------------------------------------------------------------------------------------------------

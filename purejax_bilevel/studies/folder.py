@@ -23,10 +23,12 @@ from purejax_bilevel.errors import Interrupted, UserError
 from purejax_bilevel.results import dataset as datasets
 from purejax_bilevel.runtime import checkpoint as checkpoints
 from purejax_bilevel.runtime import loop, processes
+from purejax_bilevel.runtime.loggers import STATE_FILE
 from purejax_bilevel.runtime.options import HowToRun
 
 CONFIG = "config.yaml"
 LOCK = ".lock"
+BEFORE_TRAINING = (CONFIG, *datasets.ABOUT, STATE_FILE)  # what is written then
 ROUNDS, SCORES = "rounds", "scores.json"  # of a search: their folder, and the file in the folder of each that is over
 LONGEST_NAME = 200  # bytes; file systems allow 255, and temporary names are longer
 KEPT_OPTIONS: dict[str, tuple] = {
@@ -119,7 +121,14 @@ def _held(folder: Path, resume: bool) -> Iterator[Path]:
     try:
         _check_content(folder, resume)
         datasets.delete_torn(folder)
-        yield folder
+        is_new = os.listdir(folder) == [LOCK]
+        try:
+            yield folder
+        except UserError:  # refused before it began: the same name may be used again
+            if is_new and {*os.listdir(folder)} <= {LOCK, *BEFORE_TRAINING}:
+                for name in BEFORE_TRAINING:
+                    (folder / name).unlink(missing_ok=True)
+            raise
     finally:
         with contextlib.suppress(OSError):
             if os.listdir(folder) == [LOCK]:  # nothing came of it

@@ -8,11 +8,11 @@ import jax
 import xarray
 from rich.console import Console
 
-from purejax_bilevel.configuration import to_dict
+from purejax_bilevel.configuration import to_dict, warn
 from purejax_bilevel.members import batch_config, count_members, counted, grid_of
 from purejax_bilevel.program import Part, alone
 from purejax_bilevel.results import dataset as datasets
-from purejax_bilevel.results import statistics
+from purejax_bilevel.results import residuals, statistics
 from purejax_bilevel.runtime import artefacts, processes, sizes
 from purejax_bilevel.runtime.compiled import mesh_of, precision, typed_state
 from purejax_bilevel.runtime.loop import make_seeds, to_dataset, train
@@ -79,6 +79,9 @@ def train_part(part: Part, config: Any, options: RunOptions, video: bool = False
     with sizes.explained():
         outcome = train([part], options, watcher=sizes.Limits())
     dataset = to_dataset(part, outcome, 0, config, {"command": datasets.command_line()})
+    if processes.is_first():
+        for sentence in residuals.warnings(dataset):
+            warn(sentence)
     if options.folder is not None and processes.is_first():
         write_outputs(dataset, options.folder)
         save_artefact(part, config, outcome.state[0] if outcome.state else None, options.folder)

@@ -43,7 +43,8 @@ from purejax_bilevel.runtime import loop, processes
 from purejax_bilevel.runtime.compiled import CompiledProgram
 from purejax_bilevel.runtime.options import RunOptions
 from purejax_bilevel.studies.folder import ROUNDS, SCORES
-from purejax_bilevel.studies.study import Agent, Interval, Search, Study, Template, listed_grid
+from purejax_bilevel.studies.plan import SweptAgent, Template, listed_grid
+from purejax_bilevel.studies.study import Interval, Search, Study
 
 Setting = dict[str, Any]
 Member = tuple[Setting, int]  # setting and seed
@@ -76,6 +77,7 @@ class Finding:
     failed: np.ndarray
     selection: np.ndarray  # [members], the score that chose the setting
     bytes_per_member: int
+    stage_of: dict[str, str]  # of what is not measured in the last stage
 
 
 @dataclasses.dataclass
@@ -112,7 +114,7 @@ class Rounds:
     def __init__(
         self,
         study: Study,
-        agents: Sequence[Agent],
+        agents: Sequence[SweptAgent],
         places: Sequence[int],
         options: RunOptions,
         console: Console,
@@ -126,6 +128,7 @@ class Rounds:
         self.compiled: CompiledProgram | None = None
         self.run_seconds = self.compile_seconds = 0.0
         self.history: list[dict[str, Any]] = []
+        self.stage_of: dict[str, str] = {}
 
     def parts(self, members: Sequence[Sequence[Member]]) -> list[Part]:
         """Sub-programs with the given members; empty places repeat the first ones."""
@@ -218,6 +221,7 @@ class Rounds:
         except Interrupted as error:
             raise Interrupted(f"stopped in {name}; go on with --resume {self.options.folder}") from error
         self.compile_seconds += self.compiled.compile_seconds - before
+        self.stage_of = outcome.stage_of
         return outcome
 
     def state(self, name: str, members: Sequence[Sequence[Member]]) -> list[Any]:
@@ -278,7 +282,9 @@ def _plain(scores: np.ndarray) -> list[float | None]:
 # ---------------------------------------------------------------- the search
 
 
-def search(study: Study, agents: Sequence[Agent], options: RunOptions, console: Console, watcher: Any = None) -> Found:
+def search(
+    study: Study, agents: Sequence[SweptAgent], options: RunOptions, console: Console, watcher: Any = None
+) -> Found:
     """Searches by the study's method, then trains the finalists on the seeds that are reported.
 
     Raises:
@@ -332,7 +338,7 @@ def _distinct_best(candidates: list[tuple[Setting, float]], count: int) -> list[
 
 def _finals(
     rounds: Rounds,
-    agents: Sequence[Agent],
+    agents: Sequence[SweptAgent],
     finalists: list[list[tuple[Setting, float]]],
     seeds: tuple[int, ...],
     lower: bool,
@@ -364,7 +370,7 @@ def _finals(
 
 def _finding(
     rounds: Rounds,
-    agent: Agent,
+    agent: SweptAgent,
     parts: range,
     finalists: list[list[tuple[Setting, float]]],
     gathered: list[tuple[list[dict], list[np.ndarray]]],
@@ -380,7 +386,9 @@ def _finding(
     counts = [len(finalists[part]) for part in parts]
     edges = np.cumsum([0, *counts])
     grid = listed_grid(settings, seeds)
-    merged = Agent(agent.label, grid, agent.templates, tuple(np.arange(a, b) for a, b in itertools.pairwise(edges)))
+    merged = SweptAgent(
+        agent.label, grid, agent.templates, tuple(np.arange(a, b) for a, b in itertools.pairwise(edges))
+    )
     names = gathered[parts[0]][0][0]
     rows = {
         name: merged.gather([np.concatenate([batch[name] for batch in gathered[part][0]]) for part in parts])
@@ -389,7 +397,7 @@ def _finding(
     failed = merged.gather([np.concatenate(gathered[part][1]) for part in parts])
     assert rounds.compiled is not None
     size = max(rounds.compiled.bytes_per_member[part] for part in parts)
-    return Finding(grid, rows, failed, -chosen if lower else chosen, size)
+    return Finding(grid, rows, failed, -chosen if lower else chosen, size, rounds.stage_of)
 
 
 # ---------------------------------------------------------------- evolution strategy

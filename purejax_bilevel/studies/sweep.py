@@ -11,6 +11,7 @@ Before it starts, a sweep tells its members, sub-programs, memory and time; what
 
 import dataclasses
 import itertools
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,17 +20,18 @@ import numpy as np
 import xarray
 from rich.console import Console
 
-from purejax_bilevel.configuration import fields
+from purejax_bilevel.configuration import fields, warn
 from purejax_bilevel.errors import UserError
 from purejax_bilevel.members import bytes_in_words, check_count, counted
 from purejax_bilevel.program import Part
 from purejax_bilevel.programs.tabular.figures import FIGURES
 from purejax_bilevel.results import dataset as datasets
-from purejax_bilevel.results import report
+from purejax_bilevel.results import report, residuals
 from purejax_bilevel.results.statistics import SettingRow, by_task, lower_is_better, render_table
+from purejax_bilevel.runtime import checkpoint as checkpoints
 from purejax_bilevel.runtime import devices, loop, processes, sizes
 from purejax_bilevel.runtime.compiled import CompiledProgram
-from purejax_bilevel.runtime.loggers import Loggers
+from purejax_bilevel.runtime.loggers import LOGGED, Loggers
 from purejax_bilevel.runtime.options import RunOptions
 from purejax_bilevel.runtime.progress import duration
 from purejax_bilevel.runtime.schedule import num_rows
@@ -38,10 +40,15 @@ from purejax_bilevel.studies import run as runs
 from purejax_bilevel.studies import search as searches
 from purejax_bilevel.studies import video as videos
 from purejax_bilevel.studies.command_line import how_to_run
-from purejax_bilevel.studies.study import Agent, Study, make_agents
+from purejax_bilevel.studies.plan import SweptAgent, make_agents
+from purejax_bilevel.studies.study import Study
 from purejax_bilevel.studies.sweep_command import SweepOptions
 
 PROGRAMS_FOLDER = "programs"  # of a sweep of several programs: the checkpoint of each
+OWN_NAMES = (
+    *(folders.CONFIG, *datasets.ABOUT, checkpoints.FILE_NAME, searches.ROUNDS, PROGRAMS_FOLDER),
+    *(report.HTML, report.MARKDOWN, report.FIGURES, report.HISTORY, *LOGGED),
+)  # in the folder of a sweep, where each agent has a folder of its own
 
 # ---------------------------------------------------------------- the sweep
 
@@ -70,7 +77,7 @@ def run(study: Study, options: SweepOptions, console: Console) -> list[xarray.Da
 
 
 def _run_in(
-    folder: Path, study: Study, agents: Sequence[Agent], options: SweepOptions, console: Console
+    folder: Path, study: Study, agents: Sequence[SweptAgent], options: SweepOptions, console: Console
 ) -> list[xarray.Dataset]:
     resume = options.resume is not None
     if processes.is_first():
@@ -91,6 +98,8 @@ def _run_in(
         return found
     for file, dataset in zip(files, found, strict=True):
         datasets.save(dataset, file)
+        for sentence in residuals.warnings(dataset):
+            warn(sentence)
     searches.clean(folder)
     written = report.write(folder, study.name, study.report, files)
     for own in trained or ():
@@ -102,7 +111,7 @@ def _run_in(
     return found
 
 
-def check_report(study: Study, agents: Sequence[Agent]) -> None:
+def check_report(study: Study, agents: Sequence[SweptAgent]) -> None:
     """Whether the report asks for what the sweep has; before hours of training, not after.
 
     Raises:
@@ -131,7 +140,7 @@ def check_report(study: Study, agents: Sequence[Agent]) -> None:
             raise UserError(f"report: a figure names the axis {figure['axis']!r}, which is no setting of the program.")
 
 
-def _check_one_score(study: Study, agents: Sequence[Agent]) -> None:
+def _check_one_score(study: Study, agents: Sequence[SweptAgent]) -> None:
     """Agents of several programs are compared by something that all of them measure."""
     found = {searches.selecting(study, agent.templates[0].config.program())[0] for agent in agents}
     if len(found) > 1:
@@ -140,10 +149,10 @@ def _check_one_score(study: Study, agents: Sequence[Agent]) -> None:
         )
 
 
-def _check_names(agents: Sequence[Agent]) -> None:
+def _check_names(agents: Sequence[SweptAgent]) -> None:
     names = [loop.file_name(agent.label) for agent in agents]
     for agent, name in zip(agents, names, strict=True):
-        if not name or names.count(name) > 1 or name in (report.FIGURES, searches.ROUNDS, PROGRAMS_FOLDER):
+        if not name or names.count(name) > 1 or name in OWN_NAMES or len(os.fsencode(name)) > folders.LONGEST_NAME:
             raise UserError(
                 f"agents: {agent.label!r} cannot name a folder of its own ({name!r}); choose another label."
             )
@@ -175,7 +184,7 @@ class Trained:
 
 
 def _at_once(
-    study: Study, agents: Sequence[Agent], options: RunOptions, console: Console, plan: "Plan"
+    study: Study, agents: Sequence[SweptAgent], options: RunOptions, console: Console, plan: "Plan"
 ) -> list[Trained]:
     """One compiled call for each program."""
     trained = []
@@ -195,7 +204,7 @@ def _in_own_folder(study: Study, family: Study, options: RunOptions) -> RunOptio
     return dataclasses.replace(options, folder=options.folder / PROGRAMS_FOLDER / loop.file_name(family.program))
 
 
-def _datasets(agents: Sequence[Agent], trained: Sequence[Trained], plan: "Plan") -> list[xarray.Dataset]:
+def _datasets(agents: Sequence[SweptAgent], trained: Sequence[Trained], plan: "Plan") -> list[xarray.Dataset]:
     found: dict[str, xarray.Dataset] = {}
     for own in trained:
         labelled = [agent for agent in agents if agent.label in own.labels]
@@ -203,7 +212,7 @@ def _datasets(agents: Sequence[Agent], trained: Sequence[Trained], plan: "Plan")
     return [found[agent.label] for agent in agents]
 
 
-def _datasets_of(trained: Trained, agents: Sequence[Agent], plan: "Plan") -> list[xarray.Dataset]:
+def _datasets_of(trained: Trained, agents: Sequence[SweptAgent], plan: "Plan") -> list[xarray.Dataset]:
     found, outcome, study = [], trained.outcome, trained.study
     for agent, span in zip(agents, trained.spans().values(), strict=True):
         names = outcome.rows[span][0]
@@ -219,7 +228,7 @@ def _datasets_of(trained: Trained, agents: Sequence[Agent], plan: "Plan") -> lis
     return found
 
 
-def _save_artefacts(agents: Sequence[Agent], trained: Trained, files: Sequence[Path]) -> None:
+def _save_artefacts(agents: Sequence[SweptAgent], trained: Trained, files: Sequence[Path]) -> None:
     """What each agent leaves for others, in its folder; where it has several sub-programs, in a folder of each."""
     spans = trained.spans()
     for agent, file in zip(agents, files, strict=True):
@@ -230,7 +239,7 @@ def _save_artefacts(agents: Sequence[Agent], trained: Trained, files: Sequence[P
             runs.save_artefact(part, template.config, state, folder)
 
 
-def _check_video(study: Study, agents: Sequence[Agent]) -> None:
+def _check_video(study: Study, agents: Sequence[SweptAgent]) -> None:
     for agent in agents:
         videos.check(agent.templates[0].config.program())
     if study.search.in_rounds:
@@ -238,7 +247,7 @@ def _check_video(study: Study, agents: Sequence[Agent]) -> None:
 
 
 def _write_videos(
-    agents: Sequence[Agent], trained: Trained, results: Sequence[report.AgentResult], files: Sequence[Path]
+    agents: Sequence[SweptAgent], trained: Trained, results: Sequence[report.AgentResult], files: Sequence[Path]
 ) -> None:
     """The median member of each agent's best setting."""
     spans = trained.spans()
@@ -256,7 +265,7 @@ def _write_videos(
 
 
 def _in_rounds(
-    study: Study, agents: Sequence[Agent], options: RunOptions, console: Console, plan: "Plan"
+    study: Study, agents: Sequence[SweptAgent], options: RunOptions, console: Console, plan: "Plan"
 ) -> list[xarray.Dataset]:
     """The finalists of a search."""
     with sizes.explained():
@@ -274,6 +283,7 @@ def _in_rounds(
             found.run_seconds,
             found.num_traces,
             [finding.bytes_per_member],
+            finding.stage_of,
         )
         dataset = _dataset(study, agent, part, outcome, plan, {report.SELECTION: finding.selection})
         if processes.is_first():
@@ -283,7 +293,7 @@ def _in_rounds(
 
 
 def _dataset(
-    study: Study, agent: Agent, part: Part, outcome: loop.Outcome, plan: "Plan", extra: dict[str, np.ndarray]
+    study: Study, agent: SweptAgent, part: Part, outcome: loop.Outcome, plan: "Plan", extra: dict[str, np.ndarray]
 ) -> xarray.Dataset:
     by, over = searches.selecting(study, part.program)
     attrs = {
@@ -291,6 +301,7 @@ def _dataset(
         "selected_by": by,
         "selected_over": over,
         "sweep": study.name,
+        "tasks": [field.name for field in fields(part.config) if field.metadata.get("task")],
         "selection_seeds": list(searches.split_seeds(study)[0]),
         "sub_programs": plan.num_parts,
         "devices": plan.num_devices,
@@ -312,9 +323,9 @@ def _dataset(
 def _log_finalists(dataset: xarray.Dataset, part: Part, outcome: loop.Outcome, options: RunOptions) -> None:
     """Copies the finalists' series to wandb and TensorBoard; the rounds before are in search.json."""
     assert options.folder is not None
-    hidden = {measure.name for measure in part.program.measures if not loop.is_logged(measure)}
-    rows = {name: array for name, array in outcome.rows[0].items() if name not in hidden}
-    members = np.arange(len(part.grid))
+    logged = [measure.name for measure in part.program.measures if loop.is_logged(measure)]
+    rows = {name: array for name, array in outcome.rows[0].items() if name in logged}
+    members, before = np.arange(len(part.grid)), 0
     with Loggers(
         part.grid,
         options.folder / loop.file_name(part.label),
@@ -325,8 +336,13 @@ def _log_finalists(dataset: xarray.Dataset, part: Part, outcome: loop.Outcome, o
         label=part.label,
         tensorboard=options.tensorboard,
     ) as loggers:
-        loggers.log_rows(members, {"step": dataset[datasets.STEP].values, **rows})
-        loggers.log_finals(members, {name: outcome.rows[0][name][:, -1] for name in part.program.finals})
+        for stage in (*dataset.attrs["stages"], ""):  # steps are counted over all of them
+            own = {name: array for name, array in rows.items() if outcome.stage_of.get(name, "") == stage}
+            steps = dataset[datasets.step_dimension(stage)].values
+            loggers.log_rows(members, {datasets.STEP: before + steps, **own})
+            before += int(steps[-1])
+        finals = {name: loop.last_values(outcome.rows[0][name]) for name in part.program.finals}
+        loggers.log_finals(members, finals)
 
 
 def _print_summary(
@@ -368,7 +384,7 @@ class Plan:
     def __init__(
         self,
         study: Study,
-        agents: Sequence[Agent],
+        agents: Sequence[SweptAgent],
         console: Console,
         quiet: bool = False,
         free: Callable[[Any], int | None] = devices.free_memory,
@@ -404,14 +420,13 @@ class Plan:
             self._say(f"memory per device: {bytes_in_words(needed)}{of}; compiled in {program.compile_seconds:.1f} s")
         if steps > 0 or self.quiet:
             return state
-        state, per_step, per_evaluation = program.time_steps(state, total)
-        frequency = program.schedule.eval_every[-1]
-        work = searches.work(self.study, total, frequency) if self.study.search.in_rounds else total
-        evaluations = num_rows(total, total, frequency) * work / total
-        self._say(
-            f"time: about {duration(per_step * work + per_evaluation * evaluations)}"
-            + (", then the finalists" if self.study.search.in_rounds else "")
-        )
+        seconds, in_rounds = 0.0, self.study.search.in_rounds
+        for stage, length in enumerate(program.schedule.lengths):
+            state, per_step, per_evaluation = program.time_steps(state, length, stage)
+            frequency = program.schedule.eval_every[stage]
+            work = searches.work(self.study, length, frequency) if in_rounds else length
+            seconds += per_step * work + per_evaluation * num_rows(length, length, frequency) * work / length
+        self._say(f"time: about {duration(seconds)}" + (", then the finalists" if in_rounds else ""))
         return state
 
     def _shared(self, program: CompiledProgram) -> bool:

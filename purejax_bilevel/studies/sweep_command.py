@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 DESCRIPTION = (
     "Run a study: all agents, settings and seeds in one compiled call. Any setting of its program can be given as "
     "field=value or --field value ...; agents=omd,mle chooses agents, search.x=, report.x= and seeds.x= change these "
-    "sections. Sweep files are explained in purejax_bilevel/studies/study.py."
+    "sections. Sweep files are explained in purejax_bilevel/studies/README.md."
 )
 
 

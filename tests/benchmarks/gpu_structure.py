@@ -15,6 +15,7 @@ would have them (`networks.together`).
 
 import argparse
 import dataclasses
+import functools
 import os
 import re
 import tempfile
@@ -63,8 +64,8 @@ def parse(listing: str) -> Operation:
     open_operations = [(-1, root)]
     in_condition = False
     for line in listing.splitlines():
-        if line.strip() in ("condition:", "body:"):
-            in_condition = line.strip() == "condition:"
+        if line.endswith(("condition:", "body:")):  # "No thunks. body:" where there is nothing to ask
+            in_condition = line.endswith("condition:")
         found = re.match(r"( *)(\d+): (k\w+)", line)
         if found is None or in_condition:
             continue
@@ -118,12 +119,14 @@ def count(step: Operation) -> dict[str, int]:
 def lowered(name: str, members: int, target: str, block_steps: int) -> Any:
     """The program of `members` seeds for one device of the target."""
     import jax
+    import numpy as np
     from jax.experimental import topologies
     from jax.sharding import Mesh, NamedSharding
     from jax.sharding import PartitionSpec as P
 
     import purejax_bilevel
     from purejax_bilevel import networks
+    from purejax_bilevel.program import POPULATION
     from purejax_bilevel.runtime.compiled import CompiledProgram
     from purejax_bilevel.runtime.devices import AXIS, make_mesh
     from purejax_bilevel.studies.run import make_part
@@ -133,7 +136,7 @@ def lowered(name: str, members: int, target: str, block_steps: int) -> Any:
     kind, settings = CONFIGURATIONS[name]
     part = make_part(getattr(purejax_bilevel, kind)(**settings).resolved(), members, 0)
     program = CompiledProgram([part], make_mesh(1, 1), None, block_steps)
-    mesh = Mesh(topology.devices, (AXIS,))
+    mesh = Mesh(np.array(topology.devices).reshape(1, 1), (AXIS, POPULATION))
     program.mesh = mesh
 
     def abstract(tree: Any, spec: Any) -> Any:
@@ -142,9 +145,11 @@ def lowered(name: str, members: int, target: str, block_steps: int) -> Any:
 
     bounds = [jax.ShapeDtypeStruct((), jax.numpy.int32)] * 3 + [jax.ShapeDtypeStruct((1,), jax.numpy.int32)]
     arguments = (program._structure, program._configs, program._seeds)
+    (steps,) = program.block_steps
     with jax.default_matmul_precision("highest"):
-        chunk = jax.jit(lambda *given: program._chunk(program.block_steps, *given), donate_argnums=0)
-        return chunk.lower(*abstract(arguments, P(AXIS)), *abstract(bounds, P())), program.block_steps
+        chunk = jax.jit(functools.partial(program._chunk, 0, steps), donate_argnums=0)
+        given = (*abstract(arguments, P(AXIS)), *abstract((program._shared, *bounds), P()))
+        return chunk.lower(*given), steps
 
 
 def measured(folder: Path, name: str, members: int, given: argparse.Namespace) -> tuple:

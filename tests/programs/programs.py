@@ -109,6 +109,6 @@ def count_conds(config: Any, num_seeds: int, member_batch: int | None, mesh: Any
     part = runs.make_part(config.resolved(), num_seeds, 0)
     program = CompiledProgram([part], mesh, member_batch)
     bounds = (*map(jax.numpy.int32, (0, 60, 60)), jax.numpy.ones(1, int))
-    chunk = functools.partial(program._chunk, 0)
-    jaxpr = jax.make_jaxpr(chunk)(program._structure, program._configs, program._seeds, *bounds)
+    chunk = functools.partial(program._chunk, 0, 0)
+    jaxpr = jax.make_jaxpr(chunk)(program._structure, program._configs, program._seeds, program._shared, *bounds)
     return str(jaxpr).count("cond[")

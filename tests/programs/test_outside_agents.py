@@ -15,7 +15,7 @@ from purejax_bilevel.configuration import replace
 from purejax_bilevel.errors import UserError
 from purejax_bilevel.programs.control import agents
 from purejax_bilevel.results import dataset as datasets
-from purejax_bilevel.studies import command_line, study, sweep
+from purejax_bilevel.studies import command_line, plan, study, sweep_command
 from purejax_bilevel.studies import run as runs
 from tests import outside
 from tests.programs.programs import check_resume_is_bitwise, initial_learners, moved, own_run, train
@@ -60,7 +60,7 @@ def _forget(patch: pytest.MonkeyPatch) -> None:
 
 
 def parse(words: str) -> RLConfig:
-    return command_line.parse(RLConfig, "", words.split())[1]
+    return command_line.parse(RLConfig, "", words.split())[1].resolved()
 
 
 def shown(config_class: type, words: str, capsys: pytest.CaptureFixture) -> str:
@@ -227,7 +227,7 @@ def test_resume_is_bitwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 def test_a_sweep_file_names_it():
     given = {"program": "rl", "agents": {"mle": {}, MINE: {}, "mine": {"agent_type": MINE, "lr": 0.1}}}
-    made = study.make_agents(study.parse(given))
+    made = plan.make_agents(study.parse(given))
     configs = {agent.label: agent.templates[0].config for agent in made}
     assert {label: (config.agent_type, config.lr) for label, config in configs.items()} == {
         "mle": ("mle", 1e-3),
@@ -235,9 +235,9 @@ def test_a_sweep_file_names_it():
         "mine": (MINE, 0.1),
     }
     with pytest.raises(UserError, match="has no agent 'NOTHING'"):
-        study.make_agents(study.parse({**given, "agents": ["tests.outside:NOTHING"]}))
+        plan.make_agents(study.parse({**given, "agents": ["tests.outside:NOTHING"]}))
     with pytest.raises(UserError, match="--with_inv_jac cg is for --agent_type omd, not"):
-        study.make_agents(study.parse({**given, "agents": {MINE: {"with_inv_jac": "cg"}}}))
+        plan.make_agents(study.parse({**given, "agents": {MINE: {"with_inv_jac": "cg"}}}))
 
 
 TINY_REGRESSION: dict[str, Any] = {"T_max": 20, "eval_frequency": 10, "n_samples": 12, "batch_size": 5, "hidden_dim": 4}
@@ -252,7 +252,7 @@ def test_a_sweep_runs_it(tmp_path: Path):
     }
     path = tmp_path / "signs.yaml"
     path.write_text(yaml.safe_dump(given))
-    assert sweep.main([str(path), "--output_dir", str(tmp_path), "--name", "run", "--quiet"]) == 0
+    assert sweep_command.main([str(path), "--output_dir", str(tmp_path), "--name", "run", "--quiet"]) == 0
     found = {
         datasets.load(file).attrs["agent"]: datasets.load(file) for file in (tmp_path / "run").glob("*/results.nc")
     }

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import multiprocessing
+import os
 import resource
 import sys
 from pathlib import Path
@@ -208,6 +209,11 @@ def test_config_command_and_versions_are_written(tmp_path):
     assert {"jax", "jaxlib", "numpy", "device", "platform"} <= set(versions)
     datasets.write_config(tmp_path, Config(), "python train_rl.py --resume x", resumed=True)
     assert (tmp_path / "command.txt").read_text() == first + "python train_rl.py --resume x\n"
+
+
+def test_a_name_that_is_no_text_is_written_down(tmp_path):
+    datasets.write_config(tmp_path, Config(), ["python", "train_rl.py", "--output_dir", os.fsdecode(b"runs/\xff")])
+    assert (tmp_path / "command.txt").read_text() == r"python train_rl.py --output_dir 'runs/\udcff'" + "\n"
 
 
 def test_no_folder_of_this_machine_is_written(tmp_path):

@@ -78,6 +78,15 @@ def test_the_best_setting_is_chosen_on_seeds_that_are_not_reported():
     np.testing.assert_array_equal(agent.quality, [20, 50])
 
 
+def test_what_is_measured_at_the_end_is_reported_whatever_its_dimensions():
+    dataset = make(CROSSED)
+    assert report.reported_variable(dataset, Reporting()) == "final_return"
+    levels = dataset.rename(episode="level")
+    levels[report.SELECTION] = levels["final_return"].isel(level=0)
+    assert report.reported_variable(levels, Reporting()) == "final_return"
+    assert report.reported_variable(dataset.drop_vars("final_return"), Reporting()) == "evaluation_return"
+
+
 def test_one_setting_is_reported_on_all_seeds():
     agent = analyse(make(CROSSED[:1], ()))
     np.testing.assert_array_equal(agent.best_runs[:, 0], CROSSED[0])
@@ -151,6 +160,20 @@ def test_settings_of_a_random_search_are_all_shown():
 
 
 # ---------------------------------------------------------------- documents
+
+
+def test_solvers_that_did_not_solve_have_a_section(tmp_path):
+    config = {"with_inv_jac": "cg", "damping": 1e-5, "solver_steps": 5}
+    dataset = make(CROSSED, config=config)
+    assert "did not solve" not in write(tmp_path, {"omd": dataset})[0]
+    residual = np.full((2, len(SEEDS), len(STEPS)), 0.01)
+    residual[1] = 0.8
+    dataset["solver_residual"] = ("lr", "seed", "step"), residual
+    _, page = write(tmp_path, {"omd": dataset})
+    assert "Linear solvers that did not solve" in page
+    assert re.findall(r"omd, lr.*?left a relative residual of 0\.8", page) == [
+        "omd, lr=0.01: the solver cg left a relative residual of 0.8"
+    ]
 
 
 def write(folder: Path, agents: dict[str, Any], **changes: Any) -> tuple[str, str]:
@@ -396,6 +419,20 @@ def test_the_report_of_a_sweep_is_made_again_without_jax(tmp_path):
     assert found.returncode == 0, found.stderr
     assert (tmp_path / report.MARKDOWN).read_text() == text
     assert len((tmp_path / report.HTML).read_text()) > 0.5 * len(page)
+
+
+@pytest.mark.parametrize("family", ["control", "regression", "tabular"])
+def test_declarations_are_read_without_jax(family):
+    code = (
+        "import sys; sys.modules['jax'] = sys.modules['jaxlib'] = None\n"
+        f"from purejax_bilevel.programs.{family} import settings\n"
+        "from purejax_bilevel.configuration import fields\n"
+        "groups = [x for x in vars(settings).values() if hasattr(x, '__dataclass_fields__')]\n"
+        "print(sum(field.metadata['traced'] for group in groups for field in fields(group)))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    assert int(found.stdout) > 5
 
 
 def test_table_and_curves_of_a_run_are_made_again_without_jax(tmp_path):

@@ -1,8 +1,10 @@
 """Checkpoints that cannot be written do not stop a run; files that were changed by hand are refused."""
 
+import contextlib
 import json
 import os
 import signal
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -87,6 +89,22 @@ def cut_rows(arrays: dict[str, np.ndarray], about: dict[str, Any]) -> None:
 
 def fewer_members(arrays: dict[str, np.ndarray], about: dict[str, Any]) -> None:
     arrays["0/failed"] = arrays["0/failed"][1:]
+
+
+def test_a_checkpoint_with_other_bytes_is_read_or_refused(tmp_path: Path):
+    run(tmp_path, quiet=True)
+    path = tmp_path / checkpoint.FILE_NAME
+    whole = path.read_bytes()
+    entry = whole.index(b"PK\x01\x02")  # the first of the archive's list of files
+    for place in range(entry, entry + 46):
+        other = bytearray(whole)
+        for bit in (1, 8, 128):  # the lowest bit of the flags says that a file is encrypted
+            other[place] ^= bit
+            path.write_bytes(other)
+            with contextlib.suppress(UserError), warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # of zipfile, about what it then refuses
+                checkpoint.load_steps(path)
+                checkpoint._read(path)
 
 
 @pytest.mark.parametrize("change", [negative, untimed, without_rows, cut_rows, fewer_members])

@@ -168,6 +168,18 @@ def test_wandb_runs_of_settings_hold_a_series_per_seed_and_their_iqm(tmp_path):
     assert "seed" not in second["config"]
 
 
+def test_every_number_of_a_measure_of_several_dimensions_is_logged(tmp_path):
+    values = np.arange(len(GRID) * len(STEPS) * 6.0).reshape(len(GRID), len(STEPS), 2, 3)  # of 2 levels and 3 tasks
+    with make(tmp_path, tensorboard=True) as log:
+        log.log_rows(MEMBERS, {"step": STEPS, "score": values})
+    _, found = min(tensorboard_rows(tmp_path).items())
+    logged: dict[int, dict] = {}
+    for step, row in found:
+        logged.setdefault(step, {}).update(row)
+    expected = [{f"score/{i}": value for i, value in enumerate(row.reshape(-1))} for row in values[0]]
+    assert logged == dict(zip(STEPS.tolist(), expected, strict=True))
+
+
 def test_resumed_wandb_runs_have_every_row_once(tmp_path, timing):
     with contextlib.suppress(KeyboardInterrupt), make(tmp_path, wandb_mode="offline") as log:
         log.log_rows(MEMBERS, rows(0, 4))

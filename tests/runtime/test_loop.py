@@ -42,7 +42,10 @@ class State(flax.struct.PyTreeNode):
 
 class WalkProgram(Program):
     headline = "place"
-    measures = (Measure("last_places", "last places", dims=("episode",), when="end"),)
+    measures = (
+        Measure("last_places", "last places", dims=("episode",), when="end"),
+        Measure("walked", "sum of all steps", total_of="step"),
+    )
 
     def __init__(self, config: Walk):
         self.stages = (Stage(config.num_train_steps, config.eval_frequency, self.update, self.evaluate),)
@@ -160,6 +163,14 @@ def test_a_longer_run_goes_on_where_a_shorter_ended(tmp_path: Path):
     whole = run(Walk(num_train_steps=25))
     jax.tree.map(np.testing.assert_array_equal, longer.state[0][0], whole.state[0][0])
     jax.tree.map(np.testing.assert_array_equal, longer.rows, whole.rows)
+
+
+def test_totals_are_sums_in_64_bits_of_what_each_step_adds():
+    rows = run(Walk(), chunks=3).rows[0]
+    lengths = np.array([4, 4, 4, 4, 4, 4, 1])
+    assert rows["walked"].dtype == np.float64
+    np.testing.assert_array_equal(rows["walked"], np.cumsum(rows["step"].astype(np.float64) * lengths, axis=1))
+    np.testing.assert_allclose(rows["walked"], rows["place"], rtol=1e-5)
 
 
 def test_resuming_a_finished_run_changes_nothing(tmp_path: Path):

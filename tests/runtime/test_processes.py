@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import os
 import re
@@ -445,11 +446,15 @@ def test_quotas_of_control_groups_limit_the_host_devices(files, cores, tmp_path,
     assert devices.usable_cores() == cores
 
 
-def test_a_platform_that_is_not_here_is_named():
+@pytest.mark.parametrize("platform", ["tpux", "cuda"])
+def test_a_platform_that_is_not_here_is_named(platform):
+    if platform == "cuda" and importlib.util.find_spec("jax_cuda12_plugin"):
+        pytest.skip("the plug-in for GPUs is installed")
     words = [sys.executable, "train_rl.py", "--num_train_steps", "10"]
-    found = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "tpux"})
+    environment = os.environ | {"JAX_PLATFORMS": platform}
+    found = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert found.returncode == 2
-    assert found.stderr.startswith("error: jax finds no device for JAX_PLATFORMS=tpux (")
+    assert found.stderr.startswith(f"error: jax finds no device for JAX_PLATFORMS={platform} (")
     assert len(found.stderr.splitlines()) == 1
 
 

@@ -23,10 +23,10 @@ def _a_machine_of_16_gib(monkeypatch):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        ("--capacity 1000000000", "1 member does not fit: the states of their members alone would need 44.7 GiB"),
+        ("--capacity 1000000000", "1 member does not fit: the state alone would need 44.7 GiB"),
         ("--hidden_dim 100000", "this machine has 16 GiB free. Not even one fits: lower its capacity, widths and"),
         ("--hidden_dim 2147483647", "does not fit"),
-        ("--num_seeds 30000", "30000 members do not fit: the states of their members alone would need 28."),
+        ("--num_seeds 30000", "30000 members do not fit: the state alone would need 28."),
         ("--num_seeds 1000000000", "1,000,000,000 members (1,000,000,000) are more than the 1,000,000"),
         ("--num_train_steps 2147483648", "--num_train_steps must be a whole number of at least 1 and at most 21474836"),
         ("--agent_type smoothfbo --smoothing_window 1000000000", "1 member does not fit"),

@@ -68,6 +68,19 @@ def test_a_run_that_came_to_nothing_leaves_no_folder(tmp_path: Path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_name_may_be_used_again_after_a_refusal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("WANDB_SWEEP_ID", "s")
+    config = toy.Config(num_train_steps=20)
+    with pytest.raises(UserError, match="under `wandb agent`"):
+        runs.run(config, num_seeds=2, folder=tmp_path / "run", quiet=True, wandb_mode="offline")
+    assert not (tmp_path / "run").exists()
+    runs.run(config, num_seeds=2, folder=tmp_path / "run", quiet=True)
+    longer = replace(config, num_train_steps=24)
+    with pytest.raises(UserError, match="under `wandb agent`"):
+        runs.run(longer, num_seeds=2, folder=tmp_path / "run", quiet=True, wandb_mode="offline", resume=True)
+    assert {folder.CONFIG, checkpoint.FILE_NAME, "results.nc"} <= set(os.listdir(tmp_path / "run"))
+
+
 def test_runs_of_the_same_second_get_names_of_their_own(tmp_path: Path):
     chosen = {folder.choose(tmp_path, "", None, "omd") for _ in range(3)}
     assert len(chosen) == 3

@@ -12,10 +12,12 @@ import yaml
 from purejax_bilevel.errors import UserError
 from purejax_bilevel.results import dataset as datasets
 from purejax_bilevel.runtime import compiled, loop
+from purejax_bilevel.runtime.loggers import Loggers
 from purejax_bilevel.studies import run as runs
 from purejax_bilevel.studies import search, sweep_command
+from purejax_bilevel.studies.plan import make_agents
 from purejax_bilevel.studies.search import Evolution, rung_ends
-from purejax_bilevel.studies.study import Interval, Search, make_agents, parse
+from purejax_bilevel.studies.study import Interval, Search, parse
 
 BEST = 1e-2
 TOY: dict[str, Any] = {
@@ -187,6 +189,35 @@ def test_a_finished_search_is_not_run_again(toy, tmp_path, monkeypatch):
     monkeypatch.setattr(compiled.CompiledProgram, "__call__", None)
     assert sweep_command.main(["--resume", str(folder), "--quiet"]) == 0
     assert (folder / "report.md").read_text().split("## How")[0] == before.split("## How")[0]
+
+
+STAGES: dict[str, Any] = {
+    "program": "tests.programs.examples.stages:Config",
+    "agents": ["mine"],
+    "settings": {"rows": 1000, "ensemble_steps": 60, "num_train_steps": 40},
+    "seeds": 2,
+}
+
+
+def test_a_program_of_several_stages_is_searched(tmp_path, monkeypatch):
+    logged = []
+    monkeypatch.setattr(Loggers, "log_rows", lambda self, members, rows: logged.append(dict(rows)))
+    es = {"method": "es", "population": 4, "generations": 1, "space": {"lr": [0.01, 0.2]}}
+    folder = run(tmp_path, {**STAGES, "search": es}, "--tensorboard")
+    dataset = datasets.load(folder / "mine")
+    assert dataset.held_out.dims == ("lr", "seed", "step_ensemble")
+    assert dataset.value.dims == ("lr", "seed", "step")
+    first, second = logged[-2:]
+    assert list(first) == ["step", "held_out"]
+    assert first["step"].tolist() == [20, 40, 60]
+    assert list(second) == ["step", "value"]
+    assert second["step"].tolist() == [80, 100]
+
+
+def test_halving_of_several_stages_is_refused():
+    halving = {"axes": [{"grid": {"lr": [0.1, 0.2]}}], "search": {"halving": 1}}
+    with pytest.raises(UserError, match="within one stage, and this program has ensemble and policy: use es or random"):
+        make_agents(parse({**STAGES, **halving}))
 
 
 def test_what_a_search_cannot_do_is_said(toy):

@@ -165,3 +165,25 @@ def test_only_one_axis_varies_several_fields_together(toy: type, tmp_path: Path,
     given = {"name": "two", "program": "toy", "agents": ["left"], "axes": axes, "seeds": 2}
     assert run(tmp_path, given) == 2
     assert "only one axis may vary several fields together" in capsys.readouterr().err
+
+
+def test_a_program_of_several_stages_is_timed_and_searched_but_not_halved(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    given = {
+        "name": "stages",
+        "program": "tests.programs.examples.stages:Config",
+        "settings": {"rows": 500, "num_train_steps": 20, "ensemble_steps": 60},
+        "axes": [{"grid": {"lr": [0.01, 0.05, 0.1, 0.2]}}],
+        "seeds": 2,
+    }
+    path = tmp_path / "stages.yaml"
+    path.write_text(yaml.safe_dump(given))
+    words = [str(path), "--output_dir", str(tmp_path)]
+    assert sweep_command.main([*words, "--name", "grid"]) == 0
+    assert "time: about" in capsys.readouterr().err
+    assert sweep_command.main([*words, "--name", "halved", "--halving", "1", "--quiet"]) == 2
+    assert "this program has ensemble and policy" in capsys.readouterr().err
+    evolved = [*words, "--name", "evolved", "--search", "es", "--generations", "2", "--population", "4", "--quiet"]
+    assert sweep_command.main(evolved) == 0
+    assert datasets.load(tmp_path / "evolved" / "agent").sizes["seed"] == 1

@@ -1,7 +1,7 @@
 """Sweeps: files are checked, every member gets its own settings, one compilation, and a stopped sweep goes on."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -9,14 +9,17 @@ import pytest
 import yaml
 from rich.console import Console
 
-from purejax_bilevel.configuration import fields
+from purejax_bilevel.configuration import configuration, fields, static
 from purejax_bilevel.errors import UserError
 from purejax_bilevel.results import dataset as datasets
+from purejax_bilevel.results import report, statistics
 from purejax_bilevel.results.statistics import TASKS
 from purejax_bilevel.runtime import compiled, loop
 from purejax_bilevel.studies import presets, study, sweep, sweep_command
 from purejax_bilevel.studies import run as runs
-from purejax_bilevel.studies.study import Interval, make_agents, override, parse
+from purejax_bilevel.studies.plan import make_agents
+from purejax_bilevel.studies.study import Interval, override, parse
+from tests import toy as toys
 
 TOY: dict[str, Any] = {
     "program": "toy",
@@ -51,6 +54,8 @@ def report_numbers(folder: Path) -> str:
 WRONG = [
     ({"agent": ["left"]}, "no entry 'agent'"),
     ({"program": "rll"}, "program must be one of rl, continuous"),
+    ({"program": ["rl"]}, "program must be one of rl, continuous"),
+    ({"agents": {"left": {"program": {"rl": 1}}}}, "agents: left: program must be one of rl, continuous"),
     ({"settings": {"lrr": 1}}, "no entry 'lrr'"),
     ({"settings": {"max_width": 3}}, "no entry 'max_width'"),
     ({"settings": {"lr": 0.1}}, "both in settings and in axes"),
@@ -157,6 +162,35 @@ def test_no_task_of_a_program_can_be_a_best_setting(program):
 def test_every_task_is_declared_by_a_program():
     classes = [study.config_class(program) for program in study.PROGRAMS]
     assert set(TASKS) == {field.name for cls in classes for field in fields(cls) if field.metadata.get("task")}
+
+
+@configuration
+class Levels(toys.Config):
+    """A program with a task of its own, in which the second level is the easier one."""
+
+    level: Literal["hard", "easy"] = static("hard", "what is solved", task=True)
+
+    def program(self) -> "LevelsToy":
+        return LevelsToy(self)
+
+
+class LevelsToy(toys.Toy):
+    def evaluate(self, state: Any, config: Levels, *rest: Any) -> dict[str, Any]:
+        found = super().evaluate(state, config, *rest)
+        return {**found, "final_score": found["final_score"] + (100.0 if config.level == "easy" else 0.0)}
+
+
+def test_a_task_of_an_own_program_is_no_setting(tmp_path):
+    axes = [{"grid": {"lr": [1e-3, 0.01], "level": ["hard", "easy"]}}]
+    own = described(program=f"{__name__}:Levels", agents=["left"], axes=axes)
+    assert run(tmp_path, own) == 0
+    dataset = datasets.load(tmp_path / "sweep" / "left")
+    assert statistics.settings_without_tasks(dataset) == [{"lr": 1e-3}, {"lr": 0.01}]
+    assert statistics.tasks_of(dataset) == [{"level": "hard"}, {"level": "easy"}]
+    found = report.analyse("left", dataset, [0, 1], report.Reporting())
+    assert found.settings[found.best] == {"lr": 0.01}
+    with pytest.raises(UserError, match="give it in grid, not in zip"):
+        make_agents(parse({**own, "axes": [{"zip": {"level": ["hard", "easy"], "lr": [0.1, 0.2]}}]}))
 
 
 def test_numbers_are_read_as_the_fields_need_them(toy):
@@ -278,7 +312,7 @@ def test_presets_are_complete(name, scale):
         # Minutes on two cores at 5500 and, on average over the agents, 1500 steps/s.
         assert members * steps <= {"rl": 1.6e6, "continuous": 4.5e5}[checked.program]
     if scale == "paper":
-        assert steps == {"rl": 200_000, "continuous": 200_000, "regression": 5000, "tabular": 10_000}[checked.program]
+        assert steps == {"rl": 200_000, "continuous": 1_000_000, "regression": 5000, "tabular": 10_000}[checked.program]
         assert checked.seeds.count >= 10
     for axis in [figure["axis"] for figure in checked.report.figures if figure["kind"] == "sensitivity"]:
         assert any(axis in agent.grid.settings(0) for agent in agents), axis
@@ -465,9 +499,13 @@ def test_members_are_only_swapped_for_the_same_sub_program(toy):
             program.swap(parts(**other))
 
 
-def test_labels_that_cannot_be_folders_are_refused(toy, tmp_path, capsys):
-    assert run(tmp_path, described(agents={"a b": {"agent_type": "left"}, "a_b": {"agent_type": "left"}})) == 2
+@pytest.mark.parametrize(
+    "labels", [["a b", "a_b"], ["config.yaml"], ["report.html"], ["checkpoint.npz"], ["tensorboard"], ["x" * 300]]
+)
+def test_labels_that_cannot_be_folders_are_refused(toy, tmp_path, capsys, labels):
+    assert run(tmp_path, described(agents={label: {"agent_type": "left"} for label in labels})) == 2
     assert "choose another label" in capsys.readouterr().err
+    assert not (tmp_path / "sweep").exists()
 
 
 def test_a_real_program_end_to_end(tmp_path):

@@ -99,6 +99,21 @@ class Learner(flax.struct.PyTreeNode):
         """L_Q(q; target Q, batch)."""
         return q_objective(self.q_values(q, batch), self.target(config, batch), self.taken(batch))
 
+    def inner_step(self, config: Any, batch: Batch, key: jax.Array | None) -> "tuple[Learner, Losses]":
+        """One step of the inner problem on `batch`; the key is for what a subclass draws."""
+        del key
+        return q_step(config, self, batch)
+
+    def inner_key(self, config: Any, key: jax.Array) -> jax.Array | None:
+        """The key of a bilevel agent's inner steps, derived from that of its update; None where they draw nothing."""
+        del config, key
+        return None
+
+    def outer_batch(self, config: Any, batch: Batch, key: jax.Array) -> Batch:
+        """The batch of the outer loss and of the hypergradient, from that of the inner problem and the update's key."""
+        del config, key
+        return batch
+
 
 Losses = dict[str, jax.Array]
 Draw = Callable[[jax.Array], Batch]
@@ -295,18 +310,21 @@ def q_step(config: Inner, learner: Learner, batch: Batch) -> tuple[Learner, Loss
     return learner.replace(q=q, target_q=target_q, q_optimizer=optimizer_state), losses
 
 
-def solve_inner(config: WarmStart, learner: Learner, predicted: Batch, key: jax.Array) -> tuple[Learner, Losses]:
+def solve_inner(
+    config: WarmStart, learner: Learner, predicted: Batch, key: jax.Array, step_key: jax.Array | None = None
+) -> tuple[Learner, Losses]:
     """`num_Q_steps` steps on one model batch, from the carried Q-function (`no_warm`: from a fresh one, which takes
     the key).
 
-    Adam starts afresh unless `warm_opt`.
+    Adam starts afresh unless `warm_opt`. `step_key` is for the steps, where they draw something.
     """
     if config.no_warm:
         q = learner.init_q(config, key, predicted.obs.shape[0], predicted.action.shape[0])
         learner = learner.replace(q=q, target_q=q)
     if not config.warm_opt:
         learner = learner.replace(q_optimizer=q_optimizer(config).init(learner.q))
-    return _repeat(lambda learner, _: q_step(config, learner, predicted), learner, None, config.num_Q_steps)
+    step = lambda learner, key: learner.inner_step(config, predicted, key)  # noqa: E731
+    return _repeat(step, learner, step_key, config.num_Q_steps)
 
 
 def _repeat(
@@ -440,8 +458,8 @@ def bilevel_agent(hypergradient: Callable[[Any, Learner, Batch], tuple[Losses, M
         batch = draw(batch_key)
         predicted = learner.predict(config, learner.model, batch)
         error = learner.model_error(config, learner.model, batch, predicted)
-        learner, losses = solve_inner(config, learner, predicted, init_key)
-        outer_losses, gradient, learner = hypergradient(config, learner, batch)
+        learner, losses = solve_inner(config, learner, predicted, init_key, learner.inner_key(config, key))
+        outer_losses, gradient, learner = hypergradient(config, learner, learner.outer_batch(config, batch, key))
         losses |= outer_losses | {
             "model_gradient_norm": optax.tree.norm(gradient),
             "model_error": error,
@@ -476,7 +494,8 @@ def predictive_agent(objective: Callable[[Any, Learner, Batch, Batch], jax.Array
             return _model_step(config, learner, gradient, t), losses
 
         def step_q(learner: Learner, key: jax.Array) -> tuple[Learner, Losses]:
-            return q_step(config, learner, learner.predict(config, learner.model, draw(key)))
+            predicted = learner.predict(config, learner.model, draw(key))
+            return learner.inner_step(config, predicted, learner.inner_key(config, key))
 
         model_key, q_key = jax.random.split(key)
         learner, model_losses = _repeat(step_model, learner, model_key, config.num_T_steps)
@@ -491,7 +510,11 @@ def model_free_agent(
 ) -> tuple[Learner, Losses]:
     """The inner problem on real batches: soft double Q-learning."""
     del t
-    return _repeat(lambda learner, key: q_step(config, learner, draw(key)), learner, key, config.num_Q_steps)
+
+    def step(learner: Learner, key: jax.Array) -> tuple[Learner, Losses]:
+        return learner.inner_step(config, draw(key), learner.inner_key(config, key))
+
+    return _repeat(step, learner, key, config.num_Q_steps)
 
 
 # --- the agents as values ---------------------------------------------------------------------------------------------

@@ -186,8 +186,32 @@ class Policy:
     temperature_lr: float = traced(3e-4, "Adam rate of the temperature's logarithm", POSITIVE, "policy")
     init_temperature: float = traced(1.0, "weight of the entropy at the start", POSITIVE, "policy")
     target_entropy: float = traced(-0.5, "entropy aimed at, per dimension of the action", group="policy")
+    policy_with_critic: bool = static(
+        False,
+        "policy and temperature step after each critic step, on its observations, so before the outer loss, as in "
+        "OMD's code (default: once per update, at its end)",
+        group="policy",
+    )
+    separate_policy_heads: bool = static(
+        False,
+        "start the policy's means and log standard deviations as two layers of gain sqrt(2), as in OMD's code "
+        "(default: one of gain 1)",
+        group="policy",
+    )
 
 
 @configuration
 class SoftActorCritic(Policy, Learning):
     """All that agents for continuous actions learn by."""
+
+    separate_noise: bool = static(
+        False,
+        "draw the policy's noise anew for each critic step and for the outer loss, as OMD's code (default: shared)",
+        group="hypergradient",
+    )
+    one_batch: bool = static(
+        False,
+        "all losses of an update on one batch, as in OMD's code (default: the policy draws its own, mle and vep one "
+        "for each step)",
+        group="data",
+    )

@@ -6,8 +6,8 @@ Outline of a run (every line inside one compiled loop):
         in each of num_envs copies of the environment: sample an action from the policy (uniformly before init_steps),
         step, store the transition
         if t >= init_steps, updates_per_step times:
-            agent (actor_critic_agents.py): inner steps on the critic with the model's transitions, one outer step on
-            the model; then a step on policy and temperature, which never see the model
+            agent (soft_actor_critic_agents.py): inner steps on the critic with the model's transitions, one outer step
+            on the model; then a step on policy and temperature, which never see the model
         every eval_frequency steps: evaluate the policy's mean action
 
 The agent is an argument; nothing else in this file depends on which one it is.
@@ -51,7 +51,9 @@ class Config(Replay, SoftActorCritic, Evaluation, Copies):
 
     The defaults are near those of OMD's MuJoCo study. Different are the lengths of runs and of the random start, what
     is tuned per agent, the model's width (256; there 64), a fresh Adam state of the critic in each inner problem (there
-    carried: `warm_opt`), and the order of steps (see `soft_actor_critic_agents`).
+    carried), the order of steps and what batches and noise they share (see `soft_actor_critic_agents`), and the
+    policy's last layer. The preset `omd_continuous_original` has that study's treatment: `warm_opt`,
+    `policy_with_critic`, `one_batch`, `separate_noise`, `separate_policy_heads` and its numbers.
     """
 
     agent_type: str = changed(Task, "agent_type", "omd", choices=soft_actor_critic_agents.AGENTS)
@@ -279,7 +281,7 @@ class ActorCritic(Program):
         sample_key, noise_key = jax.random.split(key)
         latest = (t + 1) * config.num_envs - 1
         batch = replay.sample(storage, latest, sample_key, config.batch_size, self.task.obs_dim)
-        return batch._replace(noise=jax.random.normal(noise_key, batch.action.shape, batch.action.dtype))
+        return soft_actor_critic_agents.with_new_noise(batch, noise_key)
 
     def evaluate(
         self, state: State, config: Config, t: jax.Array, is_last: jax.Array, shared: Tree = ()

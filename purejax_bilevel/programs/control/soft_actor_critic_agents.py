@@ -12,9 +12,12 @@ a' drawn from psi at s'. Its derivative in s' is that of the target critic alone
 given, as in OMD's code. (With the derivative through psi a model earns entropy by predicting observations at which the
 policy saturates, and nothing is learned on Pendulum.)
 
-What differs from OMD's code in one update: there, policy and temperature step before the outer loss is taken, and as
-often as the critic; the noise of inner and outer loss is drawn separately (here shared); one batch serves all (here the
-policy draws its own, so that mle draws three in all); Adam's state of the critic is carried (here with `warm_opt`).
+What differs from OMD's code in one update, and the option that follows it (the preset `omd_continuous_original` has
+them all): there, policy and temperature step after each critic step, so before the outer loss (`policy_with_critic`);
+each critic step and the outer loss have noise of their own, here one noise is shared (`separate_noise`); one batch
+serves all, here the policy draws its own and mle draws three (`one_batch`); Adam's state of the critic is carried
+(`warm_opt`). No option: there the critic's loss is twice and the hypergradient four times the one here, which Adam
+undoes up to its eps of 1e-8.
 
 Each agent has a function `step(config, learner, draw, key, t) -> (Learner, losses)` doing one update; `draw(key)` gives
 a batch of real transitions with the policy's noise. Arrays are features first.
@@ -49,9 +52,13 @@ from purejax_bilevel.programs.control.settings import Inner, Policy, SoftActorCr
 from purejax_bilevel.replay import Batch
 
 # Of the last layers. That of critic and model is as in OMD's code; the policy's is 1 here, over means and log standard
-# deviations together, and sqrt(2) there, where each of the two has a layer of its own.
+# deviations together, and sqrt(2) there, where each of the two has a layer of its own (`separate_policy_heads`).
 OUTPUT_GAIN = 2.0**0.5
 POLICY_OUTPUT_GAIN = 1.0
+
+# Named streams of random numbers.
+INNER_NOISE, OUTER_NOISE, BATCH = range(3)  # of an update
+HEADS = 0  # of the policy's initial layers
 
 
 class Learner(agents.Learner):
@@ -98,6 +105,32 @@ class Learner(agents.Learner):
         value = smallest - jnp.exp(self.log_temperature) * log_prob
         return batch.reward + config.discount * (1.0 - batch.terminated) * value
 
+    def inner_step(self, config: SoftActorCritic, batch: Batch, key: jax.Array | None) -> tuple[agents.Learner, Losses]:
+        """One step of the critic; with `policy_with_critic` one of policy and temperature after it."""
+        if key is None:
+            return agents.q_step(config, self, batch)
+        critic_key, policy_key = jax.random.split(key)
+        own = with_new_noise(batch, critic_key) if config.separate_noise else batch
+        learner, losses = agents.q_step(config, self, own)
+        if not config.policy_with_critic:
+            return learner, losses
+        # The batch may be the model's: the policy looks at observations alone, and these are the real ones.
+        learner, policy_losses = policy_step(config, learner, with_new_noise(batch, policy_key))  # type: ignore[arg-type]
+        return learner, losses | policy_losses
+
+    def inner_key(self, config: SoftActorCritic, key: jax.Array) -> jax.Array | None:
+        """The key of inner steps that draw noise of their own."""
+        return jax.random.fold_in(key, INNER_NOISE) if config.policy_with_critic or config.separate_noise else None
+
+    def outer_batch(self, config: SoftActorCritic, batch: Batch, key: jax.Array) -> Batch:
+        """The batch itself; with `separate_noise` its noise is another one."""
+        return with_new_noise(batch, jax.random.fold_in(key, OUTER_NOISE)) if config.separate_noise else batch
+
+
+def with_new_noise(batch: Batch, key: jax.Array) -> Batch:
+    """The batch with standard normals for the policy, drawn with the key."""
+    return batch._replace(noise=jax.random.normal(key, batch.action.shape, batch.action.dtype))
+
 
 def _critic(q: Heads, obs: jax.Array, action: jax.Array) -> jax.Array:
     return networks.apply_heads(q, jnp.concatenate([obs, action]))
@@ -129,9 +162,7 @@ def init_learner(
     q_key, model_key, value_key, dual_key, policy_key = jax.random.split(key, 5)
     q = init_q(config, q_key, obs_dim, action_dim)
     hidden = [config.max_hidden_dim] * NUM_LAYERS
-    policy = networks.init_network(
-        policy_key, (obs_dim, *hidden, 2 * action_dim), config.hidden_dim, POLICY_OUTPUT_GAIN
-    )
+    policy = init_policy(config, policy_key, obs_dim, action_dim)
     log_temperature = jnp.log(jnp.asarray(config.init_temperature, jnp.result_type(float)))
     model = values = dual = None
     if has_model:
@@ -162,6 +193,24 @@ def init_q(config: Inner, key: jax.Array, obs_dim: int, action_dim: int) -> Head
     """Twin critic of observation and action."""
     sizes = (obs_dim + action_dim, *[config.max_hidden_dim] * NUM_LAYERS, 1)
     return networks.init_heads(key, 2, sizes, config.hidden_dim, OUTPUT_GAIN)
+
+
+def init_policy(config: SoftActorCritic, key: jax.Array, obs_dim: int, action_dim: int) -> Network:
+    """Policy network: means and log standard deviations of an observation; the key is consumed.
+
+    With `separate_policy_heads` each of the two starts as an orthogonal layer of its own. Side by side they are one
+    layer: nothing else differs.
+    """
+    sizes = (obs_dim, *[config.max_hidden_dim] * NUM_LAYERS, 2 * action_dim)
+    if not config.separate_policy_heads:
+        return networks.init_network(key, sizes, config.hidden_dim, POLICY_OUTPUT_GAIN)
+    layers = networks.init_layers(key, sizes, config.hidden_dim, POLICY_OUTPUT_GAIN)
+    heads = [
+        networks.orthogonal(head_key, sizes[-2], action_dim, OUTPUT_GAIN, config.hidden_dim)
+        for head_key in jax.random.split(jax.random.fold_in(key, HEADS))
+    ]
+    last = layers[-1]._replace(kernel=jnp.concatenate(heads, axis=1))
+    return networks.network_of((*layers[:-1], last))
 
 
 # --- policy -----------------------------------------------------------------------------------------------------------
@@ -205,13 +254,21 @@ def policy_step(config: Policy, learner: Learner, batch: Batch) -> tuple[Learner
 
 
 def with_policy(train_critic: Step) -> Step:
-    """The step of an agent that lets `train_critic` take its own, then policy and temperature on a real batch."""
+    """The step of an agent that lets `train_critic` take its own, then policy and temperature on a real batch.
+
+    With `policy_with_critic` they have stepped already; with `one_batch` all draw the same transitions.
+    """
 
     def step(
         config: SoftActorCritic, learner: Learner, draw: Draw, key: jax.Array, t: jax.Array
     ) -> tuple[Learner, Losses]:
         critic_key, policy_key = jax.random.split(key)
+        if config.one_batch:
+            batch = draw(jax.random.fold_in(key, BATCH))
+            draw = lambda key: with_new_noise(batch, key)  # noqa: E731
         trained, critic_losses = train_critic(config, learner, draw, critic_key, t)
+        if config.policy_with_critic:
+            return trained, critic_losses  # type: ignore[return-value]
         learner, policy_losses = policy_step(config, trained, draw(policy_key))  # type: ignore[arg-type]
         return learner, critic_losses | policy_losses
 
@@ -234,7 +291,7 @@ class ContinuousAgent(Agent):
 
 # Tuned values: the paper's rate, and for the bilevel agents what learned in this project's own runs on Pendulum-v1
 # (README, "Continuous control"). omd with one critic step did so for few seeds: model and critic chase each other.
-# (That is not quite the paper's omd: Adam states are fresh here, see `warm_opt`.)
+# (That was not the paper's omd: Adam states were fresh, rates others, and the steps in another order.)
 PAPER = {"lr": 3e-4, "inner_lr": 3e-4, "num_Q_steps": 1}
 
 AGENTS = Agents(

@@ -24,7 +24,8 @@ from purejax_bilevel.results import plots, statistics
 from purejax_bilevel.results.dataset import SEED, STEP, setting_dimensions, setting_labels
 
 CURVES, WEIGHTS, APPROXIMATION = "curves.png", "lambda.png", "approximation.png"
-PANELS = ("evaluation_mse", "outer_loss", "local_regret", "static_regret")
+# A sum that starts with 1e12 is a flat line whatever comes after: the increments show that, on a logarithmic scale.
+PANELS = ("evaluation_mse", "outer_loss", "local_regret", "local_regret_increment", "static_regret")
 NUM_TIMES = 5
 MOST_MAPS = 9  # settings in lambda.png
 MOST_ROWS = 4  # settings in approximation.png
@@ -42,7 +43,7 @@ def write_figures(dataset: xarray.Dataset, folder: Path) -> None:
 
 
 def curves(dataset: xarray.Dataset, path: str | Path) -> Path:
-    """Draws loss and both regrets against time, one line per setting: interquartile mean and interval over seeds.
+    """Draws losses and regrets against time, one line per setting: interquartile mean and interval over seeds.
 
     Args:
         dataset: from a run of the regression program.
@@ -55,11 +56,14 @@ def curves(dataset: xarray.Dataset, path: str | Path) -> Path:
     all_curves = [plots._curves(dataset, name) for name in names]
     layout = _one_panel_layout(dataset, all_curves[0])
     with matplotlib.rc_context(plots.STYLE):
-        figure = Figure(figsize=(7.4, 5.0), layout="constrained")
+        columns = math.ceil(len(names) / 2)
+        figure = Figure(figsize=(0.4 + 3.5 * columns, 5.0), layout="constrained")
         FigureCanvasAgg(figure)
-        panels = figure.subplots(2, 2, sharex=True).flatten().tolist()
+        panels = figure.subplots(2, columns, sharex=True).flatten().tolist()
         for empty in panels[len(names) :]:
             empty.remove()
+        for above in panels[len(names) - columns : columns]:
+            above.tick_params(labelbottom=True)
         for panel, name, series in zip(panels, names, all_curves, strict=False):
             for line in layout.lines:
                 plots._draw_curve(panel, series, line)

@@ -8,7 +8,7 @@ Outline of a run (every line inside one compiled loop):
             then the gradient of today's loss with respect to lambda
         lambda: Adam step (funcbo: along the mean of the last grad_buffer_size gradients), projection to lambda >= 0
         local regret; every regret_frequency times also the regret against the best constant lambda
-        every eval_frequency times: mean squared error on all inputs
+        mean squared error on all inputs; every eval_frequency times: its mean since the last evaluation
 
 Nothing grows with T_max or with the window (data.py).
 Source: the problem of "SmoothFBO"/OFBO, with the names of its settings.
@@ -98,11 +98,15 @@ class Regression(Program):
     headline = "evaluation_mse"
     step_unit = "time steps"
     measures = (
-        Measure("evaluation_mse", "evaluation MSE (all inputs)", better="lower", tabled=True),
+        Measure(
+            "evaluation_mse", "evaluation MSE (all inputs, mean since the last evaluation)", better="lower", tabled=True
+        ),
         Measure("outer_loss", "mean outer loss", better="lower", tabled=True),
         Measure("inner_loss", "inner loss", better="lower"),
         Measure("hypergradient_norm", "norm of the hypergradient"),
-        Measure("local_regret", "cumulative local regret", better="lower", tabled=True),
+        Measure(
+            "local_regret", "cumulative local regret", better="lower", tabled=True, total_of="local_regret_increment"
+        ),
         Measure("local_regret_increment", "local regret per time step", better="lower"),
         Measure("static_regret", "cumulative static regret", better="lower", tabled=True),
         Measure("best_constant", "best constant lambda so far"),
@@ -146,6 +150,7 @@ class Regression(Program):
         _, local = _local_regret(config).update(hypergradient, state.regret.local, step=t)
         sums = self._compare(state, config, t, batch, window, step.outer_loss)
         metrics = {
+            "evaluation_mse": self._error(learner.inner, state.problem, config, t + 1),
             "outer_loss": step.outer_loss,
             "inner_loss": step.inner_loss + data.mean_square(window, weights),
             "hypergradient_norm": jnp.linalg.norm(hypergradient),
@@ -171,6 +176,16 @@ class Regression(Program):
         rest = noise[(1 + exact) * count :]
         window = data.make_window(config, problem, f_inner, state.learner.weights, time, rest)
         return agents.Data(x_inner, x_outer, y_outer, y_inner), window
+
+    def _error(self, inner: networks.Network, problem: data.Problem, config: Config, time: jax.Array) -> jax.Array:
+        """MSE on all inputs, in expectation over the noise (so never below noise_level^2).
+
+        Taken at every time, since it goes up and down with a periodic shift: single times show one phase of it.
+        """
+        inputs = jnp.concatenate([problem.x_inner, problem.x_outer], axis=1)
+        values = jnp.concatenate([problem.f_inner, problem.f_outer], axis=1)
+        truth = data.targets_without_noise(config, problem, values, time)
+        return agents.outer_loss(agents.predict(inner, inputs), truth) + config.noise_level**2
 
     def _compare(
         self, state: State, config: Config, t: jax.Array, batch: agents.Data, window: data.Window, own: jax.Array
@@ -207,18 +222,14 @@ class Regression(Program):
     def evaluate(
         self, state: State, config: Config, t: jax.Array, is_last: jax.Array, shared: Tree = ()
     ) -> dict[str, jax.Array]:
-        """Measures the network against the targets of this time.
+        """What there is at this time.
 
         Returns:
-            `evaluation_mse` on all inputs, in expectation over the noise (so never below noise_level^2); the regrets
-            up to now; `lambda` `[lags]` (NaN beyond the window); `prediction` and `truth` `[points]`, first output.
+            The static regret up to now (the local one is the sum of its increments, which the host makes); `lambda`
+            `[lags]` (NaN beyond the window); `prediction` and `truth` `[points]`, first output.
         """
         del is_last
         time, problem, inner, sums = t + 1, state.problem, state.learner.inner, state.regret
-        inputs = jnp.concatenate([problem.x_inner, problem.x_outer], axis=1)
-        values = jnp.concatenate([problem.f_inner, problem.f_outer], axis=1)
-        truth = data.targets_without_noise(config, problem, values, time)
-        error = agents.outer_loss(agents.predict(inner, inputs), truth) + config.noise_level**2
         compared = config.regret_frequency > 0
         best = constant_weights(config)[sums.constant.argmin()]
         in_window = jnp.arange(config.max_window_size) < config.window_size
@@ -227,8 +238,6 @@ class Regression(Program):
             config, problem, networks.apply_network(problem.truth, points, networks.gelu), time
         )
         return {
-            "evaluation_mse": error,
-            "local_regret": sums.local.cumulative,
             "static_regret": jnp.where(compared, sums.own - sums.constant.min(), jnp.nan),
             "best_constant": jnp.where(compared, best, jnp.nan),
             "lambda": jnp.where(in_window, state.learner.weights, jnp.nan),

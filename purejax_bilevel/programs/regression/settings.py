@@ -30,7 +30,12 @@ class Schedule(Task):
     """How long it runs, and how often it is measured."""
 
     T_max: int = static(5000, "time steps of each member", at_least(1), "schedule")
-    eval_frequency: int = static(100, "time steps between evaluations (0: only at the end)", at_least(0), "schedule")
+    eval_frequency: int = static(
+        100,
+        "time steps between evaluations, over which the error is averaged (0: only one, at the end)",
+        at_least(0),
+        "schedule",
+    )
     regret_frequency: int = static(
         10, "time steps between comparisons with constant lambda (0: never)", at_least(0), "schedule"
     )

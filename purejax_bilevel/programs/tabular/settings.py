@@ -35,7 +35,7 @@ class Task:
         group="environment",
         task=True,
     )
-    garnet_seed: int = traced(0, "garnet: which random MDP", at_least(0), "environment")
+    garnet_seed: int = traced(0, "garnet: which random MDP", at_least(0), "environment", task=True)
     num_states: int = static(10, "garnet: number of states", at_least(1), "environment")
     num_actions: int = static(3, "garnet: number of actions", at_least(1), "environment")
     branching: int = static(3, "garnet: states reachable in one step", at_least(1), "environment")

@@ -69,6 +69,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "capacity": 60,
         "smoothing": "ema",
     },
+    "omd_as_the_original": {
+        "agent_type": "omd",
+        "warm_opt": True,
+        "num_Q_steps": 2,
+        "policy_with_critic": True,
+        "one_batch": True,
+        "separate_noise": True,
+        "separate_policy_heads": True,
+    },
 }
 
 
@@ -144,6 +153,56 @@ def test_step_counter_stays_shared_under_vmap():
 def test_resume_is_bitwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     config = replace(SMALL, agent_type="omd", smoothing="window", smoothing_window=9, num_envs=2, model_hidden_dim=4)
     check_resume_is_bitwise(config, tmp_path, monkeypatch)
+
+
+# --- the original's treatment (whole updates: tests/test_reference.py) ------------------------------------------------
+
+
+def one_update(problem: tuple, **changes: Any) -> tuple[Learner, int]:
+    """The learner after an update, and how many batches it drew."""
+    config, learner, batch = problem
+    config, drawn = replace(config, **changes), []
+
+    def draw(key: jax.Array) -> Batch:
+        drawn.append(key)
+        return soft_actor_critic_agents.with_new_noise(batch, key)
+
+    agent = soft_actor_critic_agents.AGENTS[config.agent_type].step
+    after, _ = jax.jit(lambda learner: agent(config, learner, draw, jax.random.key(5), jnp.int32(0)))(learner)
+    return after, len(drawn)
+
+
+@pytest.mark.parametrize(("agent_type", "batches"), [("omd", 2), ("mle", 3), ("sac", 2)])
+def test_one_batch_serves_a_whole_update(problem: tuple, agent_type: str, batches: int):
+    assert one_update(problem, agent_type=agent_type)[1] == batches
+    assert one_update(problem, agent_type=agent_type, one_batch=True)[1] == 1
+
+
+@pytest.mark.parametrize("agent_type", ["omd", "mle", "sac"])
+def test_policy_and_temperature_step_once_or_with_each_critic_step(problem: tuple, agent_type: str):
+    for with_critic in (False, True):
+        changes = {"agent_type": agent_type, "num_Q_steps": 3, "warm_opt": True, "policy_with_critic": with_critic}
+        after, _ = one_update(problem, **changes)
+        assert int(after.q_optimizer[0].count) == 3
+        assert int(after.policy_optimizer[0].count) == int(after.temperature_optimizer[0].count) == (1, 3)[with_critic]
+
+
+def test_noise_of_the_outer_loss_is_shared_unless_separate(problem: tuple):
+    """Adam's first moment of the model holds its first hypergradient."""
+    moments = [one_update(problem, separate_noise=separate)[0].model_optimizer[0].mu for separate in (False, True)]
+    assert moved(*moments)
+
+
+def test_policy_heads_start_as_one_layer_or_as_two():
+    config = replace(SMALL, inner_lr=1e-3, hidden_dim=3, model_hidden_dim=3).resolved()
+    config = replace(config, max_hidden_dim=6, max_model_hidden_dim=3)
+    for separate in (False, True):
+        own = replace(config, separate_policy_heads=separate)
+        kernel = np.asarray(soft_actor_critic_agents.init_policy(own, jax.random.key(1), 3, 1)[-1].kernel)
+        assert not kernel[3:].any()  # units beyond the width
+        means_by_deviations = kernel[:, 0] @ kernel[:, 1]
+        np.testing.assert_allclose(np.linalg.norm(kernel, axis=0), 2.0**0.5 if separate else 1.0, rtol=1e-5)
+        assert (abs(means_by_deviations) > 1e-3) == separate
 
 
 # --- data -------------------------------------------------------------------------------------------------------------
