@@ -357,6 +357,7 @@ def test_all_cells_are_drawn_and_no_cell_twice() -> None:
     cells = np.asarray(drawn(jax.random.split(jax.random.key(0), 6000)))
     orders, counts = np.unique(cells, axis=0, return_counts=True)
     assert set(orders.ravel().tolist()) == {0, 2, 3, 5, 7}
+    assert all(len(set(order)) == 4 for order in orders.tolist())
     assert len(orders) == 5 * 4 * 3 * 2
     assert (counts > 20).all()  # of 50 expected: four standard deviations
     assert (counts < 80).all()
@@ -549,6 +550,23 @@ def test_names_give_levels_that_stay_the_same() -> None:
     assert task.params.start_cell != other.params.start_cell
     assert task.max_steps == task.params.max_steps_in_episode
     jax.tree.map(np.testing.assert_array_equal, task.environment.default_params, task.params)
+
+
+@pytest.mark.parametrize("mode", ["small", "tabular"])
+def test_levels_and_transitions_are_the_same_with_64_bits(mode: str, float64: Any) -> None:
+    with jax.enable_x64(False):
+        levels.numbered.cache_clear()
+        expected = levels.numbered(mode, 5)
+    levels.numbered.cache_clear()
+    level = levels.numbered(mode, 5)
+    for ours, theirs in zip(jax.tree.leaves(level), jax.tree.leaves(expected), strict=True):
+        assert ours.dtype == theirs.dtype
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+    world = GridWorld(mode)
+    reset_key, step_key = jax.random.split(jax.random.key(0))
+    _, state = world.reset(reset_key, level)
+    obs, after, reward, *_ = world.step(step_key, state, STAY, level)
+    assert (obs.dtype, reward.dtype, after.cell) == (np.float32, np.float32, state.cell)
 
 
 @pytest.mark.parametrize(

@@ -98,18 +98,19 @@ def draw_cells(key: jax.Array, allowed: jax.Array, number: int) -> jax.Array:
     Returns:
         `[number]`.
     """
-    count = allowed.sum()
-    picks = jax.random.randint(key, (number,), 0, count - jnp.arange(number))
+    count = allowed.sum(dtype=jnp.int32)
+    picks = jax.random.randint(key, (number,), 0, count - jnp.arange(number, dtype=jnp.int32), jnp.int32)
     # Fisher and Yates's shuffle of the places of all allowed cells, of which only the swaps are kept.
     ranks: list[jax.Array] = []
     lasts: list[jax.Array] = []  # what has come to the place of an earlier pick
     for i in range(number):
         rank, last = picks[i], count - 1 - i
         for j in range(i):
-            rank, last = jnp.where(picks[i] == picks[j], lasts[j], rank), jnp.where(last == picks[j], lasts[j], last)
+            rank = jnp.where(picks[i] == picks[j], lasts[j], rank)
+            last = jnp.where(count - 1 - i == picks[j], lasts[j], last)
         ranks.append(rank)
         lasts.append(last)
-    return (jnp.cumsum(allowed) <= jnp.stack(ranks)[:, None]).sum(1)
+    return (jnp.cumsum(allowed) <= jnp.stack(ranks)[:, None]).sum(1, dtype=jnp.int32)
 
 
 # --- drawing levels ---------------------------------------------------------------------------------------------------
@@ -153,7 +154,7 @@ def _draw(key: jax.Array, mode: Mode) -> Level:
     setting_key, steps_key, grid_key, wall_key, objects_key, cells_key = jax.random.split(key, 6)
     tables = _tables(mode)
     if len(mode.settings) > 1:
-        setting = jax.random.randint(setting_key, (), 0, len(mode.settings))
+        setting = jax.random.randint(setting_key, (), 0, len(mode.settings), jnp.int32)
         tables = jax.tree.map(lambda table: jnp.asarray(table)[setting], tables)
     else:
         tables = jax.tree.map(lambda table: table[0], tables)
