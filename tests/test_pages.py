@@ -26,6 +26,7 @@ import yaml
 import purejax_bilevel
 from purejax_bilevel import ContinuousConfig, RegressionConfig, RLConfig, RunOptions, TabularConfig, run, scripts
 from purejax_bilevel.configuration import replace
+from purejax_bilevel.environments.grid_world import __main__ as grid_world_pictures
 from purejax_bilevel.results import __main__ as report_again
 from purejax_bilevel.results import dataset as datasets
 from purejax_bilevel.studies import command_line, plan, study, sweep_command
@@ -49,7 +50,11 @@ STAND_IN = """#!/bin/sh
 { printf '%s\\037' "${PUREJAX_BILEVEL_EXTRAS:-none}" "${0##*/}" "$@"; echo; } >> "$CALLS"
 """
 # Options of commands whose help is not that of the three scripts.
-ELSEWHERE = {"--baseline": "tests/benchmarks/speed.py", "--build-arg": "setup/docker/build_cpu.sh"}
+ELSEWHERE = {
+    "--baseline": "tests/benchmarks/speed.py",
+    "--build-arg": "setup/docker/build_cpu.sh",
+    "--policy": "purejax_bilevel/environments/grid_world/__main__.py",
+}
 
 
 def name_of(page: Path) -> str:
@@ -171,6 +176,8 @@ def accept(words: list[str]) -> None:
                 plan.make_agents(found)
         case ["python", "-m", "purejax_bilevel.results", *rest]:
             assert report_again.main(rest) == 2  # read, and there is nothing in that folder
+        case ["python", "-m", "purejax_bilevel.environments.grid_world", *rest]:
+            grid_world_pictures.read_arguments(rest)
         case ["python", script, *rest]:
             source = (ROOT / script).read_text()
             for word in rest:

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 
 from purejax_bilevel.configuration import named_object
-from purejax_bilevel.environments import brax, probes
+from purejax_bilevel.environments import brax, grid_world, probes
 from purejax_bilevel.environments._gymnax import Environment, gymnax, spaces
 from purejax_bilevel.environments.continuous import UnitActions
 from purejax_bilevel.errors import UserError
@@ -62,7 +62,7 @@ def register(name: str, environment: Environment, params: Any = None) -> None:
     Raises:
         UserError: the name is taken, or the environment has another interface.
     """
-    if name in gymnax.registered_envs or name in probes.NAMES or brax.known(name):
+    if name in gymnax.registered_envs or name in probes.NAMES or brax.known(name) or grid_world.known(name):
         raise UserError(f"environments.register: {name} is an environment already; choose another name.")
     _REGISTERED[name] = _checked(name, environment, params)
 
@@ -166,13 +166,15 @@ def _look_up(name: str) -> tuple[Environment, Any]:
         return brax.make(name)
     if name in probes.NAMES:
         return probes.make(name)
+    if grid_world.known(name):
+        return grid_world.make(name)
     if name in _REGISTERED:
         return _REGISTERED[name]
     if ":" in name:
         return _from_function(name)
     if name not in gymnax.registered_envs:
         names = [*gymnax.registered_envs, *brax.NAMES, *_REGISTERED]
-        close = difflib.get_close_matches(name, [*names, *probes.NAMES], n=1, cutoff=0.4)
+        close = difflib.get_close_matches(name, [*names, *probes.NAMES, *grid_world.NAMES], n=1, cutoff=0.4)
         hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(names)}."
         raise UserError(f"--env_name {name} is not an environment; {hint}")
     try:

@@ -1,7 +1,7 @@
 """A GIF of one episode of the median member's policy.
 
-Drawn with Pillow from observations: the usual renderers need pygame. CartPole, Acrobot and MountainCar look like
-themselves; any other environment is shown as its observations over time.
+Drawn with Pillow from observations: the usual renderers need pygame. CartPole, Acrobot, MountainCar and Grid-Worlds
+look like themselves; any other environment is shown as its observations over time.
 """
 
 import io
@@ -14,6 +14,8 @@ import jax
 import numpy as np
 from PIL import Image, ImageDraw
 
+from purejax_bilevel.environments import grid_world
+from purejax_bilevel.environments.grid_world import pictures
 from purejax_bilevel.errors import UserError
 from purejax_bilevel.program import Part
 from purejax_bilevel.results.dataset import write_bytes
@@ -58,7 +60,7 @@ def write_video(part: Part, state: Any, member: int, step: int, path: Path) -> P
     observations, alive = jax.jit(episode)(own_state, own_config, np.int32(step - 1))
     observations = np.asarray(observations)[np.asarray(alive)]
     stride = math.ceil(len(observations) / MOST_FRAMES)
-    draw = _DRAWINGS.get(str(part.config.env_name), _draw_series)
+    draw = _drawing(str(part.config.env_name))
     title = part.grid.describe(member)
     frames = []
     for i in range(0, len(observations), stride):
@@ -71,6 +73,12 @@ def write_video(part: Part, state: Any, member: int, step: int, path: Path) -> P
     frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:], duration=FRAME_MILLISECONDS * stride, loop=0)
     write_bytes(path, buffer.getvalue())
     return path
+
+
+def _drawing(env_name: str) -> Callable[[ImageDraw.ImageDraw, np.ndarray, int], None]:
+    if grid_world.known(env_name):
+        return pictures.observation_drawing(env_name)
+    return _DRAWINGS.get(env_name, _draw_series)
 
 
 def _draw_cart_pole(canvas: ImageDraw.ImageDraw, observations: np.ndarray, i: int) -> None:
