@@ -14,8 +14,6 @@ import jax
 import numpy as np
 from PIL import Image, ImageDraw
 
-from purejax_bilevel.environments import grid_world
-from purejax_bilevel.environments.grid_world import pictures
 from purejax_bilevel.errors import UserError
 from purejax_bilevel.program import Part
 from purejax_bilevel.results.dataset import write_bytes
@@ -76,6 +74,9 @@ def write_video(part: Part, state: Any, member: int, step: int, path: Path) -> P
 
 
 def _drawing(env_name: str) -> Callable[[ImageDraw.ImageDraw, np.ndarray, int], None]:
+    from purejax_bilevel.environments import grid_world  # here: it makes jax choose its devices, before processes join
+    from purejax_bilevel.environments.grid_world import pictures
+
     if grid_world.known(env_name):
         return pictures.observation_drawing(env_name)
     return _DRAWINGS.get(env_name, _draw_series)
