@@ -185,3 +185,8 @@ def alone(function: Callable[..., T]) -> Callable[..., T]:
         return jax.tree.map(lambda leaf: leaf[0], mapped(*arguments))
 
     return called
+
+
+def called_outside(program: Program, function: Callable[..., T]) -> Callable[..., T]:
+    """A function of a program, to be called outside a run, whether the program has a population or not."""
+    return alone(function) if program.population else function

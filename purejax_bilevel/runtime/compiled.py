@@ -28,7 +28,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from purejax_bilevel.program import POPULATION, Part, Program, Tree, alone
+from purejax_bilevel.program import POPULATION, Part, Program, Tree, called_outside
 from purejax_bilevel.runtime import devices, processes
 from purejax_bilevel.runtime.devices import AXIS
 from purejax_bilevel.runtime.schedule import common_schedule, num_rows
@@ -374,7 +374,7 @@ def _member_arrays(functions: Functions, config: Any, seeds: Any, shared: Tree) 
     """Shapes and types of what the members of a part carry, with their whole population."""
     one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), (config, seeds))
     fresh = functools.partial(fresh_member, functions)
-    shapes = jax.eval_shape(alone(fresh) if functions.program.population else fresh, *one, shared)
+    shapes = jax.eval_shape(called_outside(functions.program, fresh), *one, shared)
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((seeds.shape[0], *leaf.shape), leaf.dtype), shapes)
 
 
@@ -407,7 +407,7 @@ def state_shapes(program: Program, config: Any) -> Tree:
         config: of the member; shapes and types are enough.
     """
     shared = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, _default_type(leaf.dtype)), program.shared())
-    init = alone(program.init) if program.population else program.init
+    init = called_outside(program, program.init)
     return jax.eval_shape(init, jax.eval_shape(lambda: jax.random.key(0)), config, shared)
 
 

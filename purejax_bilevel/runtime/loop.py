@@ -504,7 +504,7 @@ def _check_placement(path: Path, ours: dict[str, Any]) -> None:
     words_of = {"all": "members at once on each device", POPULATION: "devices for each member's population"}
     for name in ("member_batch", "devices", "all", POPULATION):
         if stored[name] != ours[name]:
-            words, option = words_of.get(name, name.replace("_", " ")), "--devices"
+            words = words_of.get(name, name.replace("_", " "))
             option = "--member_batch" if name == "member_batch" else "--devices"
             raise UserError(
                 f"the run in {path.parent} was begun with {words} {stored[name]}, got {ours[name]}: other bits would "

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from purejax_bilevel.configuration import to_dict, warn
 from purejax_bilevel.members import batch_config, count_members, counted, grid_of
-from purejax_bilevel.program import Part, alone
+from purejax_bilevel.program import Part, called_outside
 from purejax_bilevel.results import dataset as datasets
 from purejax_bilevel.results import residuals, statistics
 from purejax_bilevel.runtime import artefacts, processes, sizes
@@ -119,9 +119,8 @@ def save_artefact(part: Part, config: Any, stored: Any, folder: Path) -> None:
     program = part.program
     if not program.artefact_kind or stored is None:
         return
-    take = alone(program.artefact) if program.population else program.artefact
     with precision([part]):
-        tree = jax.vmap(take)(typed_state(part, stored.state))
+        tree = jax.vmap(called_outside(program, program.artefact))(typed_state(part, stored.state))
     members = [part.grid.settings(member) for member in range(len(part.grid))]
     artefacts.save(folder, program.artefact_kind, tree, members, to_dict(config))
 
