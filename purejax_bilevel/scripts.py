@@ -4,7 +4,7 @@ What takes time to import is imported inside the functions: an interrupt meanwhi
 `--help` needs little of it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from purejax_bilevel import interrupts
 
@@ -31,9 +31,21 @@ def rl_configuration(arguments: Sequence[str] | None = None) -> type:
     if not is_continuous and (not agent or has_agent(discrete, agent)):
         return discrete
     continuous = purejax_bilevel.ContinuousConfig
-    if is_continuous:
-        return discrete if has_agent(discrete, agent) and not has_agent(continuous, agent) else continuous
-    return continuous if has_agent(continuous, agent) else discrete
+    first, *others = (continuous, discrete) if is_continuous else (discrete, continuous)
+    if not agent or has_agent(first, agent):
+        return first
+    return next((family for family in [*others, *_further_families()] if has_agent(family, agent)), first)
+
+
+def _further_families() -> Iterator[type]:
+    """Configurations of the families that are told by the agent alone, whatever the environment."""
+    import importlib
+
+    from purejax_bilevel.programs import REGISTRY
+
+    for name, module in REGISTRY.items():
+        if name not in ("rl", "continuous", "regression", "tabular"):
+            yield importlib.import_module(module).Config
 
 
 def has_agent(config_class: type, name: str) -> bool:

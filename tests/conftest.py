@@ -81,8 +81,8 @@ def strict_promotion() -> Iterator[None]:
 @pytest.fixture
 def toy(monkeypatch: pytest.MonkeyPatch) -> type:
     """The toy (`tests/toy.py`) as the program `toy` of sweep files."""
-    from purejax_bilevel.studies import study
+    from purejax_bilevel import programs
     from tests import toy as module
 
-    monkeypatch.setitem(study.PROGRAMS, "toy", "tests.toy")
+    monkeypatch.setitem(programs.REGISTRY, "toy", "tests.toy")
     return module.Config

@@ -1,1 +1,10 @@
 """What is trained: a folder for each family of training programs."""
+
+# Name in sweep files -> module with the program's `Config`, imported when it is used. A new family adds a line here;
+# `train_rl` finds its agents by their names.
+REGISTRY = {
+    "rl": "purejax_bilevel.programs.control.q_learning",
+    "continuous": "purejax_bilevel.programs.control.soft_actor_critic",
+    "regression": "purejax_bilevel.programs.regression.program",
+    "tabular": "purejax_bilevel.programs.tabular.program",
+}

@@ -38,6 +38,7 @@ from purejax_bilevel import agents as agent_values
 from purejax_bilevel.configuration import fields, named_object, replace, validate
 from purejax_bilevel.errors import UserError
 from purejax_bilevel.members import Axis, format_value
+from purejax_bilevel.programs import REGISTRY
 from purejax_bilevel.results.checks import (
     MOST,
     as_number,
@@ -53,12 +54,6 @@ from purejax_bilevel.results.checks import (
 from purejax_bilevel.results.report import Reporting, reporting
 from purejax_bilevel.runtime.loop import make_seeds
 
-PROGRAMS = {
-    "rl": "purejax_bilevel.programs.control.q_learning",
-    "continuous": "purejax_bilevel.programs.control.soft_actor_critic",
-    "regression": "purejax_bilevel.programs.regression.program",
-    "tabular": "purejax_bilevel.programs.tabular.program",
-}
 LARGEST_WHOLE = 2**31 - 1  # 32 bits
 PROGRAM = "program"
 SECTIONS = ("name", PROGRAM, "settings", "agents", "axes", "seeds", "search", "report")
@@ -174,7 +169,7 @@ class Study:
 def config_class(program: str) -> type:
     """Configuration of a program by its name in sweep files, or by `module:Config`."""
     if ":" not in program:
-        return importlib.import_module(PROGRAMS[program]).Config
+        return importlib.import_module(REGISTRY[program]).Config
     found = named_object("program", program, "configuration")
     if not (isinstance(found, type) and dataclasses.is_dataclass(found) and hasattr(found, "program")):
         raise UserError(f"program: {program} is no configuration with a method `program`.")
@@ -190,8 +185,8 @@ def program_name(value: Any, where: str = "program") -> str:
     if isinstance(value, str) and ":" in value:
         config_class(value)
         return value
-    if not isinstance(value, str) or value not in PROGRAMS:
-        raise UserError(f"{where} must be one of {', '.join(PROGRAMS)}, or module:Config, got {value!r}.")
+    if not isinstance(value, str) or value not in REGISTRY:
+        raise UserError(f"{where} must be one of {', '.join(REGISTRY)}, or module:Config, got {value!r}.")
     return value
 
 

@@ -146,9 +146,10 @@ def split_overrides(given: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
 def _settings() -> set[str]:
     """Names of all settings of all programs."""
     _prepare_devices()
-    from purejax_bilevel.studies.study import PROGRAMS, config_class
+    from purejax_bilevel.programs import REGISTRY
+    from purejax_bilevel.studies.study import config_class
 
-    return {field.name for program in PROGRAMS for field in fields(config_class(program))} | {"agents"}
+    return {field.name for program in REGISTRY for field in fields(config_class(program))} | {"agents"}
 
 
 def _value(text: str, name: str) -> Any:

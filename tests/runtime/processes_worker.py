@@ -14,9 +14,10 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from purejax_bilevel import programs
 from purejax_bilevel.runtime import loop, processes
 from purejax_bilevel.studies import run as runs
-from purejax_bilevel.studies import study, sweep_command
+from purejax_bilevel.studies import sweep_command
 from tests import toy
 
 
@@ -27,7 +28,7 @@ def main() -> int:
         setattr(processes if hasattr(processes, name) else loop, name, value)
     sys.modules["toy_program"] = types.ModuleType("toy_program")
     sys.modules["toy_program"].Config = toy.Config  # type: ignore[attr-defined]
-    study.PROGRAMS["toy"] = "toy_program"
+    programs.REGISTRY["toy"] = "toy_program"
     status = sweep_command.main(sys.argv[2:])
     if results_file:
         with processes.together():
