@@ -8,4 +8,5 @@ REGISTRY = {
     "regression": "purejax_bilevel.programs.regression.program",
     "tabular": "purejax_bilevel.programs.tabular.program",
     "ppo": "purejax_bilevel.programs.learned_optimizers.program",
+    "open_training": "purejax_bilevel.programs.learned_optimizers.meta_training",
 }

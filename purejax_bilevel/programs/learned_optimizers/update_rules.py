@@ -151,4 +151,4 @@ def load(place: str) -> Weights:
     found = artefacts.load(path, ARTEFACT_KIND).member(member)
     for vector in found.values():
         check_weights(vector)
-    return found["weights"] if set(found) == {"weights"} else found
+    return found.get("weights", found)
