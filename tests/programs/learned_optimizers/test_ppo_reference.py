@@ -53,7 +53,7 @@ def config_of(golden: dict[str, np.ndarray]) -> Config:
         optimizer=own["optimizer"],
     )
     if own["optimizer"] == "open":
-        return replace(config, without="" if own["noise"] else "noise")
+        return replace(config, without="none" if own["noise"] else "noise")
     assert own["optimizer"] == "adam"
     return replace(config, lr=own["adam_lr"], beta1=own["adam_b1"], beta2=own["adam_b2"], epsilon=own["adam_eps"])
 
