@@ -18,12 +18,18 @@ class Moments(NamedTuple):
     weight: jax.Array
 
 
+class Returns(NamedTuple):
+    """What rewards are scaled by."""
+
+    moments: Moments  # [], of discounted returns
+    discounted: jax.Array  # [envs], returns so far
+
+
 class Normaliser(NamedTuple):
     """Statistics of one agent; None for what is not normalised."""
 
     obs: Moments | None  # [obs]
-    reward: Moments | None  # [], of the discounted returns
-    discounted: jax.Array  # [envs], returns so far
+    reward: Returns | None
 
 
 def _start(shape: tuple[int, ...]) -> Moments:
@@ -43,8 +49,7 @@ def init(config: PPO, obs: jax.Array) -> tuple[Normaliser, jax.Array]:
     """The statistics after a reset, and its observations `[envs, obs]` normalised."""
     normaliser = Normaliser(
         _updated(_start(obs.shape[1:]), obs) if config.normalize_observations else None,
-        _start(()) if config.normalize_rewards else None,
-        jnp.zeros(obs.shape[0] if config.normalize_rewards else 0),
+        Returns(_start(()), jnp.zeros(obs.shape[0])) if config.normalize_rewards else None,
     )
     return normaliser, observations(normaliser, obs)
 
@@ -72,7 +77,7 @@ def reward(
     """
     if normaliser.reward is None:
         return normaliser, reward
-    discounted = normaliser.discounted * discount * (1.0 - done) + reward
-    moments = _updated(normaliser.reward, discounted)
-    normaliser = normaliser._replace(reward=moments, discounted=discounted)
+    discounted = normaliser.reward.discounted * discount * (1.0 - done) + reward
+    moments = _updated(normaliser.reward.moments, discounted)
+    normaliser = normaliser._replace(reward=Returns(moments, discounted))
     return normaliser, reward / jnp.sqrt(moments.variance + FLOOR)

@@ -108,8 +108,8 @@ class UpdateRule:
         "weights of open and no_features: a .npy file, or a run (runs/x, runs/x#3)",
         group="optimiser",
     )
-    without: Literal["", "parameter", "training_clock", "batch_clock", "layer", "dormancy", "noise"] = static(
-        "", "what open does not see or do", group="optimiser"
+    without: Literal["none", "parameter", "training_clock", "batch_clock", "layer", "dormancy", "noise"] = static(
+        "none", "what open does not see or do", group="optimiser"
     )
     zero_mean: Literal["agent", "network", "none"] = static(
         "agent", "what the updates of open have mean 0 over", group="optimiser"

@@ -74,8 +74,8 @@ def check(config: PPO) -> None:
         UserError: there are no weights, a clock would divide by zero, or a setting is for other optimisers.
     """
     if config.optimizer not in LEARNED:
-        for name in ("model", "without"):
-            if getattr(config, name):
+        for name, default in (("model", ""), ("without", "none"), ("zero_mean", "agent")):
+            if getattr(config, name) != default:
                 raise UserError(f"--{name} {getattr(config, name)} is for --optimizer open, not {config.optimizer}.")
         return
     load(config.model)
@@ -126,7 +126,7 @@ def switches(config: UpdateRule) -> Switches:
     """What a learned optimiser sees and may do."""
     chosen = NO_FEATURES if config.optimizer == "no_features" else ALL_ON
     chosen = chosen._replace(zero_mean=config.zero_mean)
-    off: dict[str, Any] = {config.without: False} if config.without else {}
+    off: dict[str, Any] = {} if config.without == "none" else {config.without: False}
     return chosen._replace(**off)
 
 
