@@ -27,13 +27,11 @@ import numpy as np
 from purejax_bilevel import evolution
 from purejax_bilevel.agents import Agents
 from purejax_bilevel.configuration import (
-    NONNEGATIVE,
     at_least,
     changed,
     configuration,
     replace,
     static,
-    traced,
     validate,
 )
 from purejax_bilevel.environments import grid_world
@@ -45,7 +43,7 @@ from purejax_bilevel.programs.learned_optimizers.agents import PolicyGradient
 from purejax_bilevel.programs.learned_optimizers.weights import ARTEFACT_KIND, SIZES, unflatten
 
 # Named streams of random numbers; a constant each, so that adding one moves no other.
-CANDIDATES, TRAINING, VALIDATION = range(3)  # of a member
+CANDIDATES, TRAINING, VALIDATION, START = range(4)  # of a member
 AGENT, LEVEL = range(2)  # of a life
 
 # Returns that count 0 and 1 in a mean over environments: of no skill, and of tuned Adam (OPEN's code), or the best.
@@ -94,7 +92,7 @@ class Schedule(Task):
     """How long it runs. A step of the program is a generation."""
 
     num_train_steps: int = static(500, "generations", at_least(1), "schedule")
-    eval_frequency: int = static(24, "generations between evaluations (0: only at the end)", at_least(0), "schedule")
+    eval_frequency: int = static(25, "generations between evaluations of the mean", at_least(1), "schedule")
     validation_lives: int = static(8, "lives of the mean in each environment", at_least(1), "schedule")
 
 
@@ -112,10 +110,12 @@ class Lives:
 
 @configuration
 class Start:
-    """The first mean of the evolution strategy: zeros, the optimiser that changes nothing, or --model."""
+    """The first mean of the evolution strategy, an optimiser that changes nothing; or what --model names."""
 
     larger: bool = static(False, "3571 weights instead of 1211", group="optimiser")
-    norm_scale: float = traced(0.0, "scales of the layer norms in the first mean", NONNEGATIVE, "optimiser")
+    first_mean: Literal["zeros", "random_features"] = static(
+        "zeros", "all weights 0 (published), or only those of the last layer and others random", group="optimiser"
+    )
 
 
 @configuration
@@ -208,6 +208,11 @@ def _check_together(config: Config) -> None:
     if config.fitness_iterations > config.num_iterations:
         raise UserError(
             f"--fitness_iterations {config.fitness_iterations} is above --num_iterations {config.num_iterations}."
+        )
+    if config.num_train_steps % config.eval_frequency:
+        raise UserError(
+            f"--num_train_steps {config.num_train_steps} must be a multiple of --eval_frequency "
+            f"{config.eval_frequency}: what is kept is chosen at evaluations."
         )
     if len(set(names)) < len(names):
         raise UserError(f"--further_envs {config.further_envs}: every environment must be named once.")
@@ -303,7 +308,7 @@ class MetaTraining(Program):
 
     def init(self, key: jax.Array, config: Config, shared: Tree = ()) -> State:
         """State of a member before its first step; the key becomes the member's own."""
-        mean = shared if config.model else first_mean(config)
+        mean = shared if config.model else first_mean(jax.random.fold_in(key, START), config)
         unknown = jnp.full(len(self.names), jnp.nan)
         return State(key, self.strategy.init(mean, config), unknown, mean, -jnp.asarray(jnp.inf, mean.dtype))
 
@@ -317,8 +322,7 @@ class MetaTraining(Program):
             shared: not needed any more.
         """
         candidates = self.strategy.ask(_stream(state.key, CANDIDATES, t), state.search, config)
-        every = config.eval_frequency or config.num_train_steps
-        is_due = ((t + 1) % every == 0) | (t + 1 == config.num_train_steps)
+        is_due = (t + 1) % config.eval_frequency == 0
 
         def told(state: State, fitness: jax.Array, returns: jax.Array) -> tuple[State, jax.Array]:
             returns = returns[:, : self.population].reshape(len(returns), -1, config.num_rollouts)
@@ -422,11 +426,21 @@ class MetaTraining(Program):
         return jnp.isfinite(state.search.mean).all()
 
 
-def first_mean(config: Start) -> jax.Array:
-    """An optimiser that changes nothing `[weights]`: all zeros but for the scales of the layer norms."""
+def first_mean(key: jax.Array, config: Start) -> jax.Array:
+    """An optimiser that changes nothing `[weights]`: at least the last layer is zeros.
+
+    From zeros the fitness of mirrored candidates is the same to first order, as every output is a product of several
+    layers' weights; with random features it is not, and a search of few generations gets further.
+    """
     weights = unflatten(jnp.zeros(num_weights(config)))
-    scale = jnp.full_like(weights.first_norm_scale, config.norm_scale)
-    weights = weights._replace(first_norm_scale=scale, second_norm_scale=scale)
+    if config.first_mean == "random_features":
+        drawn = {
+            name: jax.random.normal(jax.random.fold_in(key, number), kernel.shape) / math.sqrt(len(kernel))
+            for number, (name, kernel) in enumerate(weights._asdict().items())
+            if kernel.ndim == 2 and name != "output_kernel"
+        }
+        ones = jnp.ones_like(weights.first_norm_scale)
+        weights = weights._replace(**drawn, first_norm_scale=ones, second_norm_scale=ones)
     return jnp.concatenate([leaf.ravel() for leaf in weights])
 
 
