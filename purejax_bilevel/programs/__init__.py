@@ -7,4 +7,6 @@ REGISTRY = {
     "continuous": "purejax_bilevel.programs.control.soft_actor_critic",
     "regression": "purejax_bilevel.programs.regression.program",
     "tabular": "purejax_bilevel.programs.tabular.program",
+    "ppo": "purejax_bilevel.programs.learned_optimizers.program",
+    "open_training": "purejax_bilevel.programs.learned_optimizers.meta_training",
 }
