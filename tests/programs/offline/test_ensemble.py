@@ -20,13 +20,9 @@ from purejax_bilevel.programs.offline.ensemble import (
     Layer,
     Networks,
     Normaliser,
-    Prediction,
     Transitions,
     chosen,
-    elite_mask,
-    elites,
     fit_normaliser,
-    init,
     losses,
     no_normaliser,
     optimizer,
@@ -37,7 +33,7 @@ from purejax_bilevel.programs.offline.ensemble import (
     validation_errors,
     with_reference_noise,
 )
-from purejax_bilevel.programs.offline.uncertainty import UNCERTAINTIES, uncertainty
+from purejax_bilevel.programs.offline.uncertainty import uncertainty
 
 OWN = Path(__file__).parents[2] / "data" / "offline"
 GIVEN = os.environ.get("PUREJAX_BILEVEL_REFERENCE_DATA")
