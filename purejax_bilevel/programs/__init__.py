@@ -7,4 +7,5 @@ REGISTRY = {
     "continuous": "purejax_bilevel.programs.control.soft_actor_critic",
     "regression": "purejax_bilevel.programs.regression.program",
     "tabular": "purejax_bilevel.programs.tabular.program",
+    "ensemble": "purejax_bilevel.programs.offline.ensemble_program",
 }
