@@ -260,8 +260,7 @@ class Collect(Program):
         """Chooses the policies, measures what stands for 0 and 100, and resets all copies of the environment."""
         task, keys = self.task, jax.random.split(jax.random.fold_in(state.key, REFERENCE))
         expert = jnp.nanargmax(state.returns).astype(jnp.int32)
-        low = self._returns(keys[0], config.reference_episodes, None)
-        high = self._returns(keys[1], config.reference_episodes, _picked(state.policies, expert))
+        low, high = self._returns(keys, config.reference_episodes, _picked(state.policies, expert))
         score = (state.returns - low.mean()) / (high.mean() - low.mean())
         medium = jnp.argmax(score >= jnp.minimum(config.medium_score, score[expert])).astype(jnp.int32)
         errors = [jnp.std(found, ddof=1) / jnp.sqrt(config.reference_episodes) for found in (low, high)]
@@ -275,18 +274,22 @@ class Collect(Program):
             environment=environment,
         )
 
-    def _returns(self, key: jax.Array, episodes: int, network: networks.Network | None) -> jax.Array:
-        """Returns `[episodes]` of the mean action, or without a network of uniform actions."""
-
-        def policy(obs: jax.Array, key: jax.Array) -> jax.Array:
-            if network is None:
-                return jax.random.uniform(key, (obs.shape[1], self.task.action_dim), obs.dtype, -1.0, 1.0)
-            return policies.mean_action(networks.apply_network(network, obs)).T
-
+    def _returns(self, keys: jax.Array, episodes: int, network: networks.Network) -> jax.Array:
+        """Returns `[2, episodes]` of uniform actions and of a policy's mean action."""
         environment, params, limit = self.task.environment, self.task.params, self.task.max_steps
-        return rollouts.evaluate(environment, params, limit, policy, key, episodes, episodes, jnp.bool_(True))[
-            "final_return"
-        ]
+
+        def play(place: tuple[jax.Array, jax.Array]) -> jax.Array:
+            key, is_uniform = place
+
+            def policy(obs: jax.Array, key: jax.Array) -> jax.Array:
+                mean = policies.mean_action(networks.apply_network(network, obs)).T
+                return jnp.where(is_uniform, jax.random.uniform(key, mean.shape, mean.dtype, -1.0, 1.0), mean)
+
+            last = jnp.bool_(True)
+            found = rollouts.evaluate(environment, params, limit, policy, key, episodes, episodes, last)
+            return found["final_return"]
+
+        return jax.lax.map(play, (keys, jnp.array([True, False])))
 
     def collect(self, state: State, config: Config, t: jax.Array, shared: Tree) -> tuple[State, Metrics]:
         """One step of all copies."""
