@@ -13,6 +13,7 @@ import xarray
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from purejax_bilevel.programs.offline import KINDS, LEVELS, toy
 from purejax_bilevel.results import outputs, plots, statistics
@@ -66,6 +67,7 @@ def calibration(dataset: xarray.Dataset, path: str | Path) -> Path:
         coverage.set(xlabel="probability of the interval", ylabel="share of numbers inside", xlim=(0, 1), ylim=(0, 1))
         coverage.plot([0, 1], [0, 1], color=plots.GREY, linewidth=1.0, zorder=1)
         rows.set(xlabel=f"uncertainty ({SHOWN})", ylabel="error", xscale="log", yscale="log")
+        rows.xaxis.set_minor_formatter(NullFormatter())
         deciles.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=chosen.sizes["source"], fontsize=7)
         for panel in (coverage, rows):
             panel.legend(loc="best")
