@@ -9,4 +9,6 @@ REGISTRY = {
     "tabular": "purejax_bilevel.programs.tabular.program",
     "ppo": "purejax_bilevel.programs.learned_optimizers.program",
     "open_training": "purejax_bilevel.programs.learned_optimizers.meta_training",
+    "collect": "purejax_bilevel.programs.offline.collect",
+    "ensemble": "purejax_bilevel.programs.offline.ensemble_program",
 }
