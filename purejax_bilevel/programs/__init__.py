@@ -8,4 +8,5 @@ REGISTRY = {
     "regression": "purejax_bilevel.programs.regression.program",
     "tabular": "purejax_bilevel.programs.tabular.program",
     "meta_objectives": "purejax_bilevel.programs.meta_objectives.program",
+    "meta_test": "purejax_bilevel.programs.meta_objectives.meta_test",
 }
