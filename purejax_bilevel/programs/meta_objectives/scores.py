@@ -85,33 +85,20 @@ def max_mc(evidence: Evidence) -> Scored:
 # --- returns of the episodes of a life --------------------------------------------------------------------------------
 
 
-class Episodes(NamedTuple):
-    """Returns of an agent's episodes."""
-
-    running: jax.Array  # [workers], of the episodes that go on
-    highest: jax.Array  # [], of those that have ended; -inf before
-
-
-def no_episodes(workers: int) -> Episodes:
-    """Before the first step of a life."""
-    return Episodes(jnp.zeros(workers, jnp.float32), jnp.float32(-jnp.inf))
-
-
-def follow(episodes: Episodes, reward: jax.Array, done: jax.Array) -> Episodes:
-    """Goes through a rollout.
+def highest_return(running: jax.Array, reward: jax.Array, done: jax.Array) -> jax.Array:
+    """Highest undiscounted return `[]` of the episodes that end in a rollout; -inf if none does.
 
     Args:
-        episodes: before.
+        running: `[workers]`, returns so far of the episodes that go on when the rollout begins.
         reward: `[workers, steps]`.
         done: `[workers, steps]`, whether the episode ended with the step.
     """
 
-    def step(known: Episodes, seen: tuple[jax.Array, jax.Array]) -> tuple[Episodes, None]:
-        running = known.running + seen[0].astype(known.running.dtype)
-        ended = jnp.where(seen[1], running, -jnp.inf).max()
-        return Episodes(jnp.where(seen[1], 0.0, running), jnp.maximum(known.highest, ended)), None
+    def step(running: jax.Array, seen: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        running = running + seen[0].astype(running.dtype)
+        return jnp.where(seen[1], 0.0, running), jnp.where(seen[1], running, -jnp.inf).max()
 
-    return jax.lax.scan(step, episodes, (reward.T, done.T))[0]
+    return jax.lax.scan(step, running, (reward.T, done.T))[1].max()
 
 
 # --- by name ----------------------------------------------------------------------------------------------------------
@@ -127,7 +114,12 @@ SCORES = {
             algorithmic_regret,
             asks=("agent_return", "antagonist_return"),
         ),
-        Score("optimal_regret", "how much more the best policy earns", optimal_regret, asks=("agent_return", "optimum")),
+        Score(
+            "optimal_regret",
+            "how much more the best policy earns",
+            optimal_regret,
+            asks=("agent_return", "optimum"),
+        ),
         Score("positive_value_loss", "mean positive advantage", positive_value_loss),
         Score("l1_value_loss", "mean absolute advantage", l1_value_loss),
         Score("max_mc", "the highest return so far minus the values", max_mc, asks=("highest_return",)),
