@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from purejax_bilevel.program import own_individuals, population_gather
-from purejax_bilevel.programs.meta_objectives import level_buffer
+from purejax_bilevel.programs.meta_objectives import endings, level_buffer
 from purejax_bilevel.programs.meta_objectives.level_buffer import LevelBuffer, Prior
 from purejax_bilevel.programs.meta_objectives.scores import Score
 
@@ -101,12 +101,12 @@ class Curriculum(NamedTuple):
             drawn = jax.random.randint(choice_key, (self.agents,), 0, self.slots)[own]
             slots = jnp.where(ended.finished, drawn, ended.slot)
             return buffer, slots, _taken(buffer, slots), jnp.zeros_like(ended.finished)
-        fresh = jax.vmap(self.draw)(_numbers(number_key, own))
+        fresh = endings.of_finished(self.draw, _numbers(number_key, own), ended.finished)
         if buffer is None:
             return None, ended.slot, fresh, jnp.zeros_like(ended.finished)
         everyone, fresh = population_gather((ended, fresh))
         spare = level_buffer.replaceable(buffer, self.agents)
-        buffer = level_buffer.refill(buffer, spare, fresh, self.release)
+        buffer = level_buffer.refill(buffer, spare, fresh, everyone.finished, self.release)
         buffer = level_buffer.record(buffer, everyone.slot, everyone.finished, everyone.score, everyone.reference)
         given = (choice_key, buffer, everyone.finished, spare, p_replay, prior, now)
         buffer, slots, replays = level_buffer.hand_out(*given)

@@ -1,10 +1,9 @@
 """A buffer of levels that are replayed by score: prioritised level replay (PLR), as GROOVE uses it.
 
-A slot holds a level, its last score and whether an agent is on it. In a meta-step, of which only the agents that end
-their lives take part in the last three:
+A slot holds a level, its last score and whether an agent is on it. In a meta-step, for the agents whose lives end:
 
     slots = replaceable(buffer, agents)                 never scored ones first, then those of the lowest scores
-    buffer = refill(buffer, slots, fresh levels)
+    buffer = refill(buffer, slots, new random levels, ...)
     buffer = record(buffer, slots of the agents, their scores)
     buffer, slots = hand_out(key, buffer, ...)          a replayed level, or the agent's own fresh one
 
@@ -78,26 +77,29 @@ def replaceable(buffer: LevelBuffer, number: int) -> jax.Array:
     return jax.lax.top_k(order, number)[1]
 
 
-def refill(buffer: LevelBuffer, slots: jax.Array, levels: Tree, release: bool = False) -> LevelBuffer:
+def refill(
+    buffer: LevelBuffer, slots: jax.Array, levels: Tree, wanted: jax.Array, release: bool = False
+) -> LevelBuffer:
     """Puts other levels in some slots.
 
     Args:
         buffer: as it is.
         slots: `[number]`.
         levels: `[number, ...]`, nobody has been on them.
+        wanted: `[number]`, which of them are put there.
         release: as GROOVE's released code does: all other levels that no agent is on count as scored from then on,
             with the score 0 if they never were.
     """
-    levels = jax.tree.map(lambda whole, new: whole.at[slots].set(new), buffer.levels, levels)
-    scored = (~buffer.active if release else buffer.scored).at[slots].set(False)
+    places = jnp.where(wanted, slots, buffer.score.shape[0])
+    put = lambda whole, new: whole.at[places].set(new, mode="drop")  # noqa: E731
     return LevelBuffer(
-        levels=levels,
-        score=buffer.score.at[slots].set(0.0),
-        reference=buffer.reference.at[slots].set(0.0),
-        active=buffer.active.at[slots].set(False),
-        scored=scored,
-        visits=buffer.visits.at[slots].set(0),
-        handed_out=buffer.handed_out.at[slots].set(0),
+        levels=jax.tree.map(put, buffer.levels, levels),
+        score=put(buffer.score, 0.0),
+        reference=put(buffer.reference, 0.0),
+        active=put(buffer.active, False),
+        scored=put(~buffer.active if release else buffer.scored, False),
+        visits=put(buffer.visits, 0),
+        handed_out=put(buffer.handed_out, 0),
     )
 
 

@@ -51,7 +51,7 @@ def test_refill_and_scores_are_the_releases(golden: dict[str, np.ndarray], relea
     slots = level_buffer.replaceable(buffer, batch)
     replaced = np.isin(np.arange(len(golden["in/score"])), slots)
     np.testing.assert_array_equal(replaced, golden["out/reset_replaced"])
-    buffer = level_buffer.refill(buffer, slots, -1 - jnp.arange(batch), release)
+    buffer = level_buffer.refill(buffer, slots, -1 - jnp.arange(batch), jnp.ones(batch, bool), release)
     np.testing.assert_array_equal(buffer.levels[slots], -1 - np.arange(batch))
     check(buffer, golden, "out/reset", release)
     agents = golden["in/agent_level"], golden["in/agent_terminated"], golden["in/agent_regret"]
@@ -170,7 +170,8 @@ def live(release: bool) -> tuple[Any, Any]:
         end_key, key = jax.random.split(jax.random.fold_in(jax.random.key(3), t))
         finished = jax.random.bernoulli(end_key, 0.3, (AGENTS,))
         fresh_slots = level_buffer.replaceable(buffer, AGENTS)
-        buffer = level_buffer.refill(buffer, fresh_slots, SLOTS + t * AGENTS + jnp.arange(AGENTS), release)
+        numbers = SLOTS + t * AGENTS + jnp.arange(AGENTS)
+        buffer = level_buffer.refill(buffer, fresh_slots, numbers, finished, release)
         scores = jnp.sin(buffer.levels[slots].astype(jnp.float32))
         buffer = level_buffer.record(buffer, slots, finished, scores, scores)
         before = buffer

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from purejax_bilevel.environments import grid_world
-from purejax_bilevel.programs.meta_objectives import antagonist, lives, network, worlds
+from purejax_bilevel.programs.meta_objectives import antagonist, endings, lives, network, worlds
 from purejax_bilevel.programs.meta_objectives.curriculum import Lot
 from purejax_bilevel.programs.meta_objectives.lives import Candidate
 from purejax_bilevel.programs.meta_objectives.meta_gradient import Switches
@@ -75,27 +75,30 @@ def test_an_agent_that_copies_the_antagonist_has_no_regret() -> None:
     both = jax.tree.map(lambda *leaves: jnp.stack(leaves), *actors)
     both = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf], 1), both)
     finished, keys = jnp.array([True, False, True]), jax.random.split(jax.random.key(1), 3)
-    returns = antagonist.last_returns(WORLD, both, levels, finished, keys, episodes=8, at_once=2)
+    returns = endings.last_returns(WORLD, both, levels, finished, keys, episodes=8)
     np.testing.assert_array_equal(jnp.isnan(returns).any(1), ~finished)
     np.testing.assert_array_equal(returns[:, 0], returns[:, 1])
-    optima = antagonist.last_optima(levels, finished, at_once=1)
+    optima = endings.last_optima(levels, finished)
     expected = jax.vmap(grid_world.optimal_return)(levels)
     np.testing.assert_allclose(optima, jnp.where(finished, expected, jnp.nan), rtol=1e-6)
 
 
-@pytest.mark.parametrize("at_once", [1, 2, 5])
+@pytest.mark.parametrize(("parts", "at_once"), [(5, 1), (3, 2), (1, 5)])
 @pytest.mark.parametrize("count", [0, 1, 3, 5])
-def test_only_the_finished_ones_are_computed(at_once: int, count: int) -> None:
+def test_only_the_finished_ones_are_computed(
+    parts: int, at_once: int, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(endings, "PARTS", parts)
     calls = []
 
-    def function(given: dict[str, Any]) -> jax.Array:
+    def function(given: dict[str, Any]) -> Any:
         jax.debug.callback(lambda x: calls.append(x), given["x"])
-        return jnp.stack([given["x"], given["x"] + 0.5], 1)
+        return jnp.stack([given["x"], given["x"] + 0.5]), given["x"] > 0
 
     finished = jnp.arange(5)[::-1] < count
-    x = 10.0 * jnp.arange(5)
-    results = jax.jit(lambda: antagonist.of_finished(function, {"x": x}, finished, at_once))()
-    expected = np.where(finished[:, None], np.stack([x, x + 0.5], 1), np.nan)
-    np.testing.assert_array_equal(results, expected)
+    x = 10.0 * jnp.arange(1, 6)
+    pairs, flags = jax.jit(lambda x, finished: endings.of_finished(function, {"x": x}, finished))(x, finished)
+    np.testing.assert_array_equal(pairs, np.where(finished[:, None], np.stack([x, x + 0.5], 1), 0.0))
+    np.testing.assert_array_equal(flags, finished)
     jax.effects_barrier()
-    assert len(calls) == -(-count // at_once)
+    assert len(calls) == at_once * -(-count // at_once)
