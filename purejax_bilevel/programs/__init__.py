@@ -7,4 +7,6 @@ REGISTRY = {
     "continuous": "purejax_bilevel.programs.control.soft_actor_critic",
     "regression": "purejax_bilevel.programs.regression.program",
     "tabular": "purejax_bilevel.programs.tabular.program",
+    "meta_objectives": "purejax_bilevel.programs.meta_objectives.program",
+    "meta_test": "purejax_bilevel.programs.meta_objectives.meta_test",
 }

@@ -1,4 +1,4 @@
-"""Settings of meta-learned objectives, in groups; names are those of the released code of GROOVE where they mean the same.
+"""Settings of meta-learned objectives, in groups; names are those of GROOVE's released code where they mean the same.
 
 Functions take the narrowest group that has what they need.
 """
@@ -16,7 +16,7 @@ from purejax_bilevel.configuration import (
 
 DEFECTS = {
     "B1": "the meta-loss's value critic is never trained",
-    "B2": "the log-probabilities of a worker are multiplied with the advantages of all its steps, not each with its own",
+    "B2": "log-probabilities are multiplied with the mean advantage of their worker, not each with its own",
     "B4": "lifetime inputs are raw counters, not n/N and log N",
     "B5": "levels that were never scored count as scored once the buffer is refreshed",
     "B8": "all agents are born at once, so that they age together",
