@@ -24,6 +24,7 @@ RANKS = {
     "replay": 2,
     "program": 3,
     "results": 3,
+    "runtime.artefacts": 3,  # a file format, which programs read too
     "programs": 4,
     "runtime": 4,
     "studies": 5,
@@ -50,7 +51,8 @@ def imported_rooms(source: str, module: str) -> Iterator[str]:
             continue
         for top, *rest in (name.split(".") for name in names):
             if top == PACKAGE.name:
-                yield rest[0] if rest and rest[0] in RANKS else "__init__"
+                own = ".".join(rest[:2])
+                yield own if own in RANKS else rest[0] if rest and rest[0] in RANKS else "__init__"
 
 
 def violations(source: str, module: str) -> list[str]:
@@ -84,6 +86,7 @@ def test_imports_point_downwards(path: Path) -> None:
         ("networks", "import purejax_bilevel.replay as replay", ["replay"]),
         ("networks", "from .replay import Batch", ["replay"]),
         ("programs.control.agents", "from purejax_bilevel import networks, runtime, studies", ["runtime", "studies"]),
+        ("programs.control.agents", "from purejax_bilevel.runtime import artefacts, loop", ["runtime"]),
         ("programs.control.agents", "def f():\n    from purejax_bilevel import run", ["__init__"]),
         ("studies.run", "from purejax_bilevel import bilevel, errors, programs, runtime", []),
     ],
