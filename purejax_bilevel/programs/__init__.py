@@ -8,4 +8,5 @@ REGISTRY = {
     "regression": "purejax_bilevel.programs.regression.program",
     "tabular": "purejax_bilevel.programs.tabular.program",
     "ensemble": "purejax_bilevel.programs.offline.ensemble_program",
+    "offline": "purejax_bilevel.programs.offline.program",
 }
