@@ -16,7 +16,7 @@ from purejax_bilevel.programs.offline.ensemble_program import KIND
 from purejax_bilevel.programs.offline.fitting import Fitting, Model
 
 C = TypeVar("C", bound=Fitting)
-SAME = 1e-3  # by how much of a standard deviation the data's mean and deviation may differ
+SAME = 1e-5  # by how much, in standard deviations, the means and deviations of the data may differ
 
 
 @functools.cache  # programs that share an ensemble must return the same object
@@ -75,5 +75,5 @@ def _check_data(config: Any, data: Dataset, mean: np.ndarray, std: np.ndarray) -
             f"{data.obs_dim} and {data.action_dim}."
         )
     own = fitting.shared_rows(data, bool((mean == 0).all() and (std == 1).all()))
-    if np.abs(own["mean"] - mean).max() > SAME * own["std"].max() or np.abs(own["std"] / std - 1).max() > SAME:
+    if np.abs((mean - own["mean"]) / own["std"]).max() > SAME or np.abs(std / own["std"] - 1).max() > SAME:
         raise UserError(f"{told} was fitted to another dataset than --dataset {config.dataset}: fit one to this.")
