@@ -7,6 +7,7 @@ REGISTRY = {
     "continuous": "purejax_bilevel.programs.control.soft_actor_critic",
     "regression": "purejax_bilevel.programs.regression.program",
     "tabular": "purejax_bilevel.programs.tabular.program",
+    "collect": "purejax_bilevel.programs.offline.collect",
     "ensemble": "purejax_bilevel.programs.offline.ensemble_program",
     "offline": "purejax_bilevel.programs.offline.program",
 }

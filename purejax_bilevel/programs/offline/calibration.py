@@ -10,12 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.special import ndtri
 
-from purejax_bilevel.programs.offline import ensemble, uncertainty
+from purejax_bilevel.programs.offline import KINDS, LEVELS, ensemble, uncertainty
 from purejax_bilevel.programs.offline.ensemble import Architecture, Prediction, Transitions
 from purejax_bilevel.programs.offline.fitting import Model
 
-KINDS = tuple(uncertainty.UNCERTAINTIES)
-LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)  # probabilities of the intervals
 CHUNK = 4096  # rows at a time
 
 

@@ -30,6 +30,7 @@ D4RL_SCORES = {
     "ant": (-325.6, 3879.7),
 }
 D4RL_KINDS = ("random", "medium", "expert", "medium-replay", "medium-expert", "full-replay")
+ARRAYS = ("obs", "action", "reward", "next_obs", "terminated", "timeout")  # of a dataset
 ACTION_TOLERANCE = 1e-4  # how far actions may be outside [-1, 1] by rounding
 TERMINAL_TOLERANCE = 1e-3  # share of rows that may differ from the rule of the environment, by rounding
 
@@ -124,16 +125,23 @@ class Dataset:
         scalars = np.stack([self.reward, self.terminated], axis=1)
         return np.concatenate([self.obs, self.next_obs, self.action, scalars], axis=1, dtype=np.float32)
 
-    def subset(self, count: int, seed: int = 0) -> "Dataset":
-        """`count` rows drawn without replacement, in their order; all of them if there are no more.
+    def __getitem__(self, rows: slice | np.ndarray) -> "Dataset":
+        """Some of the rows; where an episode is cut, its last row gets a timeout."""
+        found = self._with({name: getattr(self, name)[rows] for name in ARRAYS})
+        return found._with({"timeout": found.ends & ~found.terminated})
 
-        Rows that were neighbours no longer join: `ends` knows.
-        """
+    def joined(self, other: "Dataset") -> "Dataset":
+        """The rows of another dataset after these."""
+        return self._with({name: np.concatenate([getattr(self, name), getattr(other, name)]) for name in ARRAYS})
+
+    def _with(self, arrays: Mapping[str, Any]) -> "Dataset":
+        return dataclasses.replace(self, **arrays)
+
+    def subset(self, count: int, seed: int = 0) -> "Dataset":
+        """`count` rows drawn without replacement, in their order; all of them if there are no more."""
         if count >= len(self):
             return self
-        chosen = np.sort(np.random.default_rng(seed).choice(len(self), count, replace=False))
-        names = ("obs", "action", "reward", "next_obs", "terminated", "timeout")
-        return dataclasses.replace(self, **{name: getattr(self, name)[chosen] for name in names})
+        return self[np.sort(np.random.default_rng(seed).choice(len(self), count, replace=False))]
 
 
 def d4rl_scores(name: str) -> Scores | None:

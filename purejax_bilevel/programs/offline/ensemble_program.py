@@ -151,7 +151,7 @@ class Ensemble(Program):
         Measure("validation_error", "mean squared error on held-out rows, best networks", better="lower", tabled=True),
         Measure("current_error", "mean squared error on held-out rows, current networks", better="lower"),
         Measure("model_loss", "loss of the networks"),
-        Measure("network_error", "lowest error of each network", better="lower", dims=("network",), logged=False),
+        Measure("network_error", "lowest error of each network", better="lower", dims=("network",), when="end"),
         Measure(
             "rank_correlation", "rank correlation of error and uncertainty", dims=("source", "kind"), when="end",
             better="higher",

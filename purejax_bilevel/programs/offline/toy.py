@@ -6,10 +6,12 @@ al. 2018 (PETS), figure 2.
 """
 
 import functools
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from purejax_bilevel.programs.offline.datasets import Dataset
+if TYPE_CHECKING:
+    from purejax_bilevel.programs.offline.datasets import Dataset
 
 NAME, GRID = "sine", "sine-grid"  # for --dataset: the data, and a grid without noise that goes over the gap and beyond
 POINTS = 1000  # on each side
@@ -21,18 +23,25 @@ def noise_std(x: np.ndarray) -> np.ndarray:
     return 0.225 * np.abs(np.sin(1.5 * x + np.pi / 8))
 
 
+def grid(points: int) -> np.ndarray:
+    """Inputs from -3 pi to 3 pi: data lies from pi to 2 pi on both sides."""
+    return np.linspace(-3 * np.pi, 3 * np.pi, points)
+
+
 @functools.cache
-def make(name: str) -> Dataset:
+def make(name: str) -> "Dataset":
     """The dataset of a name."""
     if name == GRID:
-        x = np.linspace(-3 * np.pi, 3 * np.pi, GRID_POINTS, endpoint=False)
+        x = grid(GRID_POINTS)
         return _dataset(x, np.sin(x), name)
     random = np.random.default_rng(0)
     x = np.concatenate([random.uniform(-2 * np.pi, -np.pi, POINTS), random.uniform(np.pi, 2 * np.pi, POINTS)])
     return _dataset(x, np.sin(x) + noise_std(x) * random.standard_normal(len(x)), name)
 
 
-def _dataset(x: np.ndarray, y: np.ndarray, name: str) -> Dataset:
+def _dataset(x: np.ndarray, y: np.ndarray, name: str) -> "Dataset":
+    from purejax_bilevel.programs.offline.datasets import Dataset  # here alone: figures need no jax
+
     obs, following = (column[:, None].astype(np.float32) for column in (x, y))
     never = np.zeros(len(x), bool)
     action = np.zeros((len(x), 1), np.float32)
