@@ -280,7 +280,7 @@ class OfflineAgent(Agent):
     has_model: bool = False
 
 
-PESSIMISTIC = ("mode", "uncertainty", "model")
+PESSIMISTIC = ("mode", "uncertainty")
 
 
 def model_based(name: str, text: str, tuned: dict[str, Any], **others: Any) -> OfflineAgent:

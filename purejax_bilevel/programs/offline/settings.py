@@ -39,7 +39,6 @@ class Task:
     model: str = static(
         "", "run that fitted an ensemble to this dataset, runs/x or runs/x#3 (default: each member fits its own first)",
         group="dynamics ensemble",
-        particular=True,
     )  # fmt: skip
     num_train_steps: int = static(100_000, "updates of each member", at_least(1), "schedule")
     eval_frequency: int = static(5000, "updates between evaluations (0: only at the end)", at_least(0), "schedule")
