@@ -3,7 +3,7 @@
 Outline of a run (all but the files inside one compiled loop):
 
     training: soft actor-critic (control/soft_actor_critic.py); at every evaluation the policy is kept with its return
-    collecting: uniform actions, the first policy that is good enough (medium) and the best one (expert) act in
+    collecting: uniform actions, a policy of the way (medium) and the best one (expert) act in
         collect_envs copies of the environment each, with the policy's own noise
 
     random, medium, expert    what these three saw
@@ -197,8 +197,7 @@ class Collect(Program):
             warm_up=config.init_steps,
             collect=self.act_at_random,
         )
-        every = max(self.collect_steps // 10, 1)
-        collecting = Stage(self.collect_steps, every, self.collect, self.references, "collecting", begin=self.begin)
+        collecting = Stage(self.collect_steps, 0, self.collect, self.references, "collecting", begin=self.begin)
         self.stages = (training, collecting)
 
     # --- training -----------------------------------------------------------------------------------------------------
@@ -262,7 +261,7 @@ class Collect(Program):
         expert = jnp.nanargmax(state.returns).astype(jnp.int32)
         low, high = self._returns(keys, config.reference_episodes, _picked(state.policies, expert))
         score = (state.returns - low.mean()) / (high.mean() - low.mean())
-        medium = jnp.argmax(score >= jnp.minimum(config.medium_score, score[expert])).astype(jnp.int32)
+        medium = medium_of(score, config.medium_score)
         errors = [jnp.std(found, ddof=1) / jnp.sqrt(config.reference_episodes) for found in (low, high)]
         reset_keys = jax.random.split(jax.random.fold_in(state.key, RESET), state.obs.shape[:2])
         obs, environment = jax.vmap(jax.vmap(task.environment.reset, (0, None)), (0, None))(reset_keys, task.params)
@@ -358,6 +357,18 @@ class Collect(Program):
         about_both = {**halves[0].about, "kind": "medium-expert"}
         found["medium-expert"] = dataclasses.replace(halves[0].joined(halves[1]), about=about_both)
         return {kind: found[kind] for kind in KINDS if kind in config.kinds.split(",")}
+
+
+def medium_of(score: jax.Array, wanted: jax.Array | float) -> jax.Array:
+    """Which of the policies `[policies]`, in the order of training, is medium.
+
+    Of the first one whose score is as wanted (else of the best) and all before it, the one whose score is nearest:
+    where one evaluation lies far below and the next far above, the first to reach it would be too good.
+    """
+    wanted = jnp.minimum(wanted, jnp.nanmax(score))
+    first = jnp.argmax(score >= wanted)
+    distance = jnp.where(jnp.arange(score.shape[0]) <= first, jnp.abs(score - wanted), jnp.inf)
+    return jnp.nanargmin(distance).astype(jnp.int32)
 
 
 def _traced(config: Config) -> list[str]:

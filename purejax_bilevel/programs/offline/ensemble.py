@@ -390,10 +390,10 @@ def bootstrapped(key: jax.Array, networks: int, batch_size: int, rows: int, seed
         networks: number of networks.
         batch_size: rows per network.
         rows: of the data to learn from.
-        seed_key: of the resamples, the same at every call.
+        seed_key: of the resamples, the same at every call, so never drawn from itself.
     """
     place = jax.random.randint(key, (networks, batch_size), 0, rows)
-    own_keys = jax.random.split(seed_key, networks)
+    own_keys = jax.vmap(lambda network: jax.random.fold_in(seed_key, network))(jnp.arange(networks))
 
     def row(own_key: jax.Array, place: jax.Array) -> jax.Array:
         return jax.random.randint(jax.random.fold_in(own_key, place), (), 0, rows)
