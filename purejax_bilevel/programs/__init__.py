@@ -13,4 +13,5 @@ REGISTRY = {
     "ensemble": "purejax_bilevel.programs.offline.ensemble_program",
     "meta_objectives": "purejax_bilevel.programs.meta_objectives.program",
     "meta_test": "purejax_bilevel.programs.meta_objectives.meta_test",
+    "offline": "purejax_bilevel.programs.offline.program",
 }

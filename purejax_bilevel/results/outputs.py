@@ -16,6 +16,7 @@ CURVES = "learning_curves.png"
 # the other way.
 FIGURES = {
     "Ensemble": "purejax_bilevel.programs.offline.ensemble_figures",
+    "Offline": "purejax_bilevel.programs.offline.figures",
     "Regression": "purejax_bilevel.programs.regression.figures",
 }
 
