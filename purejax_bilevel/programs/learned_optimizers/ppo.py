@@ -270,7 +270,7 @@ def loss(params: Tree, config: PPO, batch: Batch) -> tuple[jax.Array, tuple[Tree
     policy = actor_critic.Policy(outputs, params["actor"].get("log_std"))
     log_ratio = actor_critic.log_prob(policy, batch.action) - batch.log_prob
     policy_loss = _policy_loss(log_ratio, batch.advantage, config.clip)
-    value_loss = _value_loss(values[:, 0], batch, config.clip)
+    value_loss = _value_loss(values[:, 0], batch, config.value_clip)
     entropy = actor_critic.entropy(policy).mean()
     total = policy_loss + config.value_weight * value_loss - config.entropy_weight * entropy
     measured = {

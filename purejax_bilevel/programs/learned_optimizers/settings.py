@@ -72,7 +72,10 @@ class Surrogate:
 
     discount: float = traced(0.99, "discount factor", FRACTION, "objective")
     gae_lambda: float = traced(0.95, "decay of the advantage estimate", FRACTION, "objective")
-    clip: float = traced(0.2, "largest change of a probability ratio and of a value", POSITIVE, "objective")
+    clip: float = traced(0.2, "largest change of a probability ratio", POSITIVE, "objective")
+    value_clip: float = traced(
+        0.2, "largest change of a value in an iteration, in units of the reward", POSITIVE, "objective"
+    )
     entropy_weight: float = traced(0.01, "weight of the policy's entropy", NONNEGATIVE, "objective")
     value_weight: float = traced(0.5, "weight of the value loss", NONNEGATIVE, "objective")
     max_gradient_norm: float = traced(
@@ -84,28 +87,30 @@ class Surrogate:
 
 @configuration
 class UpdateRule:
-    """The optimiser; rates that are not given are its own."""
+    """The optimiser; rates that are not given are those of `tuned.py`."""
 
     optimizer: Literal["adam", "rmsprop", "lion", "sgd", "open", "no_features"] = static(
         "adam", "what turns gradients into updates; open and no_features are learned", group="optimiser"
     )
-    lr: float | None = traced(None, "learning rate (default: the optimiser's own)", POSITIVE, "optimiser")
+    lr: float | None = traced(None, "learning rate (default: tuned)", POSITIVE, "optimiser")
     beta1: float | None = traced(
         None,
-        "decay of the first moment: adam, lion; momentum of sgd (default: its own)",
+        "decay of the first moment: adam, lion; momentum of sgd (default: tuned)",
         FRACTION,
         "optimiser",
     )
     beta2: float | None = traced(
-        None, "decay of the second moment: adam, rmsprop, lion (default: its own)", FRACTION, "optimiser"
+        None, "decay of the second moment: adam, rmsprop, lion (default: tuned)", FRACTION, "optimiser"
     )
     epsilon: float | None = traced(
-        None, "added to the denominator: adam, rmsprop (default: its own)", POSITIVE, "optimiser"
+        None, "added to the denominator: adam, rmsprop (default: tuned)", POSITIVE, "optimiser"
     )
-    anneal: float = traced(1.0, "share of the learning rate that is lost linearly by the end", FRACTION, "optimiser")
+    anneal: float | None = traced(
+        None, "share of the learning rate that is lost linearly by the end (default: tuned)", FRACTION, "optimiser"
+    )
     model: str = static(
         "",
-        "weights of open and no_features: a .npy file, or a run (runs/x, runs/x#3)",
+        "weights of open and no_features: a name of published ones, a .npy file, or a run (runs/x, runs/x#3)",
         group="optimiser",
     )
     without: Literal["none", "parameter", "training_clock", "batch_clock", "layer", "dormancy", "noise"] = static(

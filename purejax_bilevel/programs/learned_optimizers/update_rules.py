@@ -5,13 +5,15 @@
 
 import functools
 from collections.abc import Mapping
-from typing import Any, NamedTuple, TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 import jax
 import optax
 
 from purejax_bilevel.configuration import replace, values_of
 from purejax_bilevel.errors import UserError
+from purejax_bilevel.programs.learned_optimizers import tuned
 from purejax_bilevel.programs.learned_optimizers.optimizer import (
     ALL_ON,
     NO_FEATURES,
@@ -29,25 +31,7 @@ LEARNED = ("open", "no_features")
 
 
 UNUSED = 1.0  # stands for a rate that an optimiser does not have: fields are numbers
-
-
-class Rates(NamedTuple):
-    """Of an optimiser, where none are given; None for those that it does not have."""
-
-    lr: float | None = None
-    beta1: float | None = None
-    beta2: float | None = None
-    epsilon: float | None = None
-
-
-RATES = {
-    "adam": Rates(lr=2.5e-4, beta1=0.9, beta2=0.999, epsilon=1e-5),
-    "rmsprop": Rates(lr=1e-3, beta2=0.99, epsilon=1e-8),
-    "lion": Rates(lr=3e-4, beta1=0.9, beta2=0.99),
-    "sgd": Rates(lr=1e-2, beta1=0.0),
-    "open": Rates(),
-    "no_features": Rates(),
-}
+PUBLISHED = Path(__file__).parent / "published"  # the vectors of OPEN's authors (Apache-2.0)
 
 
 def with_rates(config: C) -> C:
@@ -56,15 +40,29 @@ def with_rates(config: C) -> C:
     Raises:
         UserError: a rate is given that the optimiser does not have.
     """
-    own = RATES.get(config.optimizer, Rates())  # another name is refused later
-    given = {name: value for name in Rates._fields if (value := getattr(config, name)) is not None}
+    own = tuned.rates(config.optimizer, getattr(config, "env_name", ""))  # another optimiser is refused later
+    given = {name: value for name in own._fields if (value := getattr(config, name)) is not None}
     for name, value in given.items():
-        if getattr(own, name) is None and value != UNUSED and config.optimizer in RATES:
-            users = ", ".join(optimizer for optimizer, rates in RATES.items() if getattr(rates, name) is not None)
+        if getattr(own, name) is None and value != UNUSED and config.optimizer in tuned.GENERAL:
+            users = ", ".join(other for other, rates in tuned.GENERAL.items() if getattr(rates, name) is not None)
             text = " ".join(map(str, values_of(value)))
             raise UserError(f"--{name} {text} is for --optimizer {users}, not {config.optimizer}.")
     missing = {name: value for name, value in own._asdict().items() if name not in given}
     return replace(config, **{name: UNUSED if value is None else value for name, value in missing.items()})
+
+
+def with_model(config: C) -> C:
+    """The configuration with the published weights of its environment, where open has no others."""
+    name = tuned.family(getattr(config, "env_name", ""))
+    return (
+        replace(config, model=name) if config.optimizer == "open" and not config.model and published(name) else config
+    )
+
+
+def published(name: str) -> Path | None:
+    """The file of published weights: ant, asterix, breakout, freeway, gridworld, multi or spaceinvaders."""
+    path = PUBLISHED / f"{name}_OPEN.npy"
+    return path if name.isidentifier() and path.is_file() else None
 
 
 def check(config: PPO) -> None:
@@ -76,7 +74,9 @@ def check(config: PPO) -> None:
     if config.optimizer not in LEARNED:
         for name, default in (("model", ""), ("without", "none"), ("zero_mean", "agent")):
             if getattr(config, name) != default:
-                raise UserError(f"--{name} {getattr(config, name)} is for --optimizer open, not {config.optimizer}.")
+                raise UserError(
+                    f"--{name} {getattr(config, name)} is for --optimizer {', '.join(LEARNED)}, not {config.optimizer}."
+                )
         return
     load(config.model)
     for clock, field in (("training_clock", "horizon"), ("batch_clock", "num_epochs")):
@@ -138,13 +138,20 @@ def load(place: str) -> Weights:
     """Reads the weights that `--model` names.
 
     Args:
-        place: a `.npy` file, or an artefact as `runs/x`, `runs/x#3` or the path of its file.
+        place: the name of published weights, a `.npy` file, or an artefact as `runs/x`, `runs/x#3`.
 
     Raises:
         UserError: they are not there, or of another kind or length.
     """
     if not place:
-        raise UserError("--optimizer open and no_features need --model, their weights: a .npy file, or a run.")
+        names = ", ".join(sorted(path.stem.removesuffix("_OPEN") for path in PUBLISHED.glob("*.npy")))
+        raise UserError(
+            f"--optimizer open and no_features need --model, their weights: published ones ({names}), a .npy file, "
+            "or a run."
+        )
+    known = published(place)
+    if known is not None:
+        return load_weights(known)
     if place.endswith(".npy"):
         return load_weights(place)
     path, member = artefacts.place_and_member(place)

@@ -46,6 +46,7 @@ def config_of(golden: dict[str, np.ndarray]) -> Config:
         discount=own["gamma"],
         gae_lambda=own["gae_lambda"],
         clip=own["clip"],
+        value_clip=own["clip"],
         value_weight=own["vf_coef"],
         entropy_weight=own["ent_coef"],
         max_gradient_norm=own["max_grad_norm"],
