@@ -19,12 +19,11 @@ from purejax_bilevel.programs.learned_optimizers import ARTEFACT_KIND, load_weig
 from purejax_bilevel.programs.learned_optimizers import meta_training as meta
 from purejax_bilevel.programs.learned_optimizers.meta_training import Config
 from purejax_bilevel.programs.learned_optimizers.program import Config as PPOConfig
+from purejax_bilevel.programs.learned_optimizers.update_rules import PUBLISHED
 from purejax_bilevel.runtime import artefacts, loop
 from purejax_bilevel.runtime.compiled import CompiledProgram
 from purejax_bilevel.studies import command_line
 from tests.programs import programs
-
-PUBLISHED = Path(__file__).parents[2] / "data" / "open"
 
 SMALL = Config(
     agent_type="tests.programs.learned_optimizers.descent:DESCENT",
