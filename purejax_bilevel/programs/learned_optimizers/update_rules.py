@@ -155,8 +155,8 @@ def load(place: str) -> Weights:
         names = ", ".join(sorted(path.stem.removesuffix("_OPEN") for path in PUBLISHED.glob("*.npy")))
         own = ", ".join(sorted(path.stem for path in TRAINED.glob("*.safetensors")))
         raise UserError(
-            f"--optimizer open and no_features need --model, their weights: published ones ({names}), own ones ({own}), "
-            "a .npy file, or a run."
+            f"--optimizer open and no_features need --model, their weights: published ones ({names}), own ones "
+            f"({own}), a .npy file, or a run."
         )
     known = published(place)
     if known is not None:
