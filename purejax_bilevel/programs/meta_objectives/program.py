@@ -141,10 +141,11 @@ class MetaProgram(Program):
             What `TRIAL_MEASURES` names, unless `eval_agents` is 0, and what the agent measures.
         """
         own = self.agent.evaluate(config, state.learning, is_last)
-        if not self.trials:
+        yards = state.yardsticks
+        if yards is None:
             return own
-        found = self._lived(state.key, config, state.learning, state.yardsticks.params)
-        yards, mean = state.yardsticks, found.mean()
+        found = self._lived(state.key, config, state.learning, yards.params)
+        mean = found.mean()
         return own | {
             "unseen_return": mean,
             "a2c_normalised": mean / yards.a2c.mean(),
