@@ -192,10 +192,8 @@ def learn(
         own = jax.random.fold_in(key, number)
         permutation = jax.random.permutation(jax.random.fold_in(own, PERMUTATION), size)
         steps = (t * config.num_epochs + number) * config.num_minibatches + jnp.arange(config.num_minibatches)
-        clues = clues_of(steps, config, horizon) | {
-            "key": jax.random.split(jax.random.fold_in(own, NOISE), config.num_minibatches)
-        }
-        return epoch(learner, config, rule, batch, permutation, clues)
+        clues = clues_of(steps, config, horizon)
+        return epoch(learner, config, rule, batch, permutation, clues, jax.random.fold_in(own, NOISE))
 
     learner, losses = jax.lax.scan(one, learner, jnp.arange(config.num_epochs))
     return learner, jax.tree.map(jnp.mean, losses)
@@ -214,7 +212,13 @@ def clues_of(steps: jax.Array, config: PPO, horizon: int) -> dict[str, jax.Array
 
 
 def epoch(
-    learner: Learner, config: PPO, rule: Rule, batch: Batch, permutation: jax.Array, clues: Tree
+    learner: Learner,
+    config: PPO,
+    rule: Rule,
+    batch: Batch,
+    permutation: jax.Array,
+    clues: Tree,
+    key: jax.Array | None = None,
 ) -> tuple[Learner, dict[str, jax.Array]]:
     """One pass over a batch.
 
@@ -225,16 +229,19 @@ def epoch(
         batch: `[batch, ...]`.
         permutation: order of its rows `[batch]`, cut into consecutive minibatches.
         clues: further arguments of the optimiser, `[minibatches, ...]`.
+        key: of the optimiser's noise; None: it has none, or it is among the clues.
 
     Returns:
         The learner, and what was measured in each step `[minibatches]`.
     """
 
-    def one(learner: Learner, step: tuple[jax.Array, Tree]) -> tuple[Learner, dict[str, jax.Array]]:
-        rows, own_clues = step
-        return minibatch_step(learner, config, rule, jax.tree.map(lambda leaf: leaf[rows], batch), own_clues)
+    def one(learner: Learner, step: tuple[jax.Array, jax.Array, Tree]) -> tuple[Learner, dict[str, jax.Array]]:
+        number, rows, own = step
+        own = own if key is None else own | {"key": jax.random.fold_in(key, number)}
+        return minibatch_step(learner, config, rule, jax.tree.map(lambda leaf: leaf[rows], batch), own)
 
-    return jax.lax.scan(one, learner, (permutation.reshape(config.num_minibatches, -1), clues))
+    rows = permutation.reshape(config.num_minibatches, -1)
+    return jax.lax.scan(one, learner, (jnp.arange(config.num_minibatches), rows, clues))
 
 
 def minibatch_step(

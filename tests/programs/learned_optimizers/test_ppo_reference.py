@@ -56,7 +56,8 @@ def config_of(golden: dict[str, np.ndarray]) -> Config:
     if own["optimizer"] == "open":
         return replace(config, without="none" if own["noise"] else "noise")
     assert own["optimizer"] == "adam"
-    return replace(config, lr=own["adam_lr"], beta1=own["adam_b1"], beta2=own["adam_b2"], epsilon=own["adam_eps"])
+    rates = {"lr": own["adam_lr"], "beta1": own["adam_b1"], "beta2": own["adam_b2"], "epsilon": own["adam_eps"]}
+    return replace(config, **rates, anneal=1.0)
 
 
 def rule_of(golden: dict[str, np.ndarray], config: Config) -> Any:
@@ -70,11 +71,11 @@ def rollout_of(golden: dict[str, np.ndarray], number: int) -> ppo.Rollout:
     done = own["done"].astype(float)
     next_value = np.concatenate([own["value"][1:], own["last_value"][None]])
     values = (own["obs"], own["action"], own["log_prob"], own["value"], next_value, own["reward"], done, done)
-    return ppo.Rollout(*map(jnp.asarray, values))
+    return ppo.Rollout(*values)
 
 
 def clues_of(golden: dict[str, np.ndarray], config: Config, params: Any, steps: np.ndarray) -> Any:
-    """Of one epoch; with the recorded noise, where there is some."""
+    """Of all steps; with the recorded noise, where there is some."""
     clues = ppo.clues_of(jnp.asarray(steps), config, config.num_train_steps)
     for clock in ("training", "batch"):
         if f"steps/{clock}_prop" in golden:
@@ -97,65 +98,81 @@ def start_of(golden: dict[str, np.ndarray]) -> Any:
     return jax.tree.map(jnp.asarray, subtree(golden, "init/"))
 
 
-def test_advantages(golden: dict[str, np.ndarray], float64: Any, strict_promotion: Any) -> None:
-    config = config_of(golden)
-    batch = jax.jit(lambda rollout: ppo.batch_of(rollout, config))(rollout_of(golden, 0))
-    close(batch.advantage, golden["rollout0/advantages"].ravel())
-    close(batch.target, golden["rollout0/targets"].ravel())
+def stacked(golden: dict[str, np.ndarray], config: Config, params: Any) -> Any:
+    """For each iteration its rollout, and for each of its epochs the order of the rows and the optimiser's clues."""
+    numbers = range(config.num_train_steps)
+    rollouts = [rollout_of(golden, number) for number in numbers]
+    orders = np.stack([golden[f"rollout{number}/permutations"] for number in numbers])
+    shape = (config.num_train_steps, config.num_epochs, config.num_minibatches)
+    clues = clues_of(golden, config, params, np.arange(np.prod(shape)))
+    clues = jax.tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]), clues)
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *rollouts), orders, clues
 
 
-def test_first_losses_and_gradients(golden: dict[str, np.ndarray], float64: Any, strict_promotion: Any) -> None:
+def replayed(golden: dict[str, np.ndarray]) -> tuple[Config, Any]:
+    """The recorded run again: gradients of the first minibatch, these clipped, and activations; then networks at the
+    start of each iteration, batches, what each epoch leaves and measures."""
     config, params = config_of(golden), start_of(golden)
-    rows = golden["rollout0/permutations"][0].reshape(config.num_minibatches, -1)[0]
-    batch = jax.tree.map(lambda leaf: leaf[rows], ppo.batch_of(rollout_of(golden, 0), config))
-    gradients, (activations, measured) = jax.jit(jax.grad(lambda p: ppo.loss(p, config, batch), has_aux=True))(params)
-    close(gradients, subtree(golden, "step0/grad/"))
-    clipped, norms = ppo.clip_each(gradients, config.max_gradient_norm)
-    close(clipped, subtree(golden, "step0/grad_clipped/"))
-    for network, norm in norms.items():
-        name = network.removesuffix("_gradient_norm")
-        np.testing.assert_allclose(norm, golden[f"steps/grad_norm_{name}"][0], rtol=TOLERANCE)
-        for index, layer in enumerate(layer for layer in params[name] if layer != "log_std"):
-            close(activations[name][layer], golden[f"step0/activation/{name}/{index}"])
-    for name, entry in (("loss", "total_loss"), ("policy_loss", "actor_loss")):
-        np.testing.assert_allclose(measured[name], golden[f"steps/{entry}"][0], rtol=0, atol=TOLERANCE)
+    rule = rule_of(golden, config)
+    recorded = stacked(golden, config, params)
+
+    def iteration(learner: ppo.Learner, given: Any) -> Any:
+        rollout, orders, clues = given
+        networks = networks_at(learner.params, rollout, config)
+        batch = ppo.batch_of(rollout, config)
+
+        def epoch(learner: ppo.Learner, given: Any) -> Any:
+            learner, measured = ppo.epoch(learner, config, rule, batch, *given)
+            return learner, (learner.params, measured)
+
+        learner, epochs = jax.lax.scan(epoch, learner, (orders, clues))
+        return learner, (networks, batch, epochs)
+
+    @jax.jit
+    def run(params: Any, recorded: Any) -> Any:
+        first, orders, _ = jax.tree.map(lambda leaf: leaf[0], recorded)
+        rows = orders[0].reshape(config.num_minibatches, -1)[0]
+        batch = jax.tree.map(lambda leaf: leaf[rows], ppo.batch_of(first, config))
+        gradients, (activations, _) = jax.grad(ppo.loss, has_aux=True)(params, config, batch)
+        clipped = ppo.clip_each(gradients, config.max_gradient_norm)[0]
+        start = ppo.Learner(params, rule.init(params))
+        return gradients, clipped, activations, jax.lax.scan(iteration, start, recorded)[1]
+
+    return config, run(params, recorded)
+
+
+def networks_at(params: Any, rollout: ppo.Rollout, config: Config) -> tuple[jax.Array, jax.Array]:
+    """Values and log-probabilities of what was recorded, `[steps x envs]`."""
+    obs = rollout.obs.reshape(-1, rollout.obs.shape[-1])
+    policy = actor_critic.policy(params, obs, config.activation)
+    action = rollout.action.reshape(-1, *rollout.action.shape[2:])
+    return actor_critic.value(params, obs, config.activation), actor_critic.log_prob(policy, action)
 
 
 def test_every_step_of_a_run(golden: dict[str, np.ndarray], float64: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The original holds the places of layers, such as 1/3, in float32; so does this test."""
     exact = layout._proportions
     monkeypatch.setattr(layout, "_proportions", lambda *given: np.float32(exact(*given)).tolist())
-    config = config_of(golden)
-    rule, params = rule_of(golden, config), start_of(golden)
-    learner = ppo.Learner(params, rule.init(params))
-    one_epoch = jax.jit(lambda learner, *others: ppo.epoch(learner, config, rule, *others))
+    config, (gradients, clipped, activations, (networks, batches, (params, measured))) = replayed(golden)
+    close(gradients, subtree(golden, "step0/grad/"))
+    close(clipped, subtree(golden, "step0/grad_clipped/"))
+    for name, layers in activations.items():
+        for index, layer in enumerate(layer for layer in layers if layer != "log_std"):
+            close(layers[layer], golden[f"step0/activation/{name}/{index}"])
     for number in range(config.num_train_steps):
-        rollout = rollout_of(golden, number)
-        check_networks(learner.params, rollout, config)
-        batch = ppo.batch_of(rollout, config)
-        for index, permutation in enumerate(golden[f"rollout{number}/permutations"]):
-            first = (number * config.num_epochs + index) * config.num_minibatches
-            steps = first + np.arange(config.num_minibatches)
-            clues = clues_of(golden, config, params, steps)
-            learner, measured = one_epoch(learner, batch, jnp.asarray(permutation), clues)
-            check_measured(measured, golden, steps, number, index)
-            if number == index == 0:
-                close(learner.params, subtree(golden, f"step{steps[-1]}/after/"))
-        if number == 0:
-            close(learner.params, subtree(golden, "after_update0/"))
-    close(learner.params, subtree(golden, "final/"))
+        own = subtree(golden, f"rollout{number}/")
+        close(networks[0][number], own["value"].ravel())
+        close(networks[1][number], own["log_prob"].ravel())
+        close(batches.advantage[number], own["advantages"].ravel())
+        close(batches.target[number], own["targets"].ravel())
+    at = lambda *place: jax.tree.map(lambda leaf: leaf[place], params)  # noqa: E731
+    close(at(0, 0), subtree(golden, f"step{config.num_minibatches - 1}/after/"))
+    close(at(0, -1), subtree(golden, "after_update0/"))
+    close(at(-1, -1), subtree(golden, "final/"))
+    check_measured(measured, golden)
 
 
-def check_networks(params: Any, rollout: ppo.Rollout, config: Config) -> None:
-    """Values and log-probabilities were recorded with the parameters of that time."""
-    obs = rollout.obs.reshape(-1, rollout.obs.shape[-1])
-    close(actor_critic.value(params, obs, config.activation), rollout.value.ravel())
-    policy = actor_critic.policy(params, obs, config.activation)
-    action = rollout.action.reshape(-1, *rollout.action.shape[2:])
-    close(actor_critic.log_prob(policy, action), rollout.log_prob.ravel())
-
-
-def check_measured(measured: Any, golden: dict[str, np.ndarray], steps: np.ndarray, number: int, epoch: int) -> None:
+def check_measured(measured: Any, golden: dict[str, np.ndarray]) -> None:
     recorded = {
         "loss": "total_loss",
         "policy_loss": "actor_loss",
@@ -166,11 +183,11 @@ def check_measured(measured: Any, golden: dict[str, np.ndarray], steps: np.ndarr
         "update_norm": "param_l2_change",
     }
     for name, entry in recorded.items():
-        close(measured[name], golden[f"steps/{entry}"][steps])
-    ratio = golden["steps/ratio"][steps]
-    np.testing.assert_allclose(measured["clipped_share"], (np.abs(ratio - 1) > 0.2).mean(1))
-    np.testing.assert_allclose(measured["divergence"], (ratio - 1 - np.log(ratio)).mean(1), atol=TOLERANCE)
-    np.testing.assert_allclose(measured["dormant_share"], golden["metric/dormancy"][number, epoch], rtol=1e-12)
+        close(measured[name].ravel(), golden[f"steps/{entry}"])
+    ratio = golden["steps/ratio"]
+    np.testing.assert_allclose(measured["clipped_share"].ravel(), (np.abs(ratio - 1) > 0.2).mean(1))
+    np.testing.assert_allclose(measured["divergence"].ravel(), (ratio - 1 - np.log(ratio)).mean(1), atol=TOLERANCE)
+    np.testing.assert_allclose(measured["dormant_share"], golden["metric/dormancy"], rtol=1e-12)
 
 
 def test_the_files_reach_the_clip() -> None:
