@@ -231,7 +231,7 @@ def test_bad_input_gets_a_sentence(changes: dict[str, Any], sentence: str) -> No
 
 PPO = (
     "--env_name GridWorld-debug --num_envs 2 --num_steps 5 --num_epochs 2 --num_minibatches 2 --hidden_dim 4 "
-    "--quiet --devices 1"
+    "--num_layers 1 --quiet --devices 1"
 )
 
 
