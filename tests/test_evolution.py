@@ -183,8 +183,7 @@ def test_candidates_are_mirrored_trees(name: str) -> None:
     assert [evolution.pair_of(i, 6) for i in range(6)] == [0, 1, 2, 0, 1, 2]
 
 
-@pytest.mark.parametrize("shaping", ["ranks", "pairs"])
-@pytest.mark.parametrize("name", ["open_es", "pgpe"])
+@pytest.mark.parametrize(("name", "shaping"), [("open_es", "ranks"), ("open_es", "pairs"), ("pgpe", "ranks")])
 def test_members_climb_with_their_own_rates(name: str, shaping: str) -> None:
     """Two members of one compiled program; the one with a tiny rate stays where it is."""
     goal = jnp.asarray([1.0, -2.0, 0.5])
@@ -208,7 +207,7 @@ def test_members_climb_with_their_own_rates(name: str, shaping: str) -> None:
     assert jnp.linalg.norm(means[0] - goal) < 0.15
     assert jnp.linalg.norm(means[1]) < 1e-3
     assert (sigmas >= 0.05 - 1e-7).all()
-    if name == "pgpe" and shaping == "ranks":
+    if name == "pgpe":
         assert (sigmas[0] < 0.19).all()  # near the optimum a smaller spread is better
 
 
@@ -217,10 +216,15 @@ def test_equal_fitness_moves_nothing(name: str) -> None:
     for shaping in ("ranks", "pairs"):
         settings = Evolution(strategy=name, population=8, fitness_shaping=shaping)
         strategy = Strategy(settings, jnp.zeros(4))
-        state = strategy.init(jnp.ones(4), settings)
-        asked = strategy.ask(jax.random.key(0), state, settings)
-        after = strategy.tell(asked, evolution.shaped(jnp.full(8, 3.0), settings), state, settings)
-        np.testing.assert_allclose(after.mean, state.mean, atol=1e-7)
+
+        @jax.jit
+        def generation(strategy: Strategy = strategy, settings: Evolution = settings) -> SearchState:
+            state = strategy.init(jnp.ones(4), settings)
+            asked = strategy.ask(jax.random.key(0), state, settings)
+            return strategy.tell(asked, evolution.shaped(jnp.full(8, 3.0), settings), state, settings)
+
+        after = generation()
+        np.testing.assert_allclose(after.mean, jnp.ones(4), atol=1e-7)
         assert after.generation == 1
 
 

@@ -15,7 +15,7 @@ from purejax_bilevel import scripts
 from purejax_bilevel.configuration import replace
 from purejax_bilevel.errors import UserError
 from purejax_bilevel.program import alone
-from purejax_bilevel.programs.learned_optimizers import ARTEFACT_KIND, load_weights, open_optimizer
+from purejax_bilevel.programs.learned_optimizers import ARTEFACT_KIND, load_weights, open_optimizer, update_rules
 from purejax_bilevel.programs.learned_optimizers import meta_training as meta
 from purejax_bilevel.programs.learned_optimizers.meta_training import Config
 from purejax_bilevel.programs.learned_optimizers.program import Config as PPOConfig
@@ -183,6 +183,17 @@ def test_published_weights_may_be_the_start() -> None:
     np.testing.assert_array_equal(state.search.mean, load_weights(path))
 
 
+@pytest.mark.parametrize("path", sorted(update_rules.TRAINED.glob("*.safetensors")), ids=lambda path: path.stem)
+def test_own_weights_are_small_and_read_by_name(path: Path) -> None:
+    assert sum(file.stat().st_size for file in (path, path.with_suffix(".json"))) < 100_000
+    artefact = artefacts.load(path, ARTEFACT_KIND)
+    for member in range(len(artefact.about["members"])):
+        weights = update_rules.load(f"{path.stem}#{member}")
+        np.testing.assert_array_equal(weights, artefact.member(member)["weights"])
+        assert np.abs(weights).max() > 0.1
+    assert artefact.about["config"]["agent_type"] == "open_training"
+
+
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 
@@ -220,7 +231,7 @@ def test_bad_input_gets_a_sentence(changes: dict[str, Any], sentence: str) -> No
 
 PPO = (
     "--env_name GridWorld-debug --num_envs 2 --num_steps 5 --num_epochs 2 --num_minibatches 2 --hidden_dim 4 "
-    "--quiet --devices 1"
+    "--num_layers 1 --quiet --devices 1"
 )
 
 
