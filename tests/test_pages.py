@@ -22,6 +22,7 @@ from typing import Any
 import jax
 import pytest
 import yaml
+from matplotlib import pyplot
 
 import purejax_bilevel
 from purejax_bilevel import ContinuousConfig, RegressionConfig, RLConfig, RunOptions, TabularConfig, run, scripts
@@ -265,6 +266,7 @@ def test_python_of_the_page_on_results_runs(first_page: Path, monkeypatch: pytes
     assert len(texts) == 3
     for text in texts:
         exec(text, {})
+    pyplot.close("all")  # xarray's own plots stay open
     assert Path("curves.png").is_file()
 
 

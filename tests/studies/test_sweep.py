@@ -299,7 +299,7 @@ def test_intervals(interval):
 
 @pytest.mark.parametrize("scale", presets.SCALES)
 @pytest.mark.parametrize("name", presets.PRESETS)
-def test_presets_are_complete(name, scale):
+def test_presets_are_complete(name, scale, files_of_presets):
     content = presets.preset(name, scale)
     assert "paper" not in content
     if content.get("settings", {}).get("env_name") == "halfcheetah":  # comes with an extra
@@ -313,7 +313,7 @@ def test_presets_are_complete(name, scale):
         # Minutes on two cores at 5500 and, on average over the agents, 1500 steps/s.
         assert members * steps <= {"rl": 1.6e6, "continuous": 4.5e5}[checked.program]
     if scale == "paper":
-        original = {"rl": 200_000, "continuous": 1_000_000, "regression": 5000, "tabular": 10_000}
+        original = {"rl": 200_000, "continuous": 1_000_000, "regression": 5000, "tabular": 10_000, "offline": 500_000}
         original["ppo"] = {"open_ablation": 24, "open_gridworld_transfer": 1464}.get(name, 1220)
         assert steps == original[checked.program]
         assert checked.seeds.count >= 10
