@@ -32,6 +32,7 @@ LEARNED = ("open", "no_features")
 
 UNUSED = 1.0  # stands for a rate that an optimiser does not have: fields are numbers
 PUBLISHED = Path(__file__).parent / "published"  # the vectors of OPEN's authors (Apache-2.0)
+TRAINED = Path(__file__).parent / "trained"  # artefacts of this project's own meta-training
 
 
 def with_rates(config: C) -> C:
@@ -62,6 +63,12 @@ def with_model(config: C) -> C:
 def published(name: str) -> Path | None:
     """The file of published weights: ant, asterix, breakout, freeway, gridworld, multi or spaceinvaders."""
     path = PUBLISHED / f"{name}_OPEN.npy"
+    return path if name.isidentifier() and path.is_file() else None
+
+
+def _trained(name: str) -> Path | None:
+    """The file of this project's own weights: cartpole."""
+    path = TRAINED / f"{name}.safetensors"
     return path if name.isidentifier() and path.is_file() else None
 
 
@@ -138,16 +145,18 @@ def load(place: str) -> Weights:
     """Reads the weights that `--model` names.
 
     Args:
-        place: the name of published weights, a `.npy` file, or an artefact as `runs/x`, `runs/x#3`.
+        place: the name of published weights, a `.npy` file, or an artefact: one that comes with the project
+            (`cartpole`, `cartpole#1`) or that of a run (`runs/x`, `runs/x#3`).
 
     Raises:
         UserError: they are not there, or of another kind or length.
     """
     if not place:
         names = ", ".join(sorted(path.stem.removesuffix("_OPEN") for path in PUBLISHED.glob("*.npy")))
+        own = ", ".join(sorted(path.stem for path in TRAINED.glob("*.safetensors")))
         raise UserError(
-            f"--optimizer open and no_features need --model, their weights: published ones ({names}), a .npy file, "
-            "or a run."
+            f"--optimizer open and no_features need --model, their weights: published ones ({names}), own ones "
+            f"({own}), a .npy file, or a run."
         )
     known = published(place)
     if known is not None:
@@ -155,7 +164,7 @@ def load(place: str) -> Weights:
     if place.endswith(".npy"):
         return load_weights(place)
     path, member = artefacts.place_and_member(place)
-    found = artefacts.load(path, ARTEFACT_KIND).member(member)
+    found = artefacts.load(_trained(path) or path, ARTEFACT_KIND).member(member)
     for vector in found.values():
         check_weights(vector)
     return found.get("weights", found)

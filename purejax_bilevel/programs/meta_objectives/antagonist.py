@@ -11,8 +11,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from purejax_bilevel.programs.meta_objectives import learners, worlds
+from purejax_bilevel.programs.meta_objectives import learners, population, worlds
 from purejax_bilevel.programs.meta_objectives.learners import Agent
+from purejax_bilevel.programs.meta_objectives.population import Life
 from purejax_bilevel.programs.meta_objectives.settings import MetaTraining
 from purejax_bilevel.programs.meta_objectives.worlds import Acting, World
 
@@ -24,12 +25,11 @@ class Antagonist(flax.struct.PyTreeNode):
     acting: Acting
 
 
-def born(world: World, config: MetaTraining, params: Any, lifetime: jax.Array, key: jax.Array) -> Antagonist:
-    """A new antagonist; the key is consumed."""
-    actor_key, critic_key, begin_key = jax.random.split(key, 3)
-    actor = world.build.learner(actor_key, world.build.num_actions)
-    agent = Agent(actor, world.build.learner(critic_key, 1), jnp.zeros_like(lifetime), lifetime)
-    return Antagonist(agent, worlds.begin(world, params, begin_key, config.env_workers))
+def born(world: World, config: MetaTraining, life: Life, key: jax.Array) -> Antagonist:
+    """The antagonist of a new life; the key is consumed."""
+    agent_key, begin_key = jax.random.split(key)
+    agent = population.new_agent(world, agent_key, life.judged.agent.lifetime, 1)
+    return Antagonist(agent, worlds.begin(world, life.params, begin_key, config.env_workers))
 
 
 def train(

@@ -6,15 +6,13 @@ Source: Jackson et al. 2024, "Discovering temporally-aware reinforcement learnin
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from purejax_bilevel.programs.meta_objectives import worlds
+from purejax_bilevel.programs.meta_objectives import population
 from purejax_bilevel.programs.meta_objectives.curriculum import Lot
-from purejax_bilevel.programs.meta_objectives.learners import Agent
-from purejax_bilevel.programs.meta_objectives.meta_gradient import Switches, follow
 from purejax_bilevel.programs.meta_objectives.network import Weights
 from purejax_bilevel.programs.meta_objectives.settings import MetaTraining
 from purejax_bilevel.programs.meta_objectives.worlds import World
@@ -28,12 +26,11 @@ class Candidate(NamedTuple):
     key: jax.Array  # of all that chance decides in the life: the same for both of a pair
 
 
-def fitness(world: World, switches: Switches, config: MetaTraining, candidates: Candidate, parts: int) -> jax.Array:
+def fitness(world: World, config: MetaTraining, candidates: Candidate, parts: int) -> jax.Array:
     """Mean undiscounted returns `[candidates]` of whole episodes by the last policies of their agents.
 
     Args:
         world: where agents live.
-        switches: what objectives read.
         config: of one member.
         candidates: to be tried.
         parts: that they are divided in, lived one after another; a divisor of the population.
@@ -44,40 +41,20 @@ def fitness(world: World, switches: Switches, config: MetaTraining, candidates: 
 
     def live_part(part: Candidate) -> jax.Array:
         longest = part.lot.lifetime.max()
-        return jax.vmap(lambda candidate: live(world, switches, config, candidate, longest))(part)
+        return jax.vmap(lambda candidate: live(world, config, candidate, longest))(part)
 
     found = jax.lax.map(live_part, divided).ravel()
     return jnp.zeros_like(found).at[order].set(found)
 
 
-def live(world: World, switches: Switches, config: MetaTraining, candidate: Candidate, longest: Any) -> jax.Array:
+def live(world: World, config: MetaTraining, candidate: Candidate, longest: jax.Array) -> jax.Array:
     """Mean return `[]` of an agent at the end of its life; it does not depend on `longest`, if that is long enough.
 
     Args:
         world: where it lives.
-        switches: what objectives read.
         config: of one member.
         candidate: one.
         longest: updates after which it is over for sure.
     """
     weights, lot, key = candidate
-    agent_key, begin_key, life_key, play_key = jax.random.split(key, 4)
-    agent = born(world, config, agent_key, lot.lifetime)
-    acting = worlds.begin(world, lot.params, begin_key, config.env_workers)
-
-    def update(t: jax.Array, carry: tuple[Agent, worlds.Acting]) -> tuple[Agent, worlds.Acting]:
-        agent, acting = carry
-        own_key, steps = jax.random.fold_in(life_key, t), config.train_rollout_len
-        acting, rollout, _ = worlds.collect(world, lot.params, agent.actor.network, acting, own_key, steps)
-        return follow(world.build, switches, config, weights, agent, rollout)[0], acting
-
-    agent, _ = jax.lax.fori_loop(0, longest, update, (agent, acting))
-    return worlds.play(world, lot.params, agent.actor.network, play_key, config.env_workers).mean()
-
-
-def born(world: World, config: MetaTraining, key: jax.Array, lifetime: jax.Array) -> Agent:
-    """A new agent of an objective; the key is consumed."""
-    actor_key, critic_key = jax.random.split(key)
-    actor = world.build.learner(actor_key, world.build.num_actions)
-    critic = world.build.learner(critic_key, config.lpg_target_width)
-    return Agent(actor, critic, jnp.zeros_like(lifetime), lifetime)
+    return population.trial(world, config, weights, lot.params, key, lifetime=lot.lifetime, longest=longest)

@@ -194,7 +194,10 @@ class MetaTestProgram(Program):
         acting, rollout, returns = collect(key, config.train_rollout_len)
         agent = self.agent.step(self.world, config, shared, agent, rollout)
         chances = learners.probabilities(agent.actor.network, learners.first_observations(rollout))
-        metrics = {"training_return": returns, "policy_entropy": (learners.entropy(chances), jnp.ones(()))}
+        metrics = {
+            "training_return": (returns.total, returns.number),
+            "policy_entropy": (learners.entropy(chances), jnp.ones(())),
+        }
         return state.replace(agent=agent, acting=acting), metrics
 
     def evaluate(

@@ -13,7 +13,7 @@ from purejax_bilevel.programs.meta_objectives.learners import Agent, Rollout
 from purejax_bilevel.programs.meta_objectives.meta_gradient import Judged, Switches, Terms
 from purejax_bilevel.programs.meta_objectives.network import Weights
 from purejax_bilevel.programs.meta_objectives.settings import MetaTraining, defects
-from purejax_bilevel.programs.meta_objectives.worlds import Acting, World
+from purejax_bilevel.programs.meta_objectives.worlds import Acting, Finished, World
 
 
 class Life(flax.struct.PyTreeNode):
@@ -32,7 +32,8 @@ class Lived(NamedTuple):
     """What one agent's part of a meta-step was like."""
 
     terms: Terms
-    returns: tuple[jax.Array, jax.Array]  # sum and number of those of finished episodes
+    returns: Finished
+    rollout: Rollout  # the last one
 
 
 def switches_of(config: MetaTraining) -> Switches:
@@ -43,8 +44,13 @@ def switches_of(config: MetaTraining) -> Switches:
 
 def born(world: World, config: MetaTraining, key: jax.Array) -> Life:
     """A new agent on a new level; the key is consumed."""
-    level_key, lifetime_key, agent_key, value_key, begin_key = jax.random.split(key, 5)
-    params, lifetime = world.draw(level_key), world.draw_lifetime(lifetime_key, config.lifetime)
+    level_key, lifetime_key, key = jax.random.split(key, 3)
+    return born_in(world, config, key, world.draw(level_key), world.draw_lifetime(lifetime_key, config.lifetime))
+
+
+def born_in(world: World, config: MetaTraining, key: jax.Array, params: Any, lifetime: jax.Array) -> Life:
+    """A new agent in a given environment; the key is consumed."""
+    agent_key, value_key, begin_key = jax.random.split(key, 3)
     agent = new_agent(world, agent_key, lifetime, config.lpg_target_width)
     judged = Judged(agent, world.build.learner(value_key, 1))
     return Life(params, judged, worlds.begin(world, params, begin_key, config.env_workers))
@@ -71,14 +77,18 @@ def reborn(world: World, config: MetaTraining, keys: jax.Array, lives: Life) -> 
     """The lives `[agents here, ...]` with a new one in place of each that is over."""
 
     def replaced() -> Life:
-        fresh = jax.vmap(lambda key: born(world, config, key))(keys)
-        before, agent = lives.judged.agent, fresh.judged.agent
-        aged = agent.replace(step=jnp.where(before.lifetime == 0, first_ages(config, agent.lifetime), agent.step))
-        fresh = fresh.replace(judged=fresh.judged.replace(agent=aged))
-        choose = lambda over, *both: jax.tree.map(lambda new, old: jnp.where(over, new, old), *both)  # noqa: E731
-        return jax.vmap(choose)(lives.is_over, fresh, lives)
+        return renewed(config, lives, jax.vmap(lambda key: born(world, config, key))(keys))
 
     return jax.lax.cond(lives.is_over.any(), replaced, lambda: lives)
+
+
+def renewed(config: MetaTraining, lives: Life, fresh: Life) -> Life:
+    """The lives `[agents here, ...]` with fresh ones where they are over; the first ones of all have their ages."""
+    before, agent = lives.judged.agent, fresh.judged.agent
+    aged = agent.replace(step=jnp.where(before.lifetime == 0, first_ages(config, agent.lifetime), agent.step))
+    fresh = fresh.replace(judged=fresh.judged.replace(agent=aged))
+    choose = lambda over, *both: jax.tree.map(lambda new, old: jnp.where(over, new, old), *both)  # noqa: E731
+    return jax.vmap(choose)(lives.is_over, fresh, lives)
 
 
 def first_ages(config: MetaTraining, lifetime: jax.Array) -> jax.Array:
@@ -137,23 +147,33 @@ def _loss(
     world: World, config: MetaTraining, weights: Weights, life: Life, key: jax.Array
 ) -> tuple[jax.Array, tuple[Life, Lived]]:
     def collect(k: jax.Array, actor: learners.Network, place: tuple) -> tuple[tuple, Rollout]:
-        acting, total, number = place
+        acting, finished, _ = place
         own = jax.random.fold_in(key, k)
         acting, rollout, found = worlds.collect(world, life.params, actor, acting, own, config.train_rollout_len)
-        return (acting, total + found[0], number + found[1]), rollout
+        return (acting, finished.joined(found), rollout), rollout
 
-    nothing = jnp.zeros_like(life.acting.episode_return[0])
-    given = (weights, life.judged, (life.acting, nothing, nothing), collect)
+    actor, zero = life.judged.agent.actor.network, jnp.zeros(())
+    start = (life.acting, Finished(zero, zero, jnp.full((), -jnp.inf)))
+    unseen = jax.eval_shape(lambda key: collect(jnp.int32(0), actor, (*start, None))[1], key)
+    unseen = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), unseen)
+    given = (weights, life.judged, (*start, unseen), collect)
     loss, (judged, place, terms) = meta_gradient.meta_loss(world.build, switches_of(config), config, *given)
-    acting, *returns = place
-    return loss, (life.replace(judged=judged, acting=acting), Lived(terms, tuple(returns)))
+    acting, finished, rollout = place
+    return loss, (life.replace(judged=judged, acting=acting), Lived(terms, finished, rollout))
 
 
 # --- trials -----------------------------------------------------------------------------------------------------------
 
 
 def trial(
-    world: World, config: MetaTraining, weights: Weights, params: Any, key: jax.Array, is_a2c: jax.Array | bool = False
+    world: World,
+    config: MetaTraining,
+    weights: Weights,
+    params: Any,
+    key: jax.Array,
+    is_a2c: jax.Array | bool = False,
+    lifetime: jax.Array | None = None,
+    longest: jax.Array | None = None,
 ) -> jax.Array:
     """Mean return `[]` of an agent at the end of a whole life.
 
@@ -164,9 +184,12 @@ def trial(
         params: of its environment.
         key: consumed.
         is_a2c: whether it learns by A2C instead; its value is then the first output of its critic.
+        lifetime: of the agent; None: the longest of the environment.
+        longest: lifetime of those that live side by side with it; nothing else than time depends on it.
     """
     agent_key, begin_key, life_key, play_key = jax.random.split(key, 4)
-    lifetime = jnp.where(config.lifetime > 0, config.lifetime, world.lifetime[1]).astype(jnp.int32)
+    if lifetime is None:
+        lifetime = jnp.where(config.lifetime > 0, config.lifetime, world.lifetime[1]).astype(jnp.int32)
     agent = new_agent(world, agent_key, lifetime, config.lpg_target_width)
     acting = worlds.begin(world, params, begin_key, config.env_workers)
     switches = switches_of(config)
@@ -185,5 +208,5 @@ def trial(
             return by_objective(agent, rollout), acting
         return jax.lax.cond(is_a2c, by_a2c, by_objective, agent, rollout), acting
 
-    agent, _ = jax.lax.fori_loop(0, lifetime, step, (agent, acting))
+    agent, _ = jax.lax.fori_loop(0, lifetime if longest is None else longest, step, (agent, acting))
     return worlds.play(world, params, agent.actor.network, play_key, config.env_workers).mean()

@@ -16,13 +16,14 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from purejax_bilevel.configuration import changed, configuration, replace, validate, values_of
+from purejax_bilevel.configuration import changed, configuration, replace, validate
 from purejax_bilevel.environments.grid_world import GridWorld, optimal_return
 from purejax_bilevel.errors import UserError
 from purejax_bilevel.program import POPULATION, Measure, Metrics, Program, Stage, Tree, population_gather
 from purejax_bilevel.programs.meta_objectives import network, population, worlds
-from purejax_bilevel.programs.meta_objectives.agents import AGENTS, Learning
-from purejax_bilevel.programs.meta_objectives.settings import MetaTraining, Task
+from purejax_bilevel.programs.meta_objectives.agents import Learning
+from purejax_bilevel.programs.meta_objectives.registry import AGENTS
+from purejax_bilevel.programs.meta_objectives.settings import Levels, MetaTraining, Search, Task
 from purejax_bilevel.programs.meta_objectives.worlds import World
 
 # Named streams of random numbers; a constant each, so that adding one moves no other.
@@ -33,7 +34,7 @@ NEAR = 0.75  # of A2C's return: what counts as near
 
 
 @configuration
-class Config(MetaTraining):
+class Config(Levels, Search, MetaTraining):
     """Settings of one training program; a traced field may hold several values, one per point of a grid."""
 
     agent_type: str = changed(Task, "agent_type", "lpg", choices=AGENTS)
@@ -67,17 +68,10 @@ class Config(MetaTraining):
 
 def _check_together(config: Config, world: World) -> None:
     AGENTS.check_settings(config)
-    if config.num_agents % config.num_mini_batches:
-        raise UserError(
-            f"--num_mini_batches {config.num_mini_batches} must divide the {config.num_agents} agents of --num_agents."
-        )
-    for given in values_of(config.lifetime):
-        shortest = given or world.lifetime[0]
-        if config.num_agent_updates > shortest:
-            raise UserError(
-                f"--num_agent_updates {config.num_agent_updates} is above the shortest lifetime, {shortest} updates; "
-                "lower it or raise --lifetime."
-            )
+    field = AGENTS[config.agent_type].population
+    if getattr(config, field) % config.num_mini_batches:
+        raise UserError(f"--num_mini_batches {config.num_mini_batches} must divide --{field} {getattr(config, field)}.")
+    AGENTS[config.agent_type].check(config, world)
 
 
 class Yardsticks(flax.struct.PyTreeNode):
@@ -109,10 +103,10 @@ class MetaProgram(Program):
 
     def __init__(self, config: Config):
         self.world, self.agent = worlds.make(config.env_name), AGENTS[config.agent_type]
-        self.population = config.num_agents
+        self.population = getattr(config, self.agent.population)
         self.trials = config.eval_agents
-        self.measures = MEASURES + (TRIAL_MEASURES if self.trials else ())
-        self.headline = "unseen_return" if self.trials else "training_return"
+        self.measures = self.agent.measures + (TRIAL_MEASURES if self.trials else ())
+        self.headline = "unseen_return" if self.trials else self.agent.measures[0].name
         self.stages = (
             Stage(config.num_train_steps, config.eval_frequency, self.update, self.evaluate, most_block_steps=1),
         )
@@ -144,13 +138,15 @@ class MetaProgram(Program):
         """Whole lives of new agents under the objective, always on the same levels, on which nobody learns.
 
         Returns:
-            What `TRIAL_MEASURES` names; nothing with `eval_agents` 0.
+            What `TRIAL_MEASURES` names, unless `eval_agents` is 0, and what the agent measures.
         """
-        if not self.trials:
-            return {}
-        found = self._lived(state.key, config, state.learning, state.yardsticks.params)
-        yards, mean = state.yardsticks, found.mean()
-        return {
+        own = self.agent.evaluate(config, state.learning, is_last)
+        yards = state.yardsticks
+        if yards is None:
+            return own
+        found = self._lived(state.key, config, state.learning, yards.params)
+        mean = found.mean()
+        return own | {
             "unseen_return": mean,
             "a2c_normalised": mean / yards.a2c.mean(),
             "optimum_normalised": mean / yards.optimum.mean(),
@@ -202,19 +198,6 @@ def _own(key: jax.Array, stream: int, number: jax.Array) -> jax.Array:
     return jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(key, TRIALS), stream), number)
 
 
-MEASURES = (
-    Measure("training_return", "return of the episodes finished in training, by agents of all ages", better="higher"),
-    Measure("meta_loss", "loss of the objective"),
-    Measure("policy_loss", "minus the advantage-weighted log-probabilities of updated agents"),
-    Measure("value_loss", "loss of the meta-loss's value critics", better="lower"),
-    Measure("policy_entropy", "entropy of updated policies"),
-    Measure("target_entropy", "entropy of updated predictions"),
-    Measure("policy_l2", "mean square of pi_hat"),
-    Measure("target_l2", "mean summed square of y_hat"),
-    Measure("divergence", "divergence of predictions from y_hat"),
-    Measure("meta_gradient_norm", "norm of the meta-gradient"),
-    Measure("ended_lives", "lives that ended, per meta-step"),
-)
 LEVELS = ("level",)
 TRIAL_MEASURES = (
     Measure("unseen_return", "return at the end of a life on levels of the trials", better="higher"),

@@ -3,16 +3,20 @@
 Functions take the narrowest group that has what they need.
 """
 
+from typing import Literal
+
 from purejax_bilevel.configuration import (
     FRACTION,
     NONNEGATIVE,
     POSITIVE,
     Check,
     at_least,
+    changed,
     configuration,
     static,
     traced,
 )
+from purejax_bilevel.evolution import EVEN, GROUP, Evolution
 
 DEFECTS = {
     "B1": "the meta-loss's value critic is never trained",
@@ -83,7 +87,9 @@ class Network:
 class MetaGradient:
     """The loss of the learned objective."""
 
-    num_agent_updates: int = static(5, "updates of the agents that a meta-gradient goes through", at_least(1), "meta")
+    num_agent_updates: int = static(
+        5, "updates of the agents that a meta-gradient goes through", at_least(1), "meta", particular=True
+    )
     lpg_policy_entropy_coeff: float = traced(5e-2, "weight of the policies' entropy", NONNEGATIVE, "meta")
     lpg_target_entropy_coeff: float = traced(1e-3, "weight of the predictions' entropy", NONNEGATIVE, "meta")
     lpg_policy_l2_coeff: float = traced(5e-3, "weight of the squares of pi_hat", NONNEGATIVE, "meta")
@@ -99,7 +105,7 @@ class MetaTraining(Task, Rollouts, Updates, Network, MetaGradient):
     eval_agents: int = static(
         8, "agents that live on levels of their own in every evaluation (0: none)", at_least(0), "schedule"
     )
-    num_agents: int = static(512, "agents that live at the same time", at_least(1), "meta")
+    num_agents: int = static(512, "agents that live at the same time", at_least(1), "meta", particular=True)
     num_mini_batches: int = static(
         1, "parts that a meta-step goes through one after another, to save memory", at_least(1), "meta"
     )
@@ -108,3 +114,62 @@ class MetaTraining(Task, Rollouts, Updates, Network, MetaGradient):
         None, "Adam rate of the objective (default: as the agent)", POSITIVE, "meta"
     )
     compat: str = static("", f"defects of the released code to restore: {COMPAT.allowed}", COMPAT, "meta")
+
+
+@configuration
+class Levels:
+    """Which levels agents live on."""
+
+    score_function: Literal[
+        "random", "frozen", "alg_regret", "optimal_regret", "positive_value_loss", "l1_value_loss", "max_mc"
+    ] = static("alg_regret", "what levels are chosen by", group="levels", particular=True)
+    buffer_size: int = static(4000, "levels that are kept", at_least(1), "levels", particular=True)
+    score_transform: Literal["rank", "proportional"] = static(
+        "rank", "a level's weight: rank^(-1 / temperature) or exp(score / temperature)", group="levels", particular=True
+    )
+    score_temperature: float = traced(0.3, "temperature of these weights", POSITIVE, "levels")
+    staleness_coeff: float = traced(0.1, "share of the weight by the time since a level was used", FRACTION, "levels")
+    p_replay: float = traced(0.5, "probability that a new life is on a level replayed", FRACTION, "levels")
+
+
+@configuration
+class Search(Evolution):
+    """How an evolution strategy searches for an objective; defaults are those of TA-LPG."""
+
+    strategy: Literal["open_es", "pgpe"] = static(
+        "open_es",
+        "one sigma with a schedule (OpenAI-ES), or a learned one per parameter (PGPE)",
+        None,
+        GROUP,
+        particular=True,
+    )
+    population: int = static(1024, "candidates of a generation, in mirrored pairs", EVEN, GROUP, particular=True)
+    fitness_shaping: Literal["ranks", "pairs"] = static(
+        "pairs",
+        "a candidate's rank in the population, or which one of each mirrored pair is better",
+        None,
+        GROUP,
+        particular=True,
+    )
+    ties: Literal["shared", "by_order"] = static(
+        "shared",
+        "equal fitness: equal shares, or the second of a pair wins, as in the released code (B9)",
+        None,
+        GROUP,
+        particular=True,
+    )
+    es_optimizer: Literal["adam", "sgd"] = static("adam", "steps of the mean", None, GROUP, particular=True)
+    sigma: float = changed(Evolution, "sigma", 0.1)
+    sigma_decay: float = changed(Evolution, "sigma_decay", 1.0)
+    es_lr: float = changed(Evolution, "es_lr", 1e-2)
+    es_lr_floor: float = changed(Evolution, "es_lr_floor", 1e-5)
+
+
+@configuration
+class LevelTraining(Levels, MetaTraining):
+    """Meta-gradients on chosen levels."""
+
+
+@configuration
+class SearchTraining(Search, MetaTraining):
+    """Evolution on whole lives."""

@@ -6,7 +6,7 @@ long as the one-hot vectors.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -104,6 +104,19 @@ def _minatar(name: str) -> tuple[Environment, Any]:
 # --- acting -----------------------------------------------------------------------------------------------------------
 
 
+class Finished(NamedTuple):
+    """Returns of the episodes that ended in some steps."""
+
+    total: jax.Array
+    number: jax.Array
+    highest: jax.Array  # -inf if there are none
+
+    def joined(self, later: "Finished") -> "Finished":
+        """With those of later steps."""
+        highest = jnp.maximum(self.highest, later.highest)
+        return Finished(self.total + later.total, self.number + later.number, highest)
+
+
 class Acting(flax.struct.PyTreeNode):
     """Where the workers of an agent are."""
 
@@ -128,7 +141,7 @@ def choose(key: jax.Array, chances: jax.Array) -> jax.Array:
 
 def collect(
     world: World, params: Any, actor: Network, acting: Acting, key: jax.Array, steps: int
-) -> tuple[Acting, Rollout, tuple[jax.Array, jax.Array]]:
+) -> tuple[Acting, Rollout, Finished]:
     """Some steps of all workers with one policy.
 
     Args:
@@ -140,7 +153,7 @@ def collect(
         steps: of each worker.
 
     Returns:
-        Where the workers are then, what they saw, and the sum and number of the returns of finished episodes.
+        Where the workers are then, what they saw, and the returns of finished episodes: sum, number and highest.
     """
     workers = acting.episode_return.shape[0]
     environment_step = jax.vmap(world.environment.step, (0, 0, 0, None))
@@ -154,12 +167,13 @@ def collect(
         total = acting.episode_return + reward
         observation = jax.vmap(world.observe, (0, 0, None))(obs, state, params)
         after = Acting(state, observation, jnp.where(done, 0.0, total))
-        return after, (acting.observation, action, reward, done, jnp.where(done, total, 0.0))
+        return after, (acting.observation, action, reward, done, total)
 
     acting, (seen, action, reward, done, totals) = jax.lax.scan(step, acting, jnp.arange(steps))
     join = lambda before, last: jnp.moveaxis(jnp.concatenate([before, last[None]]), 0, 1)  # noqa: E731
     rollout = Rollout(jax.tree.map(join, seen, acting.observation), action.T, reward.T, done.T)
-    return acting, rollout, (totals.sum(), done.sum().astype(totals.dtype))
+    sums = jnp.where(done, totals, 0.0).sum(), done.sum().astype(totals.dtype)
+    return acting, rollout, Finished(*sums, jnp.where(done, totals, -jnp.inf).max())
 
 
 def play(world: World, params: Any, actor: Network, key: jax.Array, episodes: int) -> jax.Array:

@@ -77,6 +77,10 @@ class Learner(soft_actor_critic_agents.Learner):
         """A policy's actions `[action, n]` without noise for `obs` `[obs, n]`."""
         return self.units.action_limit * policies.mean_action(networks.apply_network(policy, self.units(obs)))
 
+    def value(self, obs: jax.Array) -> jax.Array:
+        """Lowest critic's values `[n]` of the mean actions at `obs` `[obs, n]`."""
+        return self.critic(self.q, obs, self.mean_action(self.policy, obs))[:, 0].min(0)
+
     def q_rule(self, config: ActorCritic) -> optax.GradientTransformation:
         return optax.adamw(config.q_lr, weight_decay=config.weight_decay)
 
@@ -273,11 +277,13 @@ class OfflineAgent(Agent):
         step: `(config, learner, sources, key, t) -> (Learner, losses)`; `config` is a `program.Config` of one member.
         init: `(config, key, units, action_dim) -> Learner`; a subclass of `Learner` may carry more.
         has_model: whether it learns from what a model imagines.
+        has_values: whether its critics learn.
     """
 
     step: Callable[..., tuple[Learner, Losses]]
     init: Callable[..., Learner] = init_learner
     has_model: bool = False
+    has_values: bool = True
 
 
 PESSIMISTIC = ("mode", "uncertainty")
@@ -302,7 +308,9 @@ AGENTS = Agents(
     OfflineAgent,
     [
         OfflineAgent("offline_sac", "soft actor-critic on the dataset", actor_critic_step, defaults=WITHOUT_MODEL),
-        OfflineAgent("behavioral_cloning", "the dataset's actions", cloning_step, defaults=WITHOUT_MODEL),
+        OfflineAgent(
+            "behavioral_cloning", "the dataset's actions", cloning_step, defaults=WITHOUT_MODEL, has_values=False
+        ),
         OfflineAgent(
             "td3_bc",
             "TD3 with a cloning term",

@@ -37,8 +37,8 @@ def write_figures(dataset: xarray.Dataset, folder: Path) -> None:
 
 
 def against(axis: str, datasets: Datasets, path: str | Path) -> Path:
-    """Draws true scores, of the last and of the best snapshot, and the gap to the predicted return, against a
-    coefficient.
+    """Draws true scores, of the last and of the best snapshot, and the gaps between what agent and ensemble expect and
+    what comes true, against a coefficient.
 
     Args:
         axis: `pessimism` or `ood_threshold`.
@@ -52,22 +52,25 @@ def against(axis: str, datasets: Datasets, path: str | Path) -> Path:
         UserError: other hyper-parameters vary too, or the place is not writable.
     """
     with matplotlib.rc_context(plots.STYLE):
-        figure = Figure(figsize=(8.8, 3.8), layout="constrained")
+        figure = Figure(figsize=(12.0, 3.8), layout="constrained")
         FigureCanvasAgg(figure)
-        true, gap = figure.subplots(1, 2)
+        true, belief, gap = figure.subplots(1, 3)
         for number, (label, dataset) in enumerate(datasets.items()):
             _check(dataset, axis)
             color, variable = plots.PALETTE[number % len(plots.PALETTE)], _score(dataset)
             _draw(true, dataset, axis, statistics.member_scores(dataset, variable), color, label)
             _draw(true, dataset, axis, _best(dataset, variable), color, f"{label}, best snapshot", dashed=True)
+            _draw(belief, dataset, axis, statistics.member_scores(dataset, "value_gap"), color, label)
             _draw(gap, dataset, axis, statistics.member_scores(dataset, "return_gap"), color, label)
         dataset = next(iter(datasets.values()))
         seeds = max(own.sizes[SEED] for own in datasets.values())
         true.set(ylabel=f"{dataset[_score(dataset)].attrs['long_name']}\nmean over {seeds} seeds, 95 % interval")
-        gap.set(ylabel="predicted minus true return")
-        gap.axhline(0.0, color=plots.GREY, linewidth=1.0, zorder=1)
+        belief.set(ylabel="critics' value minus true discounted return")
+        gap.set(ylabel="return predicted by the ensemble minus true return")
         units = UNITS[axis] if dataset.attrs["config"].get("units") == "relative" else ""
-        for panel in (true, gap):
+        for panel in (belief, gap):
+            panel.axhline(0.0, color=plots.GREY, linewidth=1.0, zorder=1)
+        for panel in (true, belief, gap):
             panel.set(xlabel=LABELS[axis].format(units=units))
         true.legend(loc="best", fontsize=7)
         return plots._write(figure, path)

@@ -28,7 +28,7 @@ from purejax_bilevel.program import Measure, Metrics, Program, Stage, Tree
 from purejax_bilevel.programs.control import agents as control
 from purejax_bilevel.programs.control import rollouts
 from purejax_bilevel.programs.offline import buffers, datasets, ensemble_program, fitting, imagination, models
-from purejax_bilevel.programs.offline.agents import AGENTS, Learner, Sources, Units
+from purejax_bilevel.programs.offline.agents import AGENTS, Learner, OfflineAgent, Sources, Units
 from purejax_bilevel.programs.offline.datasets import Dataset
 from purejax_bilevel.programs.offline.ensemble import Normaliser
 from purejax_bilevel.programs.offline.fitting import Fitting
@@ -73,6 +73,7 @@ class Config(Fitting, Learning, Task):
         AGENTS.check_settings(config)
         data = ensemble_program.dataset_of(config)
         config = _with_environment(config, data)
+        config = replace(config, model=config.model.replace("{dataset}", Path(config.dataset).stem))
         if AGENTS[config.agent_type].has_model:
             config = models.with_architecture(config, data) if config.model else config
             _check_model(config, data)
@@ -141,7 +142,7 @@ class Offline(Program):
         self.task = environments.make_continuous(config.env_name)
         self.data, self.agent = ensemble_program.dataset_of(config), AGENTS[config.agent_type]
         self.has_model, self.fits = self.agent.has_model, self.agent.has_model and not config.model
-        self.measures = _measures(self.data, self.has_model, self.fits)
+        self.measures = _measures(self.data, self.agent, self.fits)
         policy = Stage(
             config.num_train_steps,
             config.eval_frequency,
@@ -294,26 +295,35 @@ class Offline(Program):
         """
         key = jax.random.fold_in(jax.random.fold_in(state.key, EVALUATE), t)
         episodes = (config.eval_episodes, config.final_eval_episodes)
-        found = rollouts.evaluate(*self._rollout(state), jax.random.fold_in(key, EPISODES), *episodes, is_last)
+        discount = config.discount if self.agent.has_values else None
+        found = rollouts.evaluate(
+            *self._rollout(state), jax.random.fold_in(key, EPISODES), *episodes, is_last, discount
+        )
+        first = self._first_observations(config, key)
+        if self.agent.has_values:
+            value = state.learner.value(first.T).mean()
+            found |= {"value": value, "value_gap": value - found["discounted_return"]}
         if self.data.scores is not None:
             found["score"] = self.data.scores.normalised(found["evaluation_return"])
             found["final_score"] = self.data.scores.normalised(found["final_return"])
         if self.has_model:
-            predicted = self._predicted_return(state, config, shared, key)
+            predicted = self._predicted_return(state, config, shared, key, first)
             found |= {"predicted_return": predicted, "return_gap": predicted - found["evaluation_return"]}
         return found
 
-    def _predicted_return(self, state: State, config: Config, shared: Tree, key: jax.Array) -> jax.Array:
-        learner, task = state.learner, self.task
+    def _first_observations(self, config: Config, key: jax.Array) -> jax.Array:
+        """Of new episodes, `[eval_episodes, obs]`."""
         keys = jax.random.split(jax.random.fold_in(key, FIRST), config.eval_episodes)
-        obs, _ = jax.vmap(task.environment.reset, (0, None))(keys, task.params)
-        return imagination.expected_return(
-            self._world(state, config, shared),
-            lambda obs, key: learner.mean_action(learner.policy, obs.T).T,
-            obs.astype(jnp.result_type(float)),
-            jax.random.fold_in(key, IMAGINED),
-            task.max_steps,
-        )
+        obs, _ = jax.vmap(self.task.environment.reset, (0, None))(keys, self.task.params)
+        return obs.astype(jnp.result_type(float))
+
+    def _predicted_return(
+        self, state: State, config: Config, shared: Tree, key: jax.Array, first: jax.Array
+    ) -> jax.Array:
+        learner, world = state.learner, self._world(state, config, shared)
+        act = lambda obs, key: learner.mean_action(learner.policy, obs.T).T  # noqa: E731
+        key = jax.random.fold_in(key, IMAGINED)
+        return imagination.expected_return(world, act, first, key, self.task.max_steps)
 
     def episode(self, state: State, config: Config, t: jax.Array) -> tuple[jax.Array, jax.Array]:
         """One episode of the policy's mean action, for a video.
@@ -338,12 +348,17 @@ class Offline(Program):
         return jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()
 
 
-def _measures(data: Dataset, has_model: bool, fits: bool) -> tuple[Measure, ...]:
+def _measures(data: Dataset, agent: OfflineAgent, fits: bool) -> tuple[Measure, ...]:
     scores = (
         Measure("score", "normalised score", better="higher"),
         Measure(
             "final_score", "normalised score of the last evaluation", better="higher", dims=("episode",), when="end"
         ),
+    )
+    valued = (
+        Measure("value", "value of first observations, by the critics"),
+        Measure("value_gap", "value minus true discounted return"),
+        Measure("discounted_return", "discounted return of evaluation episodes", better="higher"),
     )
     imagined = (
         Measure("predicted_return", "return that the ensemble predicts"),
@@ -358,7 +373,8 @@ def _measures(data: Dataset, has_model: bool, fits: bool) -> tuple[Measure, ...]
     return (
         Measure("evaluation_return", "return of evaluation episodes", better="higher"),
         *(scores if data.scores is not None else ()),
-        *(imagined if has_model else ()),
+        *(valued if agent.has_values else ()),
+        *(imagined if agent.has_model else ()),
         *(fitted if fits else ()),
         Measure("q_loss", "loss of the critics"),
         Measure("policy_loss", "loss of the policy"),

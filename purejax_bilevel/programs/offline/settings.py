@@ -21,9 +21,9 @@ from purejax_bilevel.programs.offline import uncertainty
 from purejax_bilevel.programs.offline.ensemble_program import Data
 from purejax_bilevel.programs.offline.pessimism import MODES
 
-MODE = Check(f"one of {', '.join(MODES)}", lambda name: name in MODES)
+MODE = Check(f"one of {', '.join(MODES)}", lambda name: isinstance(name, str) and name in MODES)
 KINDS = ("mode", *uncertainty.UNCERTAINTIES)
-UNCERTAINTY = Check(f"one of {', '.join(KINDS)}", lambda name: name in KINDS)
+UNCERTAINTY = Check(f"one of {', '.join(KINDS)}", lambda name: isinstance(name, str) and name in KINDS)
 THRESHOLD = Check("a number (inf: none)", lambda x: x == x)
 
 
@@ -37,9 +37,11 @@ class Task:
     action_bound: float = changed(Data, "action_bound", 1.0)
     env_name: str = static("", "environment of the evaluations (default: the dataset's)", group="environment")
     model: str = static(
-        "", "run that fitted an ensemble to this dataset, runs/x or runs/x#3 (default: each member fits its own first)",
+        "",
+        "run that fitted an ensemble to this dataset, runs/x or runs/x#3; {dataset} in it stands for the name of the "
+        "dataset's file (default: each member fits its own first)",
         group="dynamics ensemble",
-    )  # fmt: skip
+    )
     num_train_steps: int = static(100_000, "updates of each member", at_least(1), "schedule")
     eval_frequency: int = static(5000, "updates between evaluations (0: only at the end)", at_least(0), "schedule")
     eval_episodes: int = static(10, "episodes of an evaluation", at_least(1), "schedule")

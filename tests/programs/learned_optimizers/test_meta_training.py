@@ -18,12 +18,12 @@ from purejax_bilevel.program import alone
 from purejax_bilevel.programs.learned_optimizers import ARTEFACT_KIND, load_weights, open_optimizer
 from purejax_bilevel.programs.learned_optimizers import meta_training as meta
 from purejax_bilevel.programs.learned_optimizers.meta_training import Config
+from purejax_bilevel.programs.learned_optimizers.program import Config as PPOConfig
+from purejax_bilevel.programs.learned_optimizers.update_rules import PUBLISHED
 from purejax_bilevel.runtime import artefacts, loop
 from purejax_bilevel.runtime.compiled import CompiledProgram
 from purejax_bilevel.studies import command_line
 from tests.programs import programs
-
-PUBLISHED = Path(__file__).parents[2] / "data" / "open"
 
 SMALL = Config(
     agent_type="tests.programs.learned_optimizers.descent:DESCENT",
@@ -105,46 +105,30 @@ def validation(program: Any, weights: jax.Array, key: jax.Array) -> jax.Array:
 # --- keys of lives ----------------------------------------------------------------------------------------------------
 
 
-def returns_of_equals(config: Config, is_training: bool = True) -> np.ndarray:
-    """Returns of a generation `[environments, candidates, lives]` whose candidates are all the same."""
-    config = config.resolved()
-    program = config.program()
-    count = config.population * config.num_rollouts if is_training else config.validation_lives
-
-    def lived() -> jax.Array:
-        state = program.init(jax.random.key(0), config)
-        weights = jnp.asarray(load_weights(PUBLISHED / "breakout_OPEN.npy"))
-        state = state.replace(search=state.search._replace(mean=weights))
-        candidates = jnp.broadcast_to(weights, (config.population, len(weights)))
-        return program._returns(state, candidates, config, jnp.int32(3), jnp.asarray(is_training))[:, :count]
-
-    found = np.asarray(jax.jit(alone(lived))())
-    return found.reshape(len(found), -1, config.num_rollouts if is_training else 1)
-
-
 @pytest.mark.parametrize("shaping", ["ranks", "pairs"])
-def test_candidates_share_their_keys(shaping: str) -> None:
-    """All of them, or mirrored pairs alone; rollouts and environments differ."""
-    config = replace(
-        SMALL,
-        population=6,
-        num_rollouts=2,
-        fitness_shaping=shaping,
-        further_envs="GridWorld-rand_tiny",
-        fitness_ranges="0:1,0:1",
-        num_iterations=10,
-    )
-    returns = returns_of_equals(config)
-    assert returns.shape == (2, 6, 2)
-    different = [len(np.unique(returns[number].round(4))) for number in range(2)]
-    assert different == ([2, 2] if shaping == "ranks" else [6, 6])
-    np.testing.assert_array_equal(returns[:, :3], returns[:, 3:])
+def test_lives_have_the_keys_that_they_should(shaping: str) -> None:
+    """All candidates share them, or mirrored pairs alone; rollouts, environments and the mean have others."""
+    further = {"further_envs": "GridWorld-rand_tiny", "fitness_ranges": "0:1,0:1", "num_iterations": 10}
+    config = replace(SMALL, population=6, num_rollouts=2, fitness_shaping=shaping)
+    config = (replace(config, **further) if shaping == "pairs" else config).resolved()
+    program, weights = config.program(), jnp.asarray(load_weights(PUBLISHED / "breakout_OPEN.npy"))
 
+    def lived(is_training: jax.Array) -> jax.Array:
+        state = program.init(jax.random.key(0), config)
+        state = state.replace(search=state.search._replace(mean=weights))
+        equals = jnp.broadcast_to(weights, (config.population, len(weights)))
+        return program._returns(state, equals, config, jnp.int32(3), is_training)
 
-def test_lives_of_the_mean_have_keys_of_their_own() -> None:
-    lives = returns_of_equals(SMALL, is_training=False)
-    assert len(np.unique(lives)) == SMALL.validation_lives
-    assert not np.isin(lives, returns_of_equals(SMALL)).any()
+    lived = jax.jit(alone(lived))
+    returns = np.asarray(lived(True)).reshape(-1, 6, 2)
+    assert len(returns) == (2 if shaping == "pairs" else 1)
+    for own in returns:
+        assert len(np.unique(own)) == (6 if shaping == "pairs" else 2)
+        np.testing.assert_array_equal(own[:3], own[3:])
+    assert not np.isin(returns[0], returns[1:]).any()
+    validated = np.asarray(lived(False))[:, : config.validation_lives]
+    assert all(len(np.unique(own)) == config.validation_lives for own in validated)
+    assert not np.isin(validated, returns).any()
 
 
 # --- several environments ---------------------------------------------------------------------------------------------
@@ -244,7 +228,9 @@ def command(text: str) -> int:
     return command_line.main(lambda: scripts.rl_configuration(text.split()), "", text.split())
 
 
-def test_a_command_leaves_weights_that_agents_train_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_command_leaves_weights_that_agents_train_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     monkeypatch.chdir(tmp_path)
     train = (
         f"--agent_type open_training {PPO} --num_iterations 3 --population 4 --num_train_steps 2 --eval_frequency 1 "
@@ -254,9 +240,13 @@ def test_a_command_leaves_weights_that_agents_train_with(tmp_path: Path, monkeyp
     found = artefacts.load("runs/meta", ARTEFACT_KIND).member(0)
     assert {name: array.shape for name, array in found.items()} == {"weights": (1211,), "last": (1211,)}
     assert open_optimizer(found["weights"]).init({"kernel": jnp.ones((2, 2))}).carry.shape == (8, 4)
-    use = f"--agent_type ppo {PPO} --optimizer open --model runs/meta --num_train_steps 3 --name agent"
-    assert command(use) == 0
-    with pytest.raises(UserError, match="is a policy, not a learned optimiser"):
-        artefacts.load("runs/agent", ARTEFACT_KIND)
-    for words in (f"{use} --model runs/agent".replace("--model runs/meta", ""), f"{train} --population 3"):
-        assert command(words) == 2
+    agent = PPOConfig(optimizer="open", model="runs/meta").resolved().program()
+    np.testing.assert_array_equal(agent.shared(), found["weights"])
+    artefacts.save(tmp_path / "runs" / "policy", "policy", {"weights": found["weights"][None]}, [{}], {})
+    for bad, sentence in (
+        ("--population 3", "even whole number"),
+        ("--model runs/policy", "is a policy, not a learned"),
+    ):
+        capsys.readouterr()
+        assert command(f"{train} {bad}") == 2
+        assert sentence in capsys.readouterr().err

@@ -125,19 +125,24 @@ def test_staleness_is_a_share_of_the_probability() -> None:
     np.testing.assert_allclose(exact, 0.75 * by_rank + 0.25 * by_age, rtol=1e-5)
 
 
-@pytest.mark.parametrize("scale", [1e30, -1e30, 1e-30])
 @pytest.mark.parametrize("transform", ["rank", "proportional"])
-@pytest.mark.parametrize("temperature", [1e-6, 1e6])
-def test_no_score_is_too_large(scale: float, transform: str, temperature: float) -> None:
-    buffer = scored_buffer(scale * np.arange(4.0)).replace(active=jnp.array([True, False, False, False]))
-    prior = Prior(transform, jnp.float32(temperature), 0.0)
-    logits = level_buffer.replay_log_probabilities(buffer, prior, 3)
-    np.testing.assert_array_equal(jnp.isneginf(logits), [True, False, False, False])
-    np.testing.assert_allclose(jnp.exp(logits).sum(), 1.0, rtol=1e-5)
-    everyone, fresh = jnp.ones(3, bool), jnp.zeros(3, int)
-    _, slots, replays = level_buffer.hand_out(jax.random.key(1), buffer, everyone, fresh, 1.0, prior, 3)
+def test_no_score_is_too_large(transform: str) -> None:
+    """B13: of scores of any size and sign, at any temperature, those that may be replayed are, and no other."""
+
+    def replay(scale: jax.Array, temperature: jax.Array, key: jax.Array) -> Any:
+        buffer = scored_buffer(scale * jnp.arange(4.0)).replace(active=jnp.array([True, False, False, False]))
+        prior = Prior(transform, temperature, 0.0)
+        everyone, fresh = jnp.ones(3, bool), jnp.zeros(3, int)
+        _, slots, replays = level_buffer.hand_out(key, buffer, everyone, fresh, 1.0, prior, 3)
+        return level_buffer.replay_log_probabilities(buffer, prior, 3), slots, replays
+
+    scales = jnp.repeat(jnp.array([1e30, -1e30, 1e-30]), 2)
+    temperatures = jnp.tile(jnp.array([1e-6, 1e6]), 3)
+    logits, slots, replays = jax.jit(jax.vmap(replay))(scales, temperatures, jax.random.split(jax.random.key(1), 6))
+    np.testing.assert_array_equal(jnp.isneginf(logits), np.tile([True, False, False, False], (6, 1)))
+    np.testing.assert_allclose(jnp.exp(logits).sum(1), 1.0, rtol=1e-5)
     assert replays.all()
-    assert sorted(slots.tolist()) == [1, 2, 3]
+    np.testing.assert_array_equal(jnp.sort(slots), np.tile([1, 2, 3], (6, 1)))
 
 
 def test_nothing_to_replay() -> None:

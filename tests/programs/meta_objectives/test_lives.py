@@ -1,6 +1,5 @@
 """Whole lives of agents, antagonists beside them, and what is measured at their end."""
 
-import functools
 from typing import Any
 
 import jax
@@ -9,19 +8,22 @@ import numpy as np
 import pytest
 
 from purejax_bilevel.environments import grid_world
-from purejax_bilevel.programs.meta_objectives import antagonist, endings, lives, network, worlds
+from purejax_bilevel.programs.meta_objectives import antagonist, endings, lives, network, population, worlds
 from purejax_bilevel.programs.meta_objectives.curriculum import Lot
 from purejax_bilevel.programs.meta_objectives.lives import Candidate
-from purejax_bilevel.programs.meta_objectives.meta_gradient import Switches
 from purejax_bilevel.programs.meta_objectives.settings import MetaTraining
 
 WORLD = worlds.make("GridWorld-debug")
 CONFIG = MetaTraining(
-    env_workers=4, train_rollout_len=4, lpg_gru_width=8, lpg_target_width=3, actor_lr=40.0, critic_lr=4.0
+    lifetime_conditioning=True,
+    env_workers=4,
+    train_rollout_len=4,
+    lpg_gru_width=8,
+    lpg_target_width=3,
+    actor_lr=40.0,
+    critic_lr=4.0,
 )
-SWITCHES = Switches(has_clocks=True)
 SHAPES = network.shapes(3, 4, 8, has_clocks=True)
-LIFETIMES = (2, 9, 1, 8, 3, 4)
 
 
 def candidates(lifetimes: tuple[int, ...]) -> Candidate:
@@ -36,19 +38,17 @@ def candidates(lifetimes: tuple[int, ...]) -> Candidate:
     return tried._replace(lot=tried.lot._replace(lifetime=jnp.array(lifetimes)))
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def fitness(tried: Candidate, parts: int) -> jax.Array:
-    return lives.fitness(WORLD, SWITCHES, CONFIG, tried, parts)
-
-
 def test_fitness_is_of_the_candidates_own_life() -> None:
     """Its chances are those of its pair, and it does not matter how long others live, beside it or later."""
-    pairs = np.asarray(fitness(candidates(2 * LIFETIMES[:3]), 1))
+    fitness = jax.jit(lambda tried: lives.fitness(WORLD, CONFIG, tried, parts=2))
+    pairs = np.asarray(fitness(candidates((2, 9, 1, 2, 9, 1))))
     np.testing.assert_array_equal(pairs[:3], pairs[3:])
-    own = np.asarray(fitness(candidates(LIFETIMES), 1))
+    own, others = (
+        np.asarray(fitness(candidates(lifetimes))) for lifetimes in ((2, 9, 1, 8, 3, 4), (2, 9, 1, 30, 3, 4))
+    )
     np.testing.assert_array_equal(own[:3], pairs[:3])
     assert (own[3:] != own[:3]).any()
-    np.testing.assert_allclose(fitness(candidates(LIFETIMES), 3), own, atol=1e-5)
+    np.testing.assert_array_equal(np.delete(others, 3), np.delete(own, 3))
 
 
 # --- antagonists ------------------------------------------------------------------------------------------------------
@@ -56,7 +56,8 @@ def test_fitness_is_of_the_candidates_own_life() -> None:
 
 def test_an_antagonist_learns_until_its_life_is_over() -> None:
     level, lifetime = WORLD.draw(jax.random.key(0)), jnp.int32(7)
-    start = antagonist.born(WORLD, CONFIG, level, lifetime, jax.random.key(1))
+    life = population.born_in(WORLD, CONFIG, jax.random.key(5), level, lifetime)
+    start = antagonist.born(WORLD, CONFIG, life, jax.random.key(1))
     train = jax.jit(lambda state, key: antagonist.train(WORLD, CONFIG, state, level, key))
     after = train(start, jax.random.key(2))
     last = train(after, jax.random.key(3))

@@ -77,27 +77,32 @@ def world_of(terminates: Any = termination.never, bias: float = 0.1) -> World:
     return World(architecture, networks, ensemble.no_normaliser(architecture), jnp.arange(3), 3, terminates)
 
 
-def walk(world: World, pessimism: Pessimism, steps: int, length: Any) -> tuple[np.ndarray, buffers.Ring, np.ndarray]:
-    """Lengths and observations after each step, and the ring."""
+def walk(world: World, pessimism: Pessimism, steps: int, *lengths: int) -> Any:
+    """Of each largest length: lengths of rollouts and which go on after each step, and the ring."""
     starts = jnp.zeros((ROLLOUTS, OBS))
     act = lambda obs, key: jax.random.uniform(key, (obs.shape[0], ACTION), minval=-1.0)  # noqa: E731
 
-    def step(carry: tuple, key: jax.Array) -> tuple:
-        moving, ring, _ = imagination.advance(world, act, pessimism, *carry, starts, key, length)
-        return (moving, ring), (moving.length, moving.goes_on)
+    @jax.jit
+    def run(length: jax.Array, threshold: jax.Array) -> Any:
+        own = pessimism._replace(threshold=threshold)
 
-    start = (imagination.no_rollouts(ROLLOUTS, OBS), buffers.empty(20_000, 2 * OBS + ACTION + 2))
-    run = jax.jit(lambda keys: jax.lax.scan(step, start, keys))
-    (_, ring), (lengths, goes_on) = run(jax.random.split(jax.random.key(1), steps))
-    return np.asarray(lengths), ring, np.asarray(goes_on)
+        def step(carry: tuple, key: jax.Array) -> tuple:
+            moving, ring, _ = imagination.advance(world, act, own, *carry, starts, key, length)
+            return (moving, ring), (moving.length, moving.goes_on)
+
+        start = (imagination.no_rollouts(ROLLOUTS, OBS), buffers.empty(20_000, 2 * OBS + ACTION + 2))
+        (_, ring), found = jax.lax.scan(step, start, jax.random.split(jax.random.key(1), steps))
+        return jax.tree.map(jnp.asarray, (*found, ring))
+
+    thresholds = pessimism.threshold if isinstance(pessimism.threshold, tuple) else (pessimism.threshold,)
+    return [run(length, threshold) for length in lengths for threshold in thresholds]
 
 
 PLAIN = Pessimism("none", "", 0.0, 0.0, 1.0)
 
 
 def test_rollouts_are_cut_at_their_length_which_may_be_traced() -> None:
-    for most in (1, 10):
-        lengths, ring, goes_on = walk(world_of(), PLAIN, 25, jnp.int32(most))
+    for most, (lengths, goes_on, ring) in zip((1, 10), walk(world_of(), PLAIN, 25, 1, 10), strict=True):
         assert lengths.min() == 1
         assert lengths.max() == most
         np.testing.assert_array_equal(goes_on, lengths < most)
@@ -108,7 +113,7 @@ def test_rollouts_are_cut_at_their_length_which_may_be_traced() -> None:
 
 def test_nothing_is_stored_after_the_end() -> None:
     """Episodes end beyond 0.35: what is stored begins before it, and what ends beyond is terminal."""
-    _, ring, _ = walk(world_of(lambda obs: obs[:, 0] > 0.35), PLAIN, 25, 1000)
+    [(_, _, ring)] = walk(world_of(lambda obs: obs[:, 0] > 0.35), PLAIN, 25, 1000)
     rows = np.asarray(ring.rows)[: int(ring.size)]
     before, after, ends = rows[:, 0], rows[:, OBS], rows[:, -1] > 0
     assert before.max() <= 0.35
@@ -119,26 +124,31 @@ def test_nothing_is_stored_after_the_end() -> None:
 def test_truncated_rollouts_leave_nothing_and_begin_anew() -> None:
     """All predictions are as uncertain as the networks' biases differ."""
     doubt = 0.2 * 2**0.5
-    for threshold, stored in ((0.9 * doubt, 0), (1.1 * doubt, 25 * ROLLOUTS)):
-        lengths, ring, _ = walk(world_of(), Pessimism("truncation", "max_distance", 0.0, threshold, 1.0), 25, 1000)
+    cut = Pessimism("truncation", "max_distance", 0.0, (0.9 * doubt, 1.1 * doubt), 1.0)  # type: ignore[arg-type]
+    for stored, (lengths, _, ring) in zip((0, 25 * ROLLOUTS), walk(world_of(), cut, 25, 1000), strict=True):
         assert int(ring.size) == stored
         assert lengths.max() == (25 if stored else 1)
 
 
 def test_what_is_not_finite_is_not_stored() -> None:
-    _, ring, _ = walk(world_of(bias=1e37), PLAIN, 40, 1000)
+    [(_, _, ring)] = walk(world_of(bias=1e37), PLAIN, 40, 1000)
     assert 0 < int(ring.size) < 40 * ROLLOUTS
     assert np.isfinite(np.asarray(ring.rows)).all()
 
 
 def test_elites_alone_predict() -> None:
     world = world_of()
-    prediction = world.predict(jnp.zeros((50, OBS)), jnp.zeros((50, ACTION)))
-    for count, largest in ((1, 0.0), (2, 0.1), (3, 0.2)):
+
+    @jax.jit
+    def found(count: jax.Array) -> tuple[jax.Array, jax.Array]:
         own = World(world.architecture, world.networks, world.normaliser, world.ranking, count, world.terminates)
-        plain = own.imagined(prediction, jax.random.key(3))
-        np.testing.assert_allclose(np.asarray(plain.next_obs).max(), largest, atol=1e-4)
-        np.testing.assert_allclose(own.uncertainty("max_distance", prediction), largest * 2**0.5, rtol=1e-3, atol=1e-6)
+        prediction = own.predict(jnp.zeros((50, OBS)), jnp.zeros((50, ACTION)))
+        return own.imagined(prediction, jax.random.key(3)).next_obs, own.uncertainty("max_distance", prediction)
+
+    for count, largest in ((1, 0.0), (2, 0.1), (3, 0.2)):
+        next_obs, doubt = found(count)
+        np.testing.assert_allclose(np.asarray(next_obs).max(), largest, atol=1e-4)
+        np.testing.assert_allclose(doubt, largest * 2**0.5, rtol=1e-3, atol=1e-6)
 
 
 def test_predicted_return_counts_rewards_until_the_end() -> None:

@@ -18,7 +18,7 @@ from purejax_bilevel.studies import command_line
 from purejax_bilevel.studies import run as runs
 from tests.programs.offline import pendulum
 from tests.programs.offline.pendulum import SMALL
-from tests.programs.programs import own_run, same, train
+from tests.programs.programs import same, train
 
 MODEL_BASED = [name for name in AGENTS if AGENTS[name].has_model]
 
@@ -68,9 +68,9 @@ def test_every_agent_measures_what_it_says(agent_type: str, tiny: str, model: st
 
 @pytest.fixture(scope="module")
 def fitted(tiny: str) -> tuple[Config, Any, Any]:
-    """Ensembles of the members' own, then policies in them; 4 members on 8 devices in chunks."""
+    """Ensembles of the members' own, then policies in them; 4 members on 4 devices in chunks."""
     config = config_of("mopo", tiny, pessimism=(0.0, 2.0), num_train_steps=20, eval_frequency=10)
-    return config, *train(config, chunks=2)
+    return config, *train(config, chunks=2, devices=4)
 
 
 def test_ensemble_and_policy_in_one_run(fitted: tuple):
@@ -101,18 +101,38 @@ def test_members_differ_by_pessimism_and_seed_alone(fitted: tuple):
     assert not np.array_equal(state.learner.policy[0].kernel[0], state.learner.policy[0].kernel[3])
 
 
-def test_a_member_equals_a_run_of_its_own(fitted: tuple):
-    config, part, outcome = fitted
-    single = own_run(config, part, 3)
-    for name, array in single.rows[0].items():
-        np.testing.assert_allclose(array[0], outcome.rows[0][name][3], rtol=2e-3, atol=1e-4, err_msg=name)
+def test_vmapped_members_equal_single_ones(tiny: str, model: str):
+    """Three updates of members that differ in all that is traced of pessimism and rollouts, together and alone."""
+    traced = {"pessimism": (0.0, 2.0), "real_ratio": (0.5, 0.0), "rollout_length": (1, 3), "num_elites": (1, 2)}
+    configs = [
+        config_of("mopo", tiny, model=model, **{name: values[i] for name, values in traced.items()}).resolved()
+        for i in range(2)
+    ]
+    program, keys = configs[0].program(), jax.random.split(jax.random.key(0), 2)
+    shared = jax.tree.map(jnp.asarray, program.shared())
+
+    def learned(key: jax.Array, config: Config) -> Any:
+        state = program.begin(program.init(key, config, shared), config, shared)
+        update = lambda state, t: program.update(state, config, t, shared)  # noqa: E731
+        state, metrics = jax.lax.scan(update, state, jnp.arange(3))
+        return state.learner.policy, state.learner.q, state.ring, metrics
+
+    stacked = jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(leaf) for leaf in leaves]), *configs)
+    together, alone = jax.jit(jax.vmap(learned))(keys, stacked), jax.jit(learned)
+    for number, config in enumerate(configs):
+        own = alone(keys[number], jax.tree.map(jnp.asarray, config))
+        jax.tree.map(
+            lambda one, many: np.testing.assert_allclose(one, many[number], rtol=1e-4, atol=1e-5),  # noqa: B023
+            own,
+            together,
+        )
 
 
 def test_resume_is_bitwise(fitted: tuple, tmp_path: Path):
     """Broken off in the middle of the policy's stage, and in another number of chunks."""
     config, _, whole = fitted
-    train(replace(config, num_train_steps=13), folder=tmp_path)
-    _, outcome = train(config, folder=tmp_path, resume=True, chunks=3)
+    train(replace(config, num_train_steps=13), folder=tmp_path, devices=4)
+    _, outcome = train(config, folder=tmp_path, resume=True, chunks=3, devices=4)
     same(outcome.state, whole.state)
     for name, array in whole.rows[0].items():
         np.testing.assert_array_equal(outcome.rows[0][name], array)
