@@ -242,6 +242,14 @@ def test_what_open_is_told_to_do_without() -> None:
     assert not any((bare.parameter, bare.training_clock, bare.batch_clock, bare.layer, bare.dormancy, bare.noise))
 
 
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_values_are_clipped_on_both_sides(sign: float) -> None:
+    """A value that moved by 0.5 towards a target at 1 counts as one that moved by 0.2."""
+    zero = np.zeros(1)
+    batch = ppo.Batch(zero, zero, zero, zero, zero, np.array([sign]))
+    assert float(ppo._value_loss(np.array([0.5 * sign]), batch, 0.2)) == pytest.approx(0.5 * 0.8**2)
+
+
 def test_gradients_of_actor_and_critic_are_clipped_apart() -> None:
     gradients = {"actor": {"a": jnp.array([3.0, 4.0])}, "critic": {"b": jnp.array([0.1])}}
     clipped, norms = ppo.clip_each(gradients, 0.5)
