@@ -35,6 +35,7 @@ HISTORY = "search.json"  # all rounds of a search
 # Modules with FIGURES and AXES, by the kind of figure. By name: programs know results, not the other way.
 OWN_FIGURES = {
     "tabular": "purejax_bilevel.programs.tabular.figures",
+    "ensemble": "purejax_bilevel.programs.offline.ensemble_figures",
     "offline": "purejax_bilevel.programs.offline.figures",
 }
 SOLVED = {"CartPole-v1": 500.0}  # by environment
@@ -55,7 +56,7 @@ class Reporting:
         select_over: as `over`, for `select_by`.
         solved: score regarded as solved, for the optimality gap.
         figures: the study's own, first in the report: {kind: sensitivity, axis: lr}, {kind: curves, variable: x} or
-            {kind: tabular, figure: x} or {kind: offline, figure: x}, x being a name in the FIGURES of these.
+            {kind: tabular, figure: x} (or ensemble, offline), x being a name in the FIGURES of these.
     """
 
     variable: str = ""
@@ -624,7 +625,8 @@ class _Report:
     def _of_program(self, kind: str, figure: str, name: str, title: str) -> list[Block]:
         own_figures = importlib.import_module(OWN_FIGURES[kind])
         axis = own_figures.AXES[figure]
-        fitting = [agent for agent in self.succeeded if setting_dimensions(agent.dataset) == (axis,)]
+        dimensions = None if axis is None else (axis,)  # None: the figure chooses a setting
+        fitting = [agent for agent in self.succeeded if dimensions in (None, setting_dimensions(agent.dataset))]
         datasets = {agent.label: agent.dataset.isel({SEED: agent.reported}) for agent in fitting}
         if not datasets:  # an override or a search swept something else
             return []

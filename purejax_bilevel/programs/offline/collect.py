@@ -44,7 +44,7 @@ from purejax_bilevel.configuration import (
 )
 from purejax_bilevel.errors import UserError
 from purejax_bilevel.program import Measure, Metrics, Program, Stage, Tree
-from purejax_bilevel.programs.control import policies, rollouts, settings, soft_actor_critic
+from purejax_bilevel.programs.control import policies, rollouts, settings, soft_actor_critic, soft_actor_critic_agents
 from purejax_bilevel.programs.offline import dataset_files
 from purejax_bilevel.programs.offline.datasets import Dataset, Scores
 
@@ -57,16 +57,10 @@ SEVERAL = Check(
 # Named streams of random numbers of a member; soft actor-critic has the key itself.
 COLLECT, REFERENCE, RESET = 101, 102, 103
 
+SAC = soft_actor_critic_agents.AGENTS["sac"]
 AGENTS = Agents(
     Agent,
-    [
-        Agent(
-            "collect",
-            "makes datasets by soft actor-critic: random, medium, expert, medium-replay, medium-expert",
-            lambda *_: None,
-            lambda *_: None,
-        )
-    ],
+    [Agent("collect", f"makes datasets by soft actor-critic: {', '.join(KINDS)}", SAC.step, SAC.init)],
 )
 
 

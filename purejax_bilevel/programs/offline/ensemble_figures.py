@@ -5,6 +5,7 @@ sine.png: what each network says of the toy dataset, and both kinds of uncertain
 All are of the setting with the lowest error on held-out rows, with all of its seeds; sine.png is of its first seed.
 """
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import matplotlib
@@ -13,6 +14,7 @@ import xarray
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from purejax_bilevel.programs.offline import KINDS, LEVELS, toy
 from purejax_bilevel.results import outputs, plots, statistics
@@ -30,6 +32,11 @@ def write_figures(dataset: xarray.Dataset, folder: Path) -> None:
     calibration(dataset, folder / CALIBRATION)
     if dataset.attrs["config"].get("test_dataset") == toy.GRID:
         sine(dataset, folder / SINE)
+
+
+def _of_first(draw: Callable[[xarray.Dataset, str | Path], Path]) -> Callable[[Mapping, str | Path], Path]:
+    """A figure of a report, which has a dataset for each agent: this program has one agent."""
+    return lambda datasets, path: draw(next(iter(datasets.values())), path)
 
 
 def best_setting(dataset: xarray.Dataset) -> xarray.Dataset:
@@ -66,6 +73,7 @@ def calibration(dataset: xarray.Dataset, path: str | Path) -> Path:
         coverage.set(xlabel="probability of the interval", ylabel="share of numbers inside", xlim=(0, 1), ylim=(0, 1))
         coverage.plot([0, 1], [0, 1], color=plots.GREY, linewidth=1.0, zorder=1)
         rows.set(xlabel=f"uncertainty ({SHOWN})", ylabel="error", xscale="log", yscale="log")
+        rows.xaxis.set_minor_formatter(NullFormatter())
         deciles.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=chosen.sizes["source"], fontsize=7)
         for panel in (coverage, rows):
             panel.legend(loc="best")
@@ -138,3 +146,11 @@ def sine(dataset: xarray.Dataset, path: str | Path) -> Path:
         below.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
         figure.suptitle(f"{dataset.attrs['title']}: mean and standard deviation of each network")
         return plots._write(figure, path)
+
+
+# Of reports, as in the other programs; no figure needs an axis of settings.
+FIGURES: dict[str, Callable[[Mapping[str, xarray.Dataset], str | Path], Path]] = {
+    "calibration": _of_first(calibration),
+    "sine": _of_first(sine),
+}
+AXES = dict.fromkeys(FIGURES)

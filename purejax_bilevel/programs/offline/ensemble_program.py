@@ -57,6 +57,9 @@ class Config(Fitting, Data):
     """Settings of one training program; a traced field may hold several values, one per point of a grid."""
 
     agent_type: str = changed(Data, "agent_type", "ensemble", choices=AGENTS)
+    dataset: str = changed(
+        Data, "dataset", toy.NAME, "file of transitions: .npz, or D4RL's or Minari's .hdf5; sine: a toy without a file"
+    )
 
     def program(self) -> "Ensemble":
         """The training program of this (resolved) configuration."""

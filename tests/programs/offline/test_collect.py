@@ -45,7 +45,7 @@ def test_every_kind_is_there_with_its_rows(collected: dict[str, Dataset]) -> Non
     assert medium_after % 100 == 0
     assert medium_after > 300
     for kind, dataset in collected.items():
-        assert len(dataset) == (medium_after if kind == "medium-replay" else 800 if "-" in kind else 1000), kind
+        assert len(dataset) == (medium_after if kind == "medium-replay" else 1000), kind
         assert dataset.about["kind"] == kind
         check_environment(dataset, "Pendulum-v1", 3, 1, 200)
         assert not dataset.terminated.any()
@@ -72,8 +72,8 @@ def test_who_acted(collected: dict[str, Dataset]) -> None:
     start = collected["medium-replay"].action[:300, 0]  # of the random start
     assert abs(start.std() - 3**-0.5) < 0.06
     both = collected["medium-expert"]
-    for own, kind in ((both.obs[:400], "medium"), (both.obs[400:], "expert")):
-        np.testing.assert_array_equal(own, collected[kind].obs[:400])
+    for own, kind in ((both.obs[:500], "medium"), (both.obs[500:], "expert")):
+        np.testing.assert_array_equal(own, collected[kind].obs[:500])
     assert not np.array_equal(collected["medium"].obs, collected["expert"].obs)
 
 
@@ -86,14 +86,6 @@ def test_reference_scores_are_in_every_file(collected: dict[str, Dataset], place
         np.testing.assert_allclose(collected["random"].score(scores[0].minimum), 0.0)
         np.testing.assert_allclose(collected["random"].score(scores[0].maximum), 100.0)
     assert dataset_files.load(str(place / "random_1.npz")).obs[0, 0] != collected["random"].obs[0, 0]
-
-
-def test_the_seed_decides_every_byte(place: Path, tmp_path: Path) -> None:
-    run(CONFIG, folder=tmp_path, quiet=True, num_seeds=2, seed=0, chunks=7)
-    for kind in KINDS:
-        for member in (0, 1):
-            name = f"{kind}_{member}.npz"
-            assert (tmp_path / name).read_bytes() == (place / name).read_bytes(), name
 
 
 def test_which_policy_is_medium() -> None:

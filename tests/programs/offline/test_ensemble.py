@@ -74,8 +74,8 @@ def networks_of(arrays: Arrays, prefix: str = "weights") -> Networks:
     return Networks({"obs": trunk("obs"), "reward": trunk("reward")}, bounds)
 
 
-def doubled(array: np.ndarray) -> jax.Array:
-    return jnp.asarray(array, jnp.float64)
+def doubled(array: np.ndarray) -> Any:
+    return np.asarray(array, np.float64)
 
 
 def normaliser_of(arrays: Arrays, architecture: Architecture, tag: str) -> Normaliser:
@@ -97,7 +97,7 @@ def test_forward_pass_of_the_reference(path: Path, tag: str, float64: None) -> N
     arrays = np.load(path)
     architecture = architecture_of(arrays)
     normaliser, networks = normaliser_of(arrays, architecture, tag), networks_of(arrays)
-    obs, action = jnp.split(doubled(arrays["in/obs_act"]), [architecture.obs_dim], -1)
+    obs, action = np.split(doubled(arrays["in/obs_act"]), [architecture.obs_dim], -1)
     other = architecture_of(arrays, probabilistic=False)
 
     @jax.jit
@@ -144,7 +144,7 @@ def test_uncertainty_of_the_reference(path: Path, tag: str, float64: None) -> No
     arrays = np.load(path)
     architecture, networks = architecture_of(arrays), networks_of(beside(path, "ensemble"))
     normaliser = normaliser_of(arrays, architecture, tag)
-    obs, action = jnp.split(doubled(arrays["in/obs_act"]), [architecture.obs_dim], -1)
+    obs, action = np.split(doubled(arrays["in/obs_act"]), [architecture.obs_dim], -1)
     rule = termination.of(str(arrays["config/termination"]))
     assert rule is not None
 
@@ -208,10 +208,10 @@ def test_a_training_step_of_the_reference(path: Path, case: str, float64: None) 
     close(found.per_network, arrays[f"{case}/loss_per_network"])
     close(errors, arrays[f"{case}/validation_mse_per_network"])
     close(after.loss, arrays[f"{case}/loss_after_step"], rtol=1e-7)
-    delta = jax.tree.map(jnp.subtract, stepped, networks)
+    delta = jax.tree.map(lambda new, old: np.asarray(new) - np.asarray(old), stepped, networks)
     for name, tree in (("grad", gradient), ("delta", delta)):
-        squares = jax.tree.map(lambda leaf: jnp.square(leaf).sum(), tree)
-        close(jnp.sqrt(sum(jax.tree.leaves(squares))), arrays[f"{case}/{name}_l2"], rtol=1e-7)
+        squares = [np.square(leaf).sum() for leaf in jax.tree.leaves(tree)]
+        close(np.sqrt(sum(squares)), arrays[f"{case}/{name}_l2"], rtol=1e-7)
         _compare(tree, dict(arrays), f"{case}/{name}")
         for other in path.parent.glob(f"{path.stem}_{case}_{'grad' if name == 'grad' else 'step'}.npz"):
             _compare(tree, dict(np.load(other)), name)
@@ -262,13 +262,12 @@ def made(architecture: Architecture) -> tuple[Networks, Normaliser, Transitions]
     normaliser = fit_normaliser(3 * obs + 1, action)
     terminated = (obs[:, 0] > 0.5).astype(np.float32)
     rows = Transitions(*map(jnp.asarray, (3 * obs + 1, action, noise[:, 0], 3 * obs + 1 + noise, terminated)))
-    return init(architecture, jax.random.key(2)), normaliser, rows
+    return jax.jit(lambda key: init(architecture, key))(jax.random.key(2)), normaliser, rows
 
 
 ARCHITECTURES = [
     {"reward_hidden": (), "layer_norm": True, "activation": "swish"},
-    {"terminal_hidden": (4,), "activation": "relu"},
-    {"probabilistic": False},
+    {"terminal_hidden": (4,), "activation": "relu", "probabilistic": False},
     {"trainable_bounds": False, "normalise_targets": False},
 ]
 
@@ -292,9 +291,9 @@ def test_every_architecture_learns(changes: dict[str, Any]) -> None:
     assert found[-1] < found[0] - 0.2
     assert jax.tree.map(lambda leaf: leaf.dtype, after) == jax.tree.map(lambda leaf: leaf.dtype, networks)
     moves = architecture.probabilistic and architecture.trainable_bounds
-    for old, new in zip(networks.bounds, after.bounds, strict=True):
+    for old, new in zip(map(np.asarray, networks.bounds), map(np.asarray, after.bounds), strict=True):
         assert (old != new).all() if moves else (old == new).all()
-    prediction = predict(architecture, after, normaliser, rows.obs, rows.action)
+    prediction = jax.jit(lambda: predict(architecture, after, normaliser, rows.obs, rows.action))()
     assert prediction.mean.shape == prediction.log_var.shape == (3, 20, 4)
     assert set(after.trunks) == set(architecture.trunks)
     if prediction.terminal_logit is not None:
@@ -316,7 +315,8 @@ def test_noise_is_in_the_units_of_the_data() -> None:
     for name, layers in networks.trunks.items():
         *hidden, last = (layer._replace(kernel=jnp.zeros_like(layer.kernel)) for layer in layers)
         trunks[name] = (*hidden, last._replace(bias=last.bias.at[..., log_var[name] :].set(-1.0)))
-    prediction = predict(architecture, Networks(trunks, networks.bounds), normaliser, rows.obs, rows.action)
+    fixed = Networks(trunks, networks.bounds)
+    prediction = jax.jit(lambda: predict(architecture, fixed, normaliser, rows.obs, rows.action))()
     size = np.exp(0.5 * softly_bounded(-1.0, -10.0, jnp.array([0.5, 0.5, 0.5, 1.0])))
     expected = size * np.append(normaliser.std[:3], 1.0)
     np.testing.assert_allclose(prediction.std[0, 0], expected, rtol=1e-5)
@@ -336,11 +336,12 @@ def prediction_of(count: int, key: int = 0) -> tuple[Prediction, Normaliser]:
     return Prediction(jnp.asarray(mean), jnp.asarray(log_var), jnp.array([0.5, 2.0, 3.0, 1.0]), None), normaliser
 
 
-@pytest.mark.parametrize("count", [2, 3, 4, 7])
+@pytest.mark.parametrize("count", [2, 4, 7])
 def test_uncertainties_are_what_their_names_say(count: int) -> None:
     prediction, normaliser = prediction_of(count)
     used = np.arange(count) != 1 if count > 2 else np.ones(count, bool)
-    means, stds = np.asarray(prediction.mean[used, :, :3] / normaliser.std[:3]), np.exp(prediction.log_var[used] / 2)
+    mean, log_var, std = (np.asarray(array) for array in (prediction.mean, prediction.log_var, normaliser.std))
+    means, stds = mean[used, :, :3] / std[:3], np.exp(log_var[used] / 2)
     pairs = np.linalg.norm(means[:, None] - means[None], axis=-1)
     expected = {
         "max_distance": pairs.max((0, 1)),
@@ -350,9 +351,9 @@ def test_uncertainties_are_what_their_names_say(count: int) -> None:
         "ensemble_std": np.sqrt(((stds[..., :3] ** 2).mean(0) + means.var(0)).sum(-1)),
     }
     assert expected.keys() == UNCERTAINTIES.keys() == set(KINDS)
+    found = jax.jit(lambda: {kind: uncertainty(kind, prediction, normaliser, jnp.asarray(used)) for kind in KINDS})()
     for kind, numbers in expected.items():
-        found = uncertainty(kind, prediction, normaliser, jnp.asarray(used))
-        np.testing.assert_allclose(found, numbers, rtol=1e-5, err_msg=kind)
+        np.testing.assert_allclose(found[kind], numbers, rtol=1e-5, err_msg=kind)
 
 
 def test_networks_that_agree_are_certain() -> None:

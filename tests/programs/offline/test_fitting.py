@@ -1,5 +1,6 @@
 """The program that fits an ensemble: when it ends, what it keeps, what it leaves, and how well it knows its errors."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ CONFIG = Config(
     model_layers=2,
     model_batch_size=64,
     model_epoch_steps=40,
-    model_epochs=120,
+    model_epochs=80,
     model_patience=(2, 60),
     model_lr=3e-3,
 )
@@ -78,24 +79,20 @@ def test_patience_counts_epochs_without_enough_improvement_of_any_network() -> N
 
 
 def test_the_artefact_has_the_networks_that_were_best(place: Path, results: xarray.Dataset) -> None:
+    architecture, data = fitting.architecture_of(CONFIG, 1, 1), toy.make("sine")
+    shared = fitting.shared_rows(data, False)
+    order = shared["order"][fitting.split_of(CONFIG, len(data)).learned :]
+    rows = Transitions(*(array[order] for array in (data.obs, data.action, data.reward, data.next_obs, data.reward)))
+    validated = jax.jit(functools.partial(ensemble.validation_errors, architecture))
+    networks = jax.eval_shape(lambda: ensemble.init(architecture, jax.random.key(0)))
+    like = fitting.Model(networks, ensemble.no_normaliser(architecture), np.arange(3, dtype=np.int32), np.ones(3, "f"))
     for member, patience in enumerate((2, 60)):
         own = results.sel(model_patience=patience)
-        model, architecture = model_of(place, member)
-        data = toy.make("sine")
-        split = fitting.split_of(CONFIG, len(data))
-        shared = {name: jnp.asarray(array) for name, array in fitting.shared_rows(data, False).items()}
-        rows = fitting.held_out_rows(shared, split, 1)
-        errors = ensemble.validation_errors(architecture, model.networks, model.normaliser, rows)
+        model = artefacts.load(place, KIND).member(member, like)
+        errors = np.asarray(validated(model.networks, model.normaliser, rows))
         np.testing.assert_allclose(errors, own.network_error.values, rtol=1e-4)
-        np.testing.assert_allclose(np.sort(errors), np.asarray(errors)[np.asarray(model.ranking)])
+        np.testing.assert_allclose(np.sort(errors), errors[model.ranking])
         assert np.nanmin(own.current_error.values) >= errors.mean() - 1e-6
-
-
-def model_of(place: Path, member: int) -> tuple[fitting.Model, Architecture]:
-    architecture = fitting.architecture_of(CONFIG, 1, 1)
-    networks = ensemble.init(architecture, jax.random.key(0))
-    like = fitting.Model(networks, ensemble.no_normaliser(architecture), jnp.arange(3), jnp.ones(3))
-    return artefacts.load(place, KIND).member(member, like), architecture
 
 
 def test_the_sine_is_learned_with_its_noise_and_its_gap(results: xarray.Dataset) -> None:
@@ -162,8 +159,9 @@ def test_statistics_of_uncertainties_are_of_each_row_once(monkeypatch: pytest.Mo
     normaliser = ensemble.no_normaliser(architecture)
     model = fitting.Model(networks, normaliser, jnp.arange(3), jnp.ones(3))
     found = jax.jit(lambda: calibration.uncertainty_statistics(architecture, model, columns[:, :2], columns[:, 2:]))()
-    prediction = ensemble.predict(architecture, networks, normaliser, columns[:, :2], columns[:, 2:])
-    whole = np.asarray(calibration._uncertainties(prediction, model))
+    predict = functools.partial(ensemble.predict, architecture, networks, normaliser)
+    whole = jax.jit(lambda: calibration._uncertainties(predict(columns[:, :2], columns[:, 2:]), model))()
+    whole = np.asarray(whole)
     for numbers, expected in zip(found, (whole.max(1), whole.mean(1), whole.std(1)), strict=True):
         np.testing.assert_allclose(numbers, expected, rtol=1e-5)
 
