@@ -15,8 +15,8 @@ from purejax_bilevel.runtime import loop
 from purejax_bilevel.studies import run as runs
 from tests.programs.offline import pendulum
 
-LAMBDAS = (0.0, 0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
-ALONE = ((0.0, 0), (0.5, 3), (8.0, 4))  # members that are run again by themselves
+LAMBDAS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0)
+ALONE = ((0.0, 0), (0.5, 3), (1.0, 4))  # members that are run again by themselves
 UPDATES = 100
 
 
