@@ -19,6 +19,7 @@ RANKS = {
     "configuration": 1,
     "agents": 2,
     "environments": 2,
+    "evolution": 2,
     "members": 2,
     "networks": 2,
     "replay": 2,

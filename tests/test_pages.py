@@ -22,6 +22,7 @@ from typing import Any
 import jax
 import pytest
 import yaml
+from matplotlib import pyplot
 
 import purejax_bilevel
 from purejax_bilevel import ContinuousConfig, RegressionConfig, RLConfig, RunOptions, TabularConfig, run, scripts
@@ -212,8 +213,8 @@ def test_what_no_program_accepts_is_found(place: Path, monkeypatch: pytest.Monke
 @pytest.fixture(scope="module")
 def options() -> set[str]:
     """Every long option that the help of some script shows."""
-    agents = ("collect", "ensemble", "mopo")
-    kinds = ["", "--env_name Pendulum-v1", "--env_name tabular", *(f"--agent_type {agent}" for agent in agents)]
+    families = ("ppo", "open_training", "collect", "ensemble", "mopo", "lpg", "a2c")
+    kinds = ["", "--env_name Pendulum-v1", "--env_name tabular", *(f"--agent_type {name}" for name in families)]
     helps = [(scripts.train_rl, kind) for kind in kinds] + [(scripts.train_regression, ""), (scripts.sweep, "")]
     shown = set().union(*(help_of(*asked) for asked in helps))
     assert {"--lr", "--dim_distract", "--norm_bound", "--lambda_reg", "--halving"} <= shown
@@ -268,6 +269,7 @@ def test_python_of_the_page_on_results_runs(first_page: Path, monkeypatch: pytes
     assert len(texts) == 3
     for text in texts:
         exec(text, {})
+    pyplot.close("all")  # xarray's own plots stay open
     assert Path("curves.png").is_file()
 
 

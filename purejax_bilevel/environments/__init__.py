@@ -23,6 +23,7 @@ from purejax_bilevel.configuration import named_object
 from purejax_bilevel.environments import brax, grid_world, probes
 from purejax_bilevel.environments._gymnax import Environment, gymnax, spaces
 from purejax_bilevel.environments.continuous import UnitActions
+from purejax_bilevel.environments.flat import FlatObservations
 from purejax_bilevel.errors import UserError
 
 
@@ -109,20 +110,23 @@ def _checked(name: str, environment: Any, params: Any) -> tuple[Environment, Any
     return environment, params
 
 
-def make(name: str) -> Discrete:
+def make(name: str, flatten: bool = False) -> Discrete:
     """Looks up an environment with discrete actions.
 
     Args:
         name: registered name, e.g. "CartPole-v1", or `module:function`.
+        flatten: make vectors of observations of other shapes, such as MinAtar's images.
 
     Raises:
-        UserError: unknown name, continuous actions, or observations that are not vectors.
+        UserError: unknown name, continuous actions, or observations that are not vectors and are not to become some.
     """
     if is_continuous(name):
         raise UserError(
             f"--env_name {name} has continuous actions; this program needs discrete ones, e.g. CartPole-v1."
         )
     environment, params = _look_up(name)
+    if flatten and len(environment.observation_space(params).shape) > 1:
+        environment = FlatObservations(environment)
     obs_dim = _obs_dim(name, environment, params, "CartPole-v1")
     num_actions = environment.action_space(params).n
     return Discrete(environment, params, obs_dim, num_actions, int(params.max_steps_in_episode))

@@ -7,7 +7,11 @@ REGISTRY = {
     "continuous": "purejax_bilevel.programs.control.soft_actor_critic",
     "regression": "purejax_bilevel.programs.regression.program",
     "tabular": "purejax_bilevel.programs.tabular.program",
+    "ppo": "purejax_bilevel.programs.learned_optimizers.program",
+    "open_training": "purejax_bilevel.programs.learned_optimizers.meta_training",
     "collect": "purejax_bilevel.programs.offline.collect",
     "ensemble": "purejax_bilevel.programs.offline.ensemble_program",
+    "meta_objectives": "purejax_bilevel.programs.meta_objectives.program",
+    "meta_test": "purejax_bilevel.programs.meta_objectives.meta_test",
     "offline": "purejax_bilevel.programs.offline.program",
 }

@@ -35,8 +35,8 @@ HISTORY = "search.json"  # all rounds of a search
 # Modules with FIGURES and AXES, by the kind of figure. By name: programs know results, not the other way.
 OWN_FIGURES = {
     "tabular": "purejax_bilevel.programs.tabular.figures",
-    "ensemble": "purejax_bilevel.programs.offline.ensemble_figures",
     "offline": "purejax_bilevel.programs.offline.figures",
+    "ensemble": "purejax_bilevel.programs.offline.ensemble_figures",
 }
 SOLVED = {"CartPole-v1": 500.0}  # by environment
 MOST_SETTINGS, MOST_FAILED = 40, 100  # rows shown
@@ -56,7 +56,7 @@ class Reporting:
         select_over: as `over`, for `select_by`.
         solved: score regarded as solved, for the optimality gap.
         figures: the study's own, first in the report: {kind: sensitivity, axis: lr}, {kind: curves, variable: x} or
-            {kind: tabular, figure: x} (or ensemble, offline), x being a name in the FIGURES of these.
+            {kind: K, figure: x}, K being a key of `OWN_FIGURES` and x a name in the FIGURES of its module.
     """
 
     variable: str = ""

@@ -34,6 +34,7 @@ from purejax_bilevel.programs.learned_optimizers import (
 )
 from purejax_bilevel.programs.learned_optimizers.layout import layout_of
 from purejax_bilevel.programs.learned_optimizers.optimizer import _Seen, dormancy, features
+from purejax_bilevel.programs.learned_optimizers.update_rules import PUBLISHED
 from purejax_bilevel.programs.learned_optimizers.weights import shapes
 from purejax_bilevel.runtime import artefacts
 
@@ -581,10 +582,10 @@ def test_python_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     agent = make_agent()
     given = {"params": agent, "gradients": gradients(agent), "activations": activations_of(agent)}
     monkeypatch.chdir(tmp_path)
-    shutil.copy(TESTS / "data" / "open" / "breakout_OPEN.npy", tmp_path)
+    shutil.copy(PUBLISHED / "breakout_OPEN.npy", tmp_path)
     vectors = {"weights": drawn_weights()[None]}
     artefacts.save(tmp_path / "runs" / "mine", ARTEFACT_KIND, vectors, [{"seed": 0}], {})
-    training, reading = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), re.DOTALL | re.MULTILINE)
+    _, training, reading = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), re.DOTALL | re.MULTILINE)
     names = {**given, "step": 7, "key": jax.random.key(0)}
     exec(training, names)
     assert np.abs(joined(names["params"]) - joined(agent)).max() > 1e-5

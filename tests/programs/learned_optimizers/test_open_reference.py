@@ -19,6 +19,7 @@ from purejax_bilevel.programs.learned_optimizers import Switches, load_weights, 
 from purejax_bilevel.programs.learned_optimizers import layout as layout_module
 from purejax_bilevel.programs.learned_optimizers.layout import layout_of
 from purejax_bilevel.programs.learned_optimizers.optimizer import _Seen, features
+from purejax_bilevel.programs.learned_optimizers.update_rules import PUBLISHED
 
 OWN = Path(__file__).parents[2] / "data" / "open"
 GIVEN = os.environ.get("PUREJAX_BILEVEL_REFERENCE_DATA")
@@ -43,7 +44,7 @@ def files(pattern: str) -> list[Path]:
 
 
 def weights_of(name: str) -> np.ndarray:
-    return load_weights(OWN / f"{name}_OPEN.npy")
+    return load_weights(PUBLISHED / f"{name}_OPEN.npy")
 
 
 def tree_of(entries: Any) -> Any:
@@ -58,8 +59,8 @@ def tree_of(entries: Any) -> Any:
 
 @pytest.mark.parametrize("name", LENGTHS)
 def test_published_weights(name: str) -> None:
-    path = OWN / f"{name}_OPEN.npy"
-    sums = dict(reversed(line.split()) for line in (OWN / "SHA256SUMS").read_text().splitlines())
+    path = PUBLISHED / f"{name}_OPEN.npy"
+    sums = dict(reversed(line.split()) for line in (PUBLISHED / "SHA256SUMS").read_text().splitlines())
     assert hashlib.sha256(path.read_bytes()).hexdigest() == sums[path.name]
     weights = load_weights(path)
     assert weights.shape == ((3571,) if name == "multi" else (1211,))

@@ -1,0 +1,53 @@
+"""Observations of any shape, such as the images of MinAtar, as vectors."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from purejax_bilevel.environments._gymnax import Environment, spaces
+
+
+class FlatObservations(Environment):
+    """Wraps a gymnax environment; its observations are reshaped to `[obs]`."""
+
+    def __init__(self, environment: Environment):
+        super().__init__()
+        self.wrapped = environment
+
+    @property
+    def default_params(self) -> Any:
+        return self.wrapped.default_params
+
+    @property
+    def name(self) -> str:
+        return self.wrapped.name
+
+    @property
+    def num_actions(self) -> int:
+        return self.wrapped.num_actions
+
+    def reset_env(self, key: jax.Array, params: Any) -> tuple[jax.Array, Any]:
+        obs, state = self.wrapped.reset_env(key, params)
+        return obs.ravel(), state
+
+    def step_env(
+        self, key: jax.Array, state: Any, action: jax.Array, params: Any
+    ) -> tuple[jax.Array, Any, jax.Array, jax.Array, dict]:
+        obs, *others = self.wrapped.step_env(key, state, action, params)
+        return obs.ravel(), *others
+
+    def is_truncated(self, state: Any, params: Any) -> jax.Array:
+        return self.wrapped.is_truncated(state, params)
+
+    def is_terminated(self, state: Any, params: Any) -> jax.Array:
+        return self.wrapped.is_terminated(state, params)
+
+    def action_space(self, params: Any = None) -> Any:
+        return self.wrapped.action_space(params)
+
+    def observation_space(self, params: Any) -> spaces.Box:
+        space = self.wrapped.observation_space(params)
+        low, high = (jnp.broadcast_to(bound, space.shape).ravel() for bound in (space.low, space.high))
+        return spaces.Box(low, high, (int(np.prod(space.shape)),))
