@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import pytest
 import yaml
 from matplotlib import pyplot
@@ -29,13 +28,12 @@ import purejax_bilevel
 from purejax_bilevel import ContinuousConfig, RegressionConfig, RLConfig, RunOptions, TabularConfig, run, scripts
 from purejax_bilevel.configuration import replace
 from purejax_bilevel.environments.grid_world import __main__ as grid_world_pictures
-from purejax_bilevel.programs.offline import dataset_files
-from purejax_bilevel.programs.offline.datasets import Dataset
 from purejax_bilevel.results import __main__ as report_again
 from purejax_bilevel.results import dataset as datasets
 from purejax_bilevel.studies import command_line, plan, study, sweep_command
 from purejax_bilevel.studies import folder as folders
 from tests.programs.examples import population
+from tests.programs.offline import pendulum
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "purejax_bilevel"
@@ -132,17 +130,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     datasets.write_config(place / "runs" / "capacity", {"sweep": yaml.safe_load(example)})
     seeds, config = {"seed": 0, "num_seeds": 8}, RLConfig().resolved()
     folders.describe(place / "runs" / "first", folders.as_told(config, seeds), RunOptions(), False, video=False)
-    (place / "runs" / "pendulum").mkdir()
-    for kind in ("random", "medium"):
-        dataset_files.save(still_pendulum(), place / "runs" / "pendulum" / f"{kind}.npz")
+    pendulum.files_of_presets(place)
     return place
-
-
-def still_pendulum(rows: int = 1000) -> Dataset:
-    """Rows of Pendulum-v1, enough for a command that learns from them to be read."""
-    obs = np.tile(np.float32([1, 0, 0]), (rows, 1))
-    zeros, never = np.zeros(rows, np.float32), np.zeros(rows, bool)
-    return Dataset(obs, zeros[:, None], zeros, obs, never, np.arange(rows) % 200 == 199, "Pendulum-v1")
 
 
 def calls(place: Path, text: str) -> list[tuple[str, list[str]]]:

@@ -87,6 +87,6 @@ def saved_model(folder: Path, dataset: str, **changes: Any) -> str:
 def files_of_presets(folder: Path) -> None:
     """What the presets expect in a folder: datasets in runs/pendulum, ensembles beside it."""
     place = folder / "runs" / "pendulum"
-    place.mkdir(parents=True)
+    place.mkdir(parents=True, exist_ok=True)
     for kind in ("random", "medium", "medium-replay", "medium-expert"):
         saved_model(folder / "runs" / f"ensemble-{kind}", saved(place, f"{kind}.npz"), model_networks=5)

@@ -91,10 +91,10 @@ def test_deterministic_targets_have_a_slow_policy_and_clipped_noise():
     action = np.clip(np.tanh(network(learner.target_policy, seen(learner, batch.next_obs))[:ACTION]) + noise, -1, 1)
     smallest = values(learner, learner.target_q, batch.next_obs, action).min(0)
     expected = batch.reward + 0.9 * (1 - batch.terminated) * smallest
-    np.testing.assert_allclose(learner.target(CONFIG, batch), expected, rtol=1e-9)
+    np.testing.assert_allclose(jax.jit(lambda: learner.target(CONFIG, batch))(), expected, rtol=1e-9)
     taken = values(learner, learner.q, batch.obs, np.asarray(batch.action))
     error = np.square(taken - expected).mean(1).sum()
-    np.testing.assert_allclose(learner.q_loss(CONFIG, learner.q, batch), error, rtol=1e-9)
+    np.testing.assert_allclose(jax.jit(lambda: learner.q_loss(CONFIG, learner.q, batch))(), error, rtol=1e-9)
 
 
 def test_the_deterministic_policy_steps_every_other_time():
@@ -108,7 +108,7 @@ def test_the_deterministic_policy_steps_every_other_time():
     own = np.tanh(network(learner.policy, seen(learner, batch.obs))[:ACTION])
     value = values(learner, learner.q[:1], batch.obs, own)[0]
     expected = -2.5 * value.mean() / np.abs(value).mean() + np.square(own - batch.action).mean()
-    found = agents.deterministic_loss(CONFIG, learner, learner.policy, batch)
+    found = jax.jit(lambda: agents.deterministic_loss(CONFIG, learner, learner.policy, batch))()
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 

@@ -36,14 +36,15 @@ def test_predictions_of_the_reference(path: Path, tag: str, float64: None) -> No
     normaliser = normaliser_of(arrays, architecture, "plain" if tag == "plain" else "norm")
     obs, action = jnp.split(doubled(arrays["in/obs_act"]), [architecture.obs_dim], -1)
     networks = networks_of(beside(path, "ensemble"))
-    prediction = ensemble.with_reference_noise(ensemble.predict(architecture, networks, normaliser, obs, action))
+    predict = jax.jit(lambda: ensemble.predict(architecture, networks, normaliser, obs, action))
+    prediction = ensemble.with_reference_noise(predict())
     used = jnp.ones(architecture.networks, bool)
     world = World(architecture, networks, normaliser, jnp.arange(architecture.networks), architecture.networks, None)
-    doubt = world.uncertainty("max_distance", prediction)
+    doubt = jax.jit(lambda: world.uncertainty("max_distance", prediction))()
     terminates, checked = termination.of(str(arrays["config/termination"])), 0
+    imagine = jax.jit(lambda chosen: imagined(prediction, doubled(arrays["in/eps"]), chosen, used, terminates))
     for number in range(architecture.networks):
-        chosen = jnp.full(obs.shape[0], number)
-        plain = imagined(prediction, doubled(arrays["in/eps"]), chosen, used, terminates)
+        plain = imagine(jnp.full(obs.shape[0], number))
         if tag != "deterministic":
             close(plain.next_obs, arrays[f"{tag}/mode_none"][number, :, :-2], rtol=5e-9)
             close(plain.reward, arrays[f"{tag}/mode_none"][number, :, -2], rtol=5e-9)

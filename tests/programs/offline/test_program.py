@@ -101,33 +101,6 @@ def test_members_differ_by_pessimism_and_seed_alone(fitted: tuple):
     assert not np.array_equal(state.learner.policy[0].kernel[0], state.learner.policy[0].kernel[3])
 
 
-def test_vmapped_members_equal_single_ones(tiny: str, model: str):
-    """Three updates of members that differ in all that is traced of pessimism and rollouts, together and alone."""
-    traced = {"pessimism": (0.0, 2.0), "real_ratio": (0.5, 0.0), "rollout_length": (1, 3), "num_elites": (1, 2)}
-    configs = [
-        config_of("mopo", tiny, model=model, **{name: values[i] for name, values in traced.items()}).resolved()
-        for i in range(2)
-    ]
-    program, keys = configs[0].program(), jax.random.split(jax.random.key(0), 2)
-    shared = jax.tree.map(jnp.asarray, program.shared())
-
-    def learned(key: jax.Array, config: Config) -> Any:
-        state = program.begin(program.init(key, config, shared), config, shared)
-        update = lambda state, t: program.update(state, config, t, shared)  # noqa: E731
-        state, metrics = jax.lax.scan(update, state, jnp.arange(3))
-        return state.learner.policy, state.learner.q, state.ring, metrics
-
-    stacked = jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(leaf) for leaf in leaves]), *configs)
-    together, alone = jax.jit(jax.vmap(learned))(keys, stacked), jax.jit(learned)
-    for number, config in enumerate(configs):
-        own = alone(keys[number], jax.tree.map(jnp.asarray, config))
-        jax.tree.map(
-            lambda one, many: np.testing.assert_allclose(one, many[number], rtol=1e-4, atol=1e-5),  # noqa: B023
-            own,
-            together,
-        )
-
-
 def test_resume_is_bitwise(fitted: tuple, tmp_path: Path):
     """Broken off in the middle of the policy's stage, and in another number of chunks."""
     config, _, whole = fitted

@@ -67,7 +67,7 @@ def learner_of(golden: Golden, case: str, config: Learning) -> Learner:
     units = Units(jnp.asarray(mean), jnp.asarray(std), float(golden["config/act_limit"]))
     q, target_q = (tuple(layers(golden, f"init/{of}/{name}") for name in ("q1", "q2")) for of in ("online", "target"))
     policy = policy_of(golden, "init/online/pi")
-    learner = agents.init_learner(config, jax.random.key(0), units, action_dim)
+    learner = jax.jit(lambda key: agents.init_learner(config, key, units, action_dim))(jax.random.key(0))
     learner = learner.replace(q=q, target_q=target_q, policy=policy)
     return learner.replace(
         q_optimizer=learner.q_rule(config).init(q), policy_optimizer=learner.policy_rule(config).init(policy)
@@ -147,15 +147,19 @@ def test_actor_at_its_bounds(problem: tuple):
 def test_updates(problem: tuple):
     golden, case, config, learner, batch = problem
     step = jax.jit(lambda learner, *batches: agents.soft_step(config, learner, *batches))
+    gradient_of = jax.jit(lambda learner, batch: jax.grad(lambda q: learner.q_loss(config, q, batch))(learner.q))
+    looked_at = jax.jit(
+        lambda learner, batch: (learner.target(config, batch), learner.q_values(learner.q, batch)[:, 0])
+    )
     for update, noise in enumerate(golden["noise"]):
         prefix = f"{case}/update{update}"
         critic_batch, policy_batch = (batch._replace(noise=jnp.asarray(own.T)) for own in noise)
-        close(learner.target(config, critic_batch), golden[f"{prefix}/backup"], "backup")
-        for number, values in enumerate(learner.q_values(learner.q, batch)[:, 0], 1):
-            close(values, golden[f"{prefix}/q{number}"], f"q{number}")
+        backup, values = looked_at(learner, critic_batch)
+        close(backup, golden[f"{prefix}/backup"], "backup")
+        for number, own in enumerate(values, 1):
+            close(own, golden[f"{prefix}/q{number}"], f"q{number}")
         if update == 0:
-            gradient = jax.grad(lambda q: learner.q_loss(config, q, critic_batch))(learner.q)  # noqa: B023
-            for number, head in enumerate(gradient, 1):
+            for number, head in enumerate(gradient_of(learner, critic_batch), 1):
                 check_layers(head, layers(golden, f"{prefix}/grad/q{number}"), f"grad/q{number}")
         learner, losses = step(learner, critic_batch, policy_batch)
         close(losses["q_loss"], golden[f"{prefix}/loss_q"], "loss_q")
