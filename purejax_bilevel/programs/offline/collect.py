@@ -134,6 +134,7 @@ def _actor_critic(config: Config) -> soft_actor_critic.Config:
     known = {field.name for field in fields(soft_actor_critic.Config)} - {"agent_type"}
     own = {field.name: getattr(config, field.name) for field in fields(config) if field.name in known}
     own |= {"agent_type": "sac", "num_Q_steps": 1, "max_hidden_dim": config.hidden_dim}
+    own["capacity"] = config.num_train_steps * config.num_envs  # medium-replay is the buffer from its first row on
     return replace(soft_actor_critic.Config(), **own)
 
 
@@ -175,9 +176,9 @@ class Collect(Program):
     )
 
     def __init__(self, config: Config):
-        # The key is a member's own: settings that differ between members are put in where they are used.
-        settings = _actor_critic(replace(config, **dict.fromkeys(_traced(config), 0.1)))
-        self.config, self.settings = config, settings.resolved()
+        # Numbers that differ between members are put in by `_member`.
+        anything = replace(config, **dict.fromkeys(_traced(config), 0.1))
+        self.config, self.settings = config, _actor_critic(anything).resolved()
         self.actor_critic = self.settings.program()
         self.task = environments.make_continuous(config.env_name)
         self.kept = config.num_train_steps // config.eval_frequency

@@ -10,6 +10,7 @@ Outline of a run (every line inside one compiled loop):
 The artefact is a `fitting.Model`; `models.load` reads it.
 """
 
+import functools
 from pathlib import Path
 from typing import Any, Self
 
@@ -197,8 +198,14 @@ class Ensemble(Program):
         return state.replace(fit=fit), {"model_loss": (loss, one), "current_error": (fit.errors.mean(), one)}
 
     def evaluate(self, state: State, config: Config, t: jax.Array, is_last: jax.Array, shared: Tree) -> dict:
-        """Errors of the best networks; calibration, which counts at the end."""
-        model, obs_dim = fitting.fitted(state.fit), self.architecture.obs_dim
+        """Errors of the best networks; at the end calibration too, before that NaN."""
+        measure = functools.partial(self._calibrated, fitting.fitted(state.fit), shared)
+        nothing = lambda: jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), jax.eval_shape(measure))  # noqa: E731
+        errors = {"validation_error": state.fit.best_errors.mean(), "network_error": state.fit.best_errors}
+        return errors | jax.lax.cond(is_last, measure, nothing)
+
+    def _calibrated(self, model: Model, shared: Tree) -> dict[str, jax.Array]:
+        obs_dim = self.architecture.obs_dim
         sources = [fitting.held_out_rows(shared, self.split, obs_dim)]
         if self.test is not None:
             places = np.linspace(0, len(self.test) - 1, self.reported).astype(int)
@@ -206,8 +213,6 @@ class Ensemble(Program):
         found = [calibration.calibrate(self.architecture, model, rows) for rows in sources]
         shown = jax.tree.map(lambda column: column[: self.reported], sources[-1])
         return {
-            "validation_error": state.fit.best_errors.mean(),
-            "network_error": state.fit.best_errors,
             "rank_correlation": jnp.stack([one.rank_correlation for one in found]),
             "coverage": jnp.stack([one.coverage for one in found]),
             "row_error": jnp.stack([one.error[: self.reported] for one in found]),

@@ -240,13 +240,13 @@ def test_parameters_and_their_first_values_are_those_of_the_reference(path: Path
         architecture = Architecture(int(obs_dim), int(action_dim), int(count))
         shapes = jax.eval_shape(lambda architecture=architecture: init(architecture, jax.random.key(0)))
         assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == parameters
-    networks = jax.jit(lambda key: init(Architecture(11, 3, networks=40), key))(jax.random.key(1))
+    networks = jax.jit(lambda key: init(Architecture(11, 3, networks=12), key))(jax.random.key(1))
     for name in (key for key in arrays.files if key.startswith("init_std/")):
         _, trunk, layer, _ = name.split("/")
         own = networks.trunks[trunk][int(layer)]
         std, fan_in, fan_out = arrays[name]
-        assert own.kernel.shape == (40, fan_in, fan_out)
-        np.testing.assert_allclose(np.std(own.kernel), std, rtol=0.02 if own.kernel.size > 30_000 else 0.04)
+        assert own.kernel.shape == (12, fan_in, fan_out)
+        np.testing.assert_allclose(np.std(own.kernel), std, rtol=0.02 if own.kernel.size > 30_000 else 0.06)
         assert not np.asarray(own.bias).any()
 
 
@@ -374,12 +374,13 @@ def test_networks_that_agree_are_certain() -> None:
 
 def test_each_row_is_predicted_by_an_elite_of_its_own() -> None:
     ranking = jnp.array([4, 0, 2, 1, 3])
-    drawn = jax.jit(lambda count: elites(jax.random.key(0), ranking, count, 4000))(2)
-    assert set(np.asarray(drawn).tolist()) == {4, 0}
+    drawn = np.asarray(jax.jit(lambda count: elites(jax.random.key(0), ranking, count, 4000))(2))
+    assert set(drawn.tolist()) == {4, 0}
     assert 0.45 < (drawn == 4).mean() < 0.55
     np.testing.assert_array_equal(elite_mask(ranking, jnp.int32(3)), [True, False, True, False, True])
     prediction, _ = prediction_of(5)
-    own = chosen(prediction._replace(terminal_logit=prediction.mean[..., 0]), jnp.array([0, 4, 2, 2, 1, 3]))
+    prediction = prediction._replace(terminal_logit=prediction.mean[..., 0])
+    prediction, own = jax.tree.map(np.asarray, (prediction, jax.jit(chosen)(prediction, jnp.array([0, 4, 2, 2, 1, 3]))))
     for row, network in enumerate([0, 4, 2, 2, 1, 3]):
         np.testing.assert_array_equal(own.mean[row], prediction.mean[network, row])
         np.testing.assert_array_equal(own.log_var[row], prediction.log_var[network, row])
@@ -388,8 +389,8 @@ def test_each_row_is_predicted_by_an_elite_of_its_own() -> None:
 
 
 def test_every_network_has_a_resample_of_its_own() -> None:
-    draw = lambda key: np.asarray(bootstrapped(jax.random.key(key), 3, 20_000, 500, jax.random.key(9)))  # noqa: E731
-    first, second = draw(0), draw(1)
+    draw = jax.jit(lambda key: bootstrapped(jax.random.key(key), 3, 20_000, 500, jax.random.key(9)))
+    first, second = np.asarray(draw(0)), np.asarray(draw(1))
     assert first.shape == (3, 20_000)
     assert (first != second).mean() > 0.9
     for own, again in zip(first, second, strict=True):

@@ -27,7 +27,7 @@ CONFIG = Config(
     model_layers=2,
     model_batch_size=64,
     model_epoch_steps=40,
-    model_epochs=80,
+    model_epochs=70,
     model_patience=(2, 60),
     model_lr=3e-3,
 )
@@ -64,12 +64,13 @@ def test_patience_counts_epochs_without_enough_improvement_of_any_network() -> N
     architecture = Architecture(1, 1, networks=2, hidden=(2,), reward_hidden=())
     config = Config(model_patience=2, model_improvement=0.1)
     normaliser = ensemble.no_normaliser(architecture)
-    fit = fitting.begin(config, architecture, normaliser, jax.random.key(0))
+    fit = jax.jit(lambda key: fitting.begin(config, architecture, normaliser, key))(jax.random.key(0))
     judge = jax.jit(lambda fit, errors: fitting._judged(config, fit, errors))
     seen = []
+    fit = jax.tree.map(np.asarray, fit)
     for epoch, errors in enumerate([[9.0, 9.0], [8.5, 8.5], [9.5, 8.05], [8.6, 8.6], [8.6, 8.01]]):
-        networks = jax.tree.map(lambda leaf, epoch=epoch: jnp.full_like(leaf, epoch), fit.networks)
-        fit = judge(fit.replace(networks=networks), jnp.array(errors))
+        networks = jax.tree.map(lambda leaf, epoch=epoch: np.full_like(leaf, epoch), fit.networks)
+        fit = judge(fit.replace(networks=networks), np.array(errors, "f"))
         seen.append((int(fit.epochs_since), bool(fit.is_over)))
     # From 9.0 an error must fall below 8.1 to count: it does once; better by less is kept all the same.
     assert seen == [(0, False), (1, False), (0, False), (1, False), (2, True)]
@@ -118,13 +119,14 @@ def test_the_run_leaves_its_figures(place: Path) -> None:
 
 def certain_networks(architecture: Architecture, log_var: float) -> ensemble.Networks:
     """Networks that predict no change, reward 0 and one raw log-variance."""
-    networks = ensemble.init(architecture, jax.random.key(0))
+    shapes = jax.eval_shape(lambda: ensemble.init(architecture, jax.random.key(0)))
     trunks = {}
-    for name, layers in networks.trunks.items():
-        zero = [Layer(jnp.zeros_like(layer.kernel), jnp.zeros_like(layer.bias)) for layer in layers]
-        half = zero[-1].bias.shape[-1] // 2
-        trunks[name] = (*zero[:-1], zero[-1]._replace(bias=zero[-1].bias.at[..., half:].set(log_var)))
-    return ensemble.Networks(trunks, networks.bounds)
+    for name, layers in shapes.trunks.items():
+        zero = [Layer(np.zeros(layer.kernel.shape, "f"), np.zeros(layer.bias.shape, "f")) for layer in layers]
+        zero[-1].bias[..., zero[-1].bias.shape[-1] // 2 :] = log_var
+        trunks[name] = tuple(zero)
+    bounds = [np.full(bound.shape, value, "f") for bound, value in zip(shapes.bounds, (0.5, 0.5, -10.0), strict=True)]
+    return ensemble.Networks(trunks, ensemble.Bounds(*bounds))
 
 
 def test_intervals_of_the_right_size_have_the_right_coverage() -> None:
@@ -154,7 +156,7 @@ def test_rank_correlation_is_spearmans() -> None:
 def test_statistics_of_uncertainties_are_of_each_row_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibration, "CHUNK", 8)
     architecture = Architecture(2, 1, networks=3, hidden=(4,), reward_hidden=())
-    networks = ensemble.init(architecture, jax.random.key(1))
+    networks = jax.jit(lambda key: ensemble.init(architecture, key))(jax.random.key(1))
     columns = jax.random.normal(jax.random.key(2), (21, 3))
     normaliser = ensemble.no_normaliser(architecture)
     model = fitting.Model(networks, normaliser, jnp.arange(3), jnp.ones(3))
