@@ -3,6 +3,7 @@
 Files are those of `tests/data/groove`, and of the folder named by PUREJAX_BILEVEL_REFERENCE_DATA where it has some.
 """
 
+import functools
 import os
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.flatten_util import ravel_pytree
 
 from purejax_bilevel.environments.grid_world import Places
 from purejax_bilevel.programs.meta_objectives import learners, meta_gradient, network
@@ -56,6 +58,11 @@ def close(found: Any, expected: Any, rtol: float = 1e-10) -> None:
     expected = np.asarray(expected)
     size = float(np.abs(expected).max()) if expected.size else 0.0
     np.testing.assert_allclose(found, expected, rtol=rtol, atol=rtol * size)
+
+
+def quickly(function: Any, *given: Any, **options: Any) -> Any:
+    """A function compiled for these arguments as tests of programs are (`tests/programs/conftest.py`)."""
+    return jax.jit(function, **options).lower(*given).compile()
 
 
 # --- names of the files -----------------------------------------------------------------------------------------------
@@ -147,7 +154,7 @@ def test_the_network(path: Path, kind: str, float64: None) -> None:
         clocks = None
         if choice:
             clocks = jnp.stack([jnp.asarray(data[f"lifetime/in/{choice}{name}"]) for name in ("step", "lifetime")])
-        pi_hat, y_hat = jax.jit(network.apply)(weights, inputs, clocks)
+        pi_hat, y_hat = quickly(network.apply, weights, inputs, clocks)(weights, inputs, clocks)
         tolerance = 1e-10 if kind == "plain" else 1e-6  # the original casts these inputs to float32
         close(pi_hat, data[f"{kind}/out/{choice}pi_hat"], tolerance)
         close(y_hat, data[f"{kind}/out/{choice}y_hat"], tolerance)
@@ -163,7 +170,8 @@ def test_the_network_backwards(path: Path, float64: None) -> None:
 
     inputs, weights = inputs_of(data, "plain/in/"), weights_of(data, "plain/lpg/")
     by_predictions = lambda weights, *y: score(weights, inputs._replace(prediction=y[0], next_prediction=y[1]))  # noqa: E731
-    found, *predictions = jax.jit(jax.grad(by_predictions, (0, 1, 2)))(weights, *inputs[-2:])
+    given = (weights, *inputs[-2:])
+    found, *predictions = quickly(jax.grad(by_predictions, (0, 1, 2)), *given)(*given)
     jax.tree.map(close, found, weights_of(data, "plain/out/grad_lpg/"))
     for gradient, name in zip(predictions, ("grad_y", "grad_y_next"), strict=True):
         close(gradient, data[f"plain/out/{name}"])
@@ -181,7 +189,8 @@ def test_the_network_of_full_size(path: Path, kind: str, float64: None) -> None:
     clocks = None
     if kind == "lifetime":
         clocks = jnp.stack([jnp.asarray(data[f"lifetime/in/{name}"]) for name in ("step", "lifetime")])
-    pi_hat, y_hat = jax.jit(network.apply)(weights, inputs_of(data, f"{kind}/in/"), clocks)
+    given = (weights, inputs_of(data, f"{kind}/in/"), clocks)
+    pi_hat, y_hat = quickly(network.apply, *given)(*given)
     close(pi_hat, data[f"{kind}/out/pi_hat"], 1e-10 if kind == "plain" else 1e-6)
     close(y_hat, data[f"{kind}/out/y_hat"], 1e-10 if kind == "plain" else 1e-6)
 
@@ -293,7 +302,8 @@ def test_the_meta_gradient(path: Path, float64: None) -> None:
     """To 1e-7 of the largest number of an array: the original goes through float32 on its way."""
     data = read(path)
     loss, weights, judged, rollouts = meta_case(data)
-    each = jax.jit(jax.vmap(jax.value_and_grad(loss, 1, has_aux=True), (None, None, 0, 0)))
+    function = jax.vmap(jax.value_and_grad(loss, 1, has_aux=True), (None, None, 0, 0))
+    each = quickly(function, dict.fromkeys(ALL_FIXED, jnp.bool_(True)), weights, judged, rollouts)
     for variant, changes in VARIANTS.items():
         switches = {name: jnp.bool_(value) for name, value in (ALL_FIXED | changes).items()}
         (_, (after, _, terms)), gradients = each(switches, weights, judged, rollouts)
@@ -306,3 +316,45 @@ def test_the_meta_gradient(path: Path, float64: None) -> None:
         np.testing.assert_array_equal(after.agent.step, data["step_after"])
         change = after.value.network[0].kernel - judged.value.network[0].kernel
         close(change, data.get(f"{variant}/value_change/0/w", np.zeros(change.shape)))
+
+
+@pytest.mark.parametrize("path", files("groove_meta_gradient_k[0-9].npz"))
+def test_the_meta_gradient_is_that_of_finite_differences(path: Path, float64: None) -> None:
+    """With all that the objective reads held at what it is with the unperturbed weights."""
+    data = read(path)
+    loss, weights, judged, rollouts = meta_case(data)
+    build, config, number = build_of(data), config_of(data), int(data["num_updates"])
+    switches = Switches(has_clocks=bool(data["lifetime_conditioning"]), raw_clocks=True)
+    one = jax.tree.map(lambda leaf: leaf[0], (judged, rollouts))
+
+    def held(weights: network.Weights, base: network.Weights) -> jax.Array:
+        """The meta-loss written out, of agent 0, whose inputs are those of an agent under `base`."""
+        (judged, rollouts), measured = one, []
+        agent, value, shadow = judged.agent, judged.value, judged.agent
+        for k in range(number):
+            rollout = jax.tree.map(lambda leaf, k=k: leaf[k], rollouts)
+            clocks = meta_gradient.clocks(switches, shadow)
+            inputs = learners.network_inputs(shadow, rollout)
+            shadow, _ = learners.push(build, config, shadow, rollout, *network.apply(base, inputs, clocks))
+            agent, found = learners.push(build, config, agent, rollout, *network.apply(weights, inputs, clocks))
+            value, _, _ = learners.judge(build, config, value, rollout)
+            measured.append(found)
+        last = jax.tree.map(lambda leaf: leaf[number], rollouts)
+        _, advantages, _ = learners.judge(build, config, value, last)
+        chances = learners.probabilities(agent.actor.network, learners.first_observations(last))
+        policy, prediction, pi_hat, y_hat, _ = (sum(values) / number for values in zip(*measured, strict=True))
+        c1, c2 = config.lpg_policy_entropy_coeff, config.lpg_target_entropy_coeff
+        c3, c4 = config.lpg_policy_l2_coeff, config.lpg_target_l2_coeff
+        regularisers = -c1 * policy - c2 * prediction + c3 * pi_hat + c4 * y_hat
+        return learners.policy_loss(chances, last, advantages) + regularisers
+
+    flat, unravel = ravel_pytree(weights)
+    directions = jnp.asarray(np.random.default_rng(0).standard_normal((5, flat.size)))
+    step = 1e-5 * directions / jnp.linalg.norm(directions, axis=1, keepdims=True)
+    moved = jax.vmap(lambda point: held(unravel(point), weights))
+    points = flat + jnp.concatenate([step, -step])
+    ahead, behind = quickly(moved, points)(points).reshape(2, -1)
+    value = functools.partial(loss, ALL_FIXED)
+    gradient = quickly(jax.grad(value, has_aux=True), weights, *one)(weights, *one)[0]
+    expected = step @ ravel_pytree(gradient)[0]
+    np.testing.assert_allclose((ahead - behind) / 2, expected, rtol=1e-6, atol=1e-6 * float(jnp.abs(expected).max()))
