@@ -69,8 +69,9 @@ class Config(Levels, Search, MetaTraining):
 def _check_together(config: Config, world: World) -> None:
     AGENTS.check_settings(config)
     field = AGENTS[config.agent_type].population
-    if getattr(config, field) % config.num_mini_batches:
-        raise UserError(f"--num_mini_batches {config.num_mini_batches} must divide --{field} {getattr(config, field)}.")
+    agents = getattr(config, field)
+    if agents % config.num_mini_batches:
+        raise UserError(f"--num_mini_batches {config.num_mini_batches} must divide the {agents} agents of --{field}.")
     AGENTS[config.agent_type].check(config, world)
 
 
