@@ -27,6 +27,7 @@ import purejax_bilevel
 from purejax_bilevel import ContinuousConfig, RegressionConfig, RLConfig, RunOptions, TabularConfig, run, scripts
 from purejax_bilevel.configuration import replace
 from purejax_bilevel.environments.grid_world import __main__ as grid_world_pictures
+from purejax_bilevel.programs.meta_objectives import figures as level_figures
 from purejax_bilevel.results import __main__ as report_again
 from purejax_bilevel.results import dataset as datasets
 from purejax_bilevel.studies import command_line, plan, study, sweep_command
@@ -178,6 +179,8 @@ def accept(words: list[str]) -> None:
             assert report_again.main(rest) == 2  # read, and there is nothing in that folder
         case ["python", "-m", "purejax_bilevel.environments.grid_world", *rest]:
             grid_world_pictures.read_arguments(rest)
+        case ["python", "-m", "purejax_bilevel.programs.meta_objectives.figures", *rest]:
+            level_figures.read_arguments(rest)
         case ["python", script, *rest]:
             source = (ROOT / script).read_text()
             for word in rest:
@@ -210,7 +213,7 @@ def test_what_no_program_accepts_is_found(place: Path, monkeypatch: pytest.Monke
 @pytest.fixture(scope="module")
 def options() -> set[str]:
     """Every long option that the help of some script shows."""
-    kinds = ["", "--env_name Pendulum-v1", "--env_name tabular"]
+    kinds = ["", "--env_name Pendulum-v1", "--env_name tabular", "--agent_type lpg"]
     helps = [(scripts.train_rl, kind) for kind in kinds] + [(scripts.train_regression, ""), (scripts.sweep, "")]
     shown = set().union(*(help_of(*asked) for asked in helps))
     assert {"--lr", "--dim_distract", "--norm_bound", "--lambda_reg", "--halving"} <= shown
