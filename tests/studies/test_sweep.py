@@ -313,7 +313,10 @@ def test_presets_are_complete(name, scale):
         # Minutes on two cores at 5500 and, on average over the agents, 1500 steps/s.
         assert members * steps <= {"rl": 1.6e6, "continuous": 4.5e5}[checked.program]
     if scale == "paper":
-        assert steps == {"rl": 200_000, "continuous": 1_000_000, "regression": 5000, "tabular": 10_000}[checked.program]
+        expected = {"rl": 200_000, "continuous": 1_000_000, "regression": 5000, "tabular": 10_000}
+        expected["meta_objectives"] = 2500 if name == "ta_lpg_horizons" else 5000
+        expected["meta_test"] = 2500
+        assert steps == expected[checked.program]
         assert checked.seeds.count >= 10
     for axis in [figure["axis"] for figure in checked.report.figures if figure["kind"] == "sensitivity"]:
         assert any(axis in agent.grid.settings(0) for agent in agents), axis

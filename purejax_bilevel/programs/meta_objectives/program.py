@@ -146,7 +146,7 @@ class MetaProgram(Program):
         Returns:
             What `TRIAL_MEASURES` names; nothing with `eval_agents` 0.
         """
-        if not self.trials:
+        if state.yardsticks is None:
             return {}
         found = self._lived(state.key, config, state.learning, state.yardsticks.params)
         yards, mean = state.yardsticks, found.mean()
