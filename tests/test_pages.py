@@ -213,7 +213,7 @@ def test_what_no_program_accepts_is_found(place: Path, monkeypatch: pytest.Monke
 @pytest.fixture(scope="module")
 def options() -> set[str]:
     """Every long option that the help of some script shows."""
-    kinds = ["", "--env_name Pendulum-v1", "--env_name tabular", "--agent_type lpg"]
+    kinds = ["", "--env_name Pendulum-v1", "--env_name tabular", "--agent_type lpg", "--agent_type lpg_agent"]
     helps = [(scripts.train_rl, kind) for kind in kinds] + [(scripts.train_regression, ""), (scripts.sweep, "")]
     shown = set().union(*(help_of(*asked) for asked in helps))
     assert {"--lr", "--dim_distract", "--norm_bound", "--lambda_reg", "--halving"} <= shown

@@ -315,6 +315,7 @@ def test_presets_are_complete(name, scale):
     if scale == "paper":
         expected = {"rl": 200_000, "continuous": 1_000_000, "regression": 5000, "tabular": 10_000}
         expected["meta_objectives"] = 2500 if name == "ta_lpg_horizons" else 5000
+        expected["meta_test"] = 2500
         assert steps == expected[checked.program]
         assert checked.seeds.count >= 10
     for axis in [figure["axis"] for figure in checked.report.figures if figure["kind"] == "sensitivity"]:

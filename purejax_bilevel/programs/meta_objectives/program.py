@@ -142,7 +142,7 @@ class MetaProgram(Program):
             What `TRIAL_MEASURES` names, unless `eval_agents` is 0, and what the agent measures.
         """
         own = self.agent.evaluate(config, state.learning, is_last)
-        if not self.trials:
+        if state.yardsticks is None:
             return own
         found = self._lived(state.key, config, state.learning, state.yardsticks.params)
         yards, mean = state.yardsticks, found.mean()
