@@ -147,8 +147,7 @@ def replay_log_probabilities(buffer: LevelBuffer, prior: Prior, now: jax.Array |
         rank = jnp.zeros_like(order).at[order].set(jnp.arange(1, may.shape[0] + 1, dtype=order.dtype))
         preference = -jnp.log(rank.astype(buffer.score.dtype))
     else:
-        # At most 0 whatever way a compiler rounds, since it may be divided by something tiny.
-        preference = jnp.minimum(buffer.score - jnp.where(may, buffer.score, -jnp.inf).max(), 0.0)
+        preference = buffer.score - jnp.where(may, buffer.score, -jnp.inf).max()
     ages = jnp.where(may, jnp.maximum(now - buffer.handed_out, 0), 0).astype(buffer.score.dtype)
     by_score = _log_normalised(preference / prior.temperature, may)
     by_age = jnp.where(ages.sum() > 0, jnp.log(ages) - jnp.log(ages.sum()), by_score)

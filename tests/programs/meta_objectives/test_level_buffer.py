@@ -139,16 +139,16 @@ def test_staleness_is_a_share_of_the_probability() -> None:
 def test_no_score_is_too_large(transform: str) -> None:
     """B13: of scores of any size and sign, at any temperature, those that may be replayed are, and no other."""
 
-    def replay(scale: jax.Array, temperature: jax.Array, key: jax.Array) -> Any:
-        buffer = scored_buffer(scale * jnp.arange(4.0)).replace(active=jnp.array([True, False, False, False]))
+    def replay(scores: jax.Array, temperature: jax.Array, key: jax.Array) -> Any:
+        buffer = scored_buffer(scores).replace(active=jnp.array([True, False, False, False]))
         prior = Prior(transform, temperature, 0.0)
         everyone, fresh = jnp.ones(3, bool), jnp.zeros(3, int)
         _, slots, replays = level_buffer.hand_out(key, buffer, everyone, fresh, 1.0, prior, 3)
         return level_buffer.replay_log_probabilities(buffer, prior, 3), slots, replays
 
-    scales = jnp.repeat(jnp.array([1e30, -1e30, 1e-30]), 2)
+    scores = jnp.repeat(jnp.array([[1e30], [-1e30], [1e-30]]), 2, axis=0) * jnp.arange(4.0)
     temperatures = jnp.tile(jnp.array([1e-6, 1e6]), 3)
-    logits, slots, replays = jax.jit(jax.vmap(replay))(scales, temperatures, jax.random.split(jax.random.key(1), 6))
+    logits, slots, replays = jax.jit(jax.vmap(replay))(scores, temperatures, jax.random.split(jax.random.key(1), 6))
     np.testing.assert_array_equal(jnp.isneginf(logits), np.tile([True, False, False, False], (6, 1)))
     np.testing.assert_allclose(jnp.exp(logits).sum(1), 1.0, rtol=1e-5)
     assert replays.all()
