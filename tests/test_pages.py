@@ -28,6 +28,7 @@ import purejax_bilevel
 from purejax_bilevel import ContinuousConfig, RegressionConfig, RLConfig, RunOptions, TabularConfig, run, scripts
 from purejax_bilevel.configuration import replace
 from purejax_bilevel.environments.grid_world import __main__ as grid_world_pictures
+from purejax_bilevel.programs.meta_objectives import figures as level_figures
 from purejax_bilevel.results import __main__ as report_again
 from purejax_bilevel.results import dataset as datasets
 from purejax_bilevel.studies import command_line, plan, study, sweep_command
@@ -181,6 +182,8 @@ def accept(words: list[str]) -> None:
             assert report_again.main(rest) == 2  # read, and there is nothing in that folder
         case ["python", "-m", "purejax_bilevel.environments.grid_world", *rest]:
             grid_world_pictures.read_arguments(rest)
+        case ["python", "-m", "purejax_bilevel.programs.meta_objectives.figures", *rest]:
+            level_figures.read_arguments(rest)
         case ["python", script, *rest]:
             source = (ROOT / script).read_text()
             for word in rest:

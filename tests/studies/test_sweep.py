@@ -308,6 +308,7 @@ PAPER_STEPS = {  # of the originals, by program or preset
     "open_training": 504,
     "meta_objectives": 5000,
     "ta_lpg_horizons": 2500,
+    "meta_test": 2500,
     "ensemble": 200,
     "offline": 500_000,
 }

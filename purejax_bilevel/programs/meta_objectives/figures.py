@@ -107,14 +107,19 @@ def _of_member(dataset: xarray.Dataset, name: str, member: int) -> np.ndarray:
     return flat[member]
 
 
-def main(words: Sequence[str] | None = None) -> int:
-    """Reads the command line and draws both figures; returns the exit status: 0 done, 2 bad input."""
+def read_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line: a run, two files and a member."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="folder of a run of groove")
     parser.add_argument("levels", help="file of the pictures")
     parser.add_argument("scores", help="file of the spread of the scores")
     parser.add_argument("--member", type=int, default=0, help="which member, from 0 (default: 0)")
-    asked = parser.parse_args(words)
+    return parser.parse_args(words)
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Reads the command line and draws both figures; returns the exit status: 0 done, 2 bad input."""
+    asked = read_arguments(words)
     try:
         dataset = datasets.load(asked.run)
         print(best_levels(dataset, asked.levels, asked.member))

@@ -18,7 +18,6 @@ import jax.numpy as jnp
 
 from purejax_bilevel.agents import Agent, Agents
 from purejax_bilevel.configuration import at_least, changed, configuration, replace, static, traced, validate, values_of
-from purejax_bilevel.environments import grid_world
 from purejax_bilevel.environments.grid_world import GridWorld, optimal_return
 from purejax_bilevel.errors import UserError
 from purejax_bilevel.program import Measure, Metrics, Program, Stage, Tree
@@ -123,8 +122,6 @@ class Config(MetaTest):
             models.load(config.model)
         if values_of(config.level) != (0,) and world.params is not None:
             raise UserError(f"--level is for GridWorld-<mode>: --env_name {config.env_name} has no other levels.")
-        if max(values_of(config.level)) >= grid_world.MOST_LEVELS:
-            raise UserError(f"--level must be below {grid_world.MOST_LEVELS}.")
         return config
 
 

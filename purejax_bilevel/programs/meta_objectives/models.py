@@ -2,7 +2,7 @@
 
 import functools
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -46,8 +46,7 @@ def load(place: str) -> Model:
     arrays = found.member(member)
     if set(arrays) != set(Weights._fields):
         raise UserError(f"{path} does not have the arrays of a learned objective: {', '.join(Weights._fields)}.")
-    plain: dict[str, Any] = {name: np.asarray(array) for name, array in arrays.items()}
-    weights = Weights(**plain)
+    weights = Weights(*(arrays[name] for name in Weights._fields))
     _check_shapes(path, weights)
     return Model(weights, "B4" in defects(str(found.about["config"].get("compat", ""))))
 

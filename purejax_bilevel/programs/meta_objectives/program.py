@@ -69,8 +69,9 @@ class Config(Levels, Search, MetaTraining):
 def _check_together(config: Config, world: World) -> None:
     AGENTS.check_settings(config)
     field = AGENTS[config.agent_type].population
-    if getattr(config, field) % config.num_mini_batches:
-        raise UserError(f"--num_mini_batches {config.num_mini_batches} must divide --{field} {getattr(config, field)}.")
+    agents = getattr(config, field)
+    if agents % config.num_mini_batches:
+        raise UserError(f"--num_mini_batches {config.num_mini_batches} must divide the {agents} agents of --{field}.")
     AGENTS[config.agent_type].check(config, world)
 
 
@@ -141,11 +142,10 @@ class MetaProgram(Program):
             What `TRIAL_MEASURES` names, unless `eval_agents` is 0, and what the agent measures.
         """
         own = self.agent.evaluate(config, state.learning, is_last)
-        yards = state.yardsticks
-        if yards is None:
+        if state.yardsticks is None:
             return own
-        found = self._lived(state.key, config, state.learning, yards.params)
-        mean = found.mean()
+        found = self._lived(state.key, config, state.learning, state.yardsticks.params)
+        yards, mean = state.yardsticks, found.mean()
         return own | {
             "unseen_return": mean,
             "a2c_normalised": mean / yards.a2c.mean(),

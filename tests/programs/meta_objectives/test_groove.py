@@ -1,6 +1,6 @@
 """GROOVE and TA-LPG: whole runs of one member on two devices, broken off and continued; what is refused."""
 
-import functools
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -39,41 +39,46 @@ TA_LPG = Config(agent_type="ta_lpg", population=8, num_mini_batches=2, num_train
 CONFIGS = {"groove": GROOVE, "ta_lpg": TA_LPG}
 
 
-@functools.cache
-def whole(name: str) -> Any:
-    """A run of one member, whose population is on two devices."""
-    return train(CONFIGS[name], num_seeds=1, devices=2)[1]
+Runs = dict[str, tuple[Any, Path]]
 
 
-def measured(name: str) -> dict[str, np.ndarray]:
-    return {measure: np.asarray(values)[0] for measure, values in whole(name).rows[0].items()}
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """A run of one member, whose population is on two devices, and a copy of its folder from the middle of it."""
+    return {name: broken_off(config, tmp_path_factory.mktemp(name)) for name, config in CONFIGS.items()}
+
+
+def broken_off(config: Config, place: Path) -> tuple[Any, Path]:
+    original, half, folder, copy = CompiledProgram.__call__, config.num_train_steps // 2, place / "run", place / "copy"
+
+    def copying(self: CompiledProgram, state: Any, start: int, *others: int) -> Any:
+        if start >= half and not copy.exists():
+            shutil.copytree(folder, copy)
+        return original(self, state, start, *others)
+
+    folder.mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
+        patch.setattr(CompiledProgram, "__call__", copying)
+        return train(config, num_seeds=1, devices=2, folder=folder, chunks=2)[1], copy
+
+
+def measured(outcome: Any) -> dict[str, np.ndarray]:
+    return {measure: np.asarray(values)[0] for measure, values in outcome.rows[0].items()}
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_resume_is_bitwise(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected, original = whole(name), CompiledProgram.__call__
-    half = CONFIGS[name].num_train_steps // 2
-    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
-
-    def breaking(self: CompiledProgram, state: Any, start: int, *others: int) -> Any:
-        if start >= half:
-            raise RuntimeError("power cut")
-        return original(self, state, start, *others)
-
-    monkeypatch.setattr(CompiledProgram, "__call__", breaking)
-    with pytest.raises(RuntimeError, match="power cut"):
-        train(CONFIGS[name], num_seeds=1, devices=2, folder=tmp_path, chunks=2)
-    monkeypatch.undo()
-    assert loop.steps_done(tmp_path) == half
-    outcome = train(CONFIGS[name], num_seeds=1, devices=2, folder=tmp_path, resume=True, chunks=2)[1]
+def test_resume_is_bitwise(name: str, runs: Runs) -> None:
+    expected, copy = runs[name]
+    assert loop.steps_done(copy) == CONFIGS[name].num_train_steps // 2
+    outcome = train(CONFIGS[name], num_seeds=1, devices=2, folder=copy, resume=True, chunks=2)[1]
     same(outcome.state, expected.state)
-    for measure, values in expected.rows[0].items():
-        np.testing.assert_array_equal(outcome.rows[0][measure], values)
+    same(outcome.rows, expected.rows)
 
 
-def test_groove_keeps_and_replays_levels() -> None:
-    seen = measured("groove")
-    assert not whole("groove").failed[0].any()
+def test_groove_keeps_and_replays_levels(runs: Runs) -> None:
+    seen = measured(runs["groove"][0])
+    assert not runs["groove"][0].failed[0].any()
     # Lives of six updates, two per meta-step, four agents of different ages: four ends in three meta-steps.
     np.testing.assert_allclose(seen["ended_lives"], 4 / 3, rtol=1e-6)
     assert (seen["replay_share"] > 0).any()
@@ -88,19 +93,19 @@ def test_groove_keeps_and_replays_levels() -> None:
     assert np.isnan(seen["best_level"][0]).all()  # at the end only
 
 
-def test_levels_are_the_same_by_their_numbers() -> None:
+def test_levels_are_the_same_by_their_numbers(runs: Runs) -> None:
     """Those of the buffer are what `GridWorld-<mode>-<number>` is."""
     config = GROOVE.resolved()
     draw = jax.jit(curriculum.lottery(config.program().world, config))
-    for number in measured("groove")["best_level"][-1][:2].astype(int).tolist():
+    for number in measured(runs["groove"][0])["best_level"][-1][:2].astype(int).tolist():
         lot = draw(number)
         assert lot.lifetime == 6
         expected = grid_world.numbered("debug", number)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), lot.params, expected)
 
 
-def test_ta_lpg_searches() -> None:
-    seen = measured("ta_lpg")
+def test_ta_lpg_searches(runs: Runs) -> None:
+    seen = measured(runs["ta_lpg"][0])
     assert (seen["best_fitness"] >= seen["fitness"]).all()
     assert (seen["tied_pairs"] >= 0).all()
     assert (seen["tied_pairs"] < 1).any()
@@ -129,7 +134,7 @@ def test_the_first_step_of_adam_is_the_rate() -> None:
         (GROOVE, {"score_function": "best"}, "--score_function must be one of"),
         (GROOVE, {"agent_type": "lpg"}, "--buffer_size 12 is for --agent_type groove, not lpg"),
         (TA_LPG, {"population": 7}, "--population must be an even whole number of at least 2, got 7"),
-        (TA_LPG, {"num_mini_batches": 3}, "--num_mini_batches 3 must divide --population 8"),
+        (TA_LPG, {"num_mini_batches": 3}, "--num_mini_batches 3 must divide the 8 agents of --population"),
         (TA_LPG, {"num_agents": 4}, "--num_agents 4 is for --agent_type lpg, groove, not ta_lpg"),
     ],
 )

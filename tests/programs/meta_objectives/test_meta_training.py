@@ -134,7 +134,7 @@ def test_a_number_means_one_level() -> None:
 
 
 def test_agents_learn_under_the_artefact_of_a_run(run: tuple[Path, loop.Outcome]) -> None:
-    """Two seeds; the second one alone is the same."""
+    """Two seeds; the second one is the same beside another."""
     learned = run[1].state[0].state.learning.weights
     artefacts.save(run[0], network.ARTEFACT_KIND, learned, [{"seed": 0}], {"compat": "B4"})
     model = models.load(str(run[0]))
@@ -145,17 +145,16 @@ def test_agents_learn_under_the_artefact_of_a_run(run: tuple[Path, loop.Outcome]
     assert part.program.critic_outputs == 8
     assert np.isfinite(both.rows[0]["evaluation_return"]).all()
     assert (both.rows[0]["policy_entropy"] < np.log(5)).all()
-    first, second = (each.state[0].state.agent for each in (both, train(config, 1, seed=1)))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a[1], b[0], rtol=1e-5, atol=1e-6), first, second)
+    first, second = (each.state[0].state.agent for each in (both, train(config, 2, 2, seed=1)))
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[1], b[0]), first, second)
+    assert not np.array_equal(first.actor.network[0].kernel[0], first.actor.network[0].kernel[1])
 
 
-def test_levels_have_numbers(tmp_path: Path) -> None:
+def test_levels_have_numbers() -> None:
     config = meta_test.Config(agent_type="a2c", env_name="GridWorld-small", level=(1, 4))
     config.resolved()
     with pytest.raises(UserError, match="--level is for GridWorld-<mode>"):
         replace(config, env_name="GridWorld-small-3").resolved()
-    with pytest.raises(UserError, match="--level must be below"):
-        replace(config, level=2**31 - 1, env_name="GridWorld-small-3").resolved()
 
 
 def test_what_is_no_objective_is_refused(tmp_path: Path) -> None:
