@@ -185,11 +185,11 @@ def apply_network(network: Network, inputs: jax.Array, activation: Activation = 
     return _dense(network[-1], activations)
 
 
-def apply_heads(heads: Heads, inputs: jax.Array) -> jax.Array:
+def apply_heads(heads: Heads, inputs: jax.Array, activation: Activation = jax.nn.relu) -> jax.Array:
     """Evaluates all heads on the same `inputs` `[in, batch]`, giving `[heads, out, batch]`."""
     if isinstance(heads, Joined):
-        return _apply_joined(heads, inputs)
-    return jnp.stack([apply_network(head, inputs) for head in heads])
+        return _apply_joined(heads, inputs, activation)
+    return jnp.stack([apply_network(head, inputs, activation) for head in heads])
 
 
 def apply_each(networks: Any, inputs: jax.Array) -> Iterator[jax.Array]:
@@ -210,6 +210,11 @@ def _apply_joined(networks: Joined, inputs: jax.Array, activation: Activation = 
         product = jax.lax.dot_general(kernels, activation(activations), (((2,), (1,)), ((0,), (0,))))
         activations = product + biases[:, :, None]
     return activations
+
+
+def normalised_relu(x: jax.Array) -> jax.Array:
+    """ReLU of what a layer norm without scale and offset makes of `[..., features, batch]`: for one width only."""
+    return jax.nn.relu(jax.nn.standardize(x, axis=-2, epsilon=1e-6))
 
 
 @jax.custom_jvp

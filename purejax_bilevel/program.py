@@ -16,6 +16,7 @@ not in each step: the loop over steps has no branch.
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import jax
@@ -141,6 +142,15 @@ class Program:
     def artefact(self, state: Tree) -> Tree:
         """What other runs may start from, a tree of arrays; it is saved as `artefact_kind`."""
         return None
+
+    def write(self, states: Tree, members: Sequence[dict[str, Any]], folder: Path) -> None:
+        """Writes files of the program's own at the end of a run, such as datasets in formats that others read.
+
+        Args:
+            states: of all members, leaves `[members, ...]`.
+            members: settings and seed of each.
+            folder: that of the run.
+        """
 
     def is_finite(self, state: Tree) -> jax.Array:
         """Whether a member has not diverged."""

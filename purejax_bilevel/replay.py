@@ -72,8 +72,7 @@ def add_block(
     count = reward.shape[0]
     chex.assert_shape([obs, next_obs], (count, (storage.shape[1] - action.shape[1] - 2) // 2))
     chex.assert_shape([action, reward, terminated], [(count, None), (count,), (count,)])
-    scalars = jnp.stack([reward.astype(storage.dtype), terminated.astype(storage.dtype)], axis=1)
-    rows = jnp.concatenate([obs, next_obs, action, scalars], axis=1)
+    rows = packed(obs, action, reward.astype(storage.dtype), next_obs, terminated.astype(storage.dtype))
     return jax.lax.dynamic_update_slice_in_dim(storage, rows, (t * rows.shape[0]) % storage.shape[0], 0)
 
 
@@ -103,7 +102,19 @@ def sample(
         age = jax.random.randint(key, (batch_size,), 0, stored)
     else:
         age = truncated_geometric(key, batch_size, decay, stored)
-    rows = storage[(t - age) % capacity].T
+    return unpacked(storage[(t - age) % capacity], obs_dim)
+
+
+def packed(
+    obs: jax.Array, action: jax.Array, reward: jax.Array, next_obs: jax.Array, terminated: jax.Array
+) -> jax.Array:
+    """Transitions as rows `[n, row]`: obs and next_obs are `[n, obs]`, action `[n, action]`, the others `[n]`."""
+    return jnp.concatenate([obs, next_obs, action, jnp.stack([reward, terminated], axis=1)], axis=1)
+
+
+def unpacked(rows: jax.Array, obs_dim: int) -> Batch:
+    """The transitions that rows `[n, row]` hold."""
+    rows = rows.T
     return Batch(
         obs=rows[:obs_dim],
         next_obs=rows[obs_dim : 2 * obs_dim],

@@ -71,8 +71,8 @@ def train_rl() -> int:
     return command_line.main(
         rl_configuration,
         "Train bilevel model-based agents; options with several values give one member per combination. "
-        "Finite MDPs and continuous actions have options of their own: --env_name tabular --help, "
-        "--env_name Pendulum-v1 --help.",
+        "Finite MDPs, continuous actions and other agents have options of their own: --env_name tabular --help, "
+        "--env_name Pendulum-v1 --help, --agent_type ppo --help.",
     )
 
 

@@ -20,13 +20,17 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 import yaml
+from matplotlib import pyplot
 
 import purejax_bilevel
 from purejax_bilevel import ContinuousConfig, RegressionConfig, RLConfig, RunOptions, TabularConfig, run, scripts
 from purejax_bilevel.configuration import replace
 from purejax_bilevel.environments.grid_world import __main__ as grid_world_pictures
+from purejax_bilevel.programs.offline import dataset_files
+from purejax_bilevel.programs.offline.datasets import Dataset
 from purejax_bilevel.results import __main__ as report_again
 from purejax_bilevel.results import dataset as datasets
 from purejax_bilevel.studies import command_line, plan, study, sweep_command
@@ -128,7 +132,17 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     datasets.write_config(place / "runs" / "capacity", {"sweep": yaml.safe_load(example)})
     seeds, config = {"seed": 0, "num_seeds": 8}, RLConfig().resolved()
     folders.describe(place / "runs" / "first", folders.as_told(config, seeds), RunOptions(), False, video=False)
+    (place / "runs" / "pendulum").mkdir()
+    for kind in ("random", "medium"):
+        dataset_files.save(still_pendulum(), place / "runs" / "pendulum" / f"{kind}.npz")
     return place
+
+
+def still_pendulum(rows: int = 1000) -> Dataset:
+    """Rows of Pendulum-v1, enough for a command that learns from them to be read."""
+    obs = np.tile(np.float32([1, 0, 0]), (rows, 1))
+    zeros, never = np.zeros(rows, np.float32), np.zeros(rows, bool)
+    return Dataset(obs, zeros[:, None], zeros, obs, never, np.arange(rows) % 200 == 199, "Pendulum-v1")
 
 
 def calls(place: Path, text: str) -> list[tuple[str, list[str]]]:
@@ -210,7 +224,8 @@ def test_what_no_program_accepts_is_found(place: Path, monkeypatch: pytest.Monke
 @pytest.fixture(scope="module")
 def options() -> set[str]:
     """Every long option that the help of some script shows."""
-    kinds = ["", "--env_name Pendulum-v1", "--env_name tabular", "--agent_type ppo", "--agent_type open_training"]
+    families = ("ppo", "open_training", "collect", "ensemble", "mopo", "lpg", "a2c")
+    kinds = ["", "--env_name Pendulum-v1", "--env_name tabular", *(f"--agent_type {name}" for name in families)]
     helps = [(scripts.train_rl, kind) for kind in kinds] + [(scripts.train_regression, ""), (scripts.sweep, "")]
     shown = set().union(*(help_of(*asked) for asked in helps))
     assert {"--lr", "--dim_distract", "--norm_bound", "--lambda_reg", "--halving"} <= shown
@@ -265,6 +280,7 @@ def test_python_of_the_page_on_results_runs(first_page: Path, monkeypatch: pytes
     assert len(texts) == 3
     for text in texts:
         exec(text, {})
+    pyplot.close("all")  # xarray's own plots stay open
     assert Path("curves.png").is_file()
 
 

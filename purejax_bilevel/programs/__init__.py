@@ -9,4 +9,9 @@ REGISTRY = {
     "tabular": "purejax_bilevel.programs.tabular.program",
     "ppo": "purejax_bilevel.programs.learned_optimizers.program",
     "open_training": "purejax_bilevel.programs.learned_optimizers.meta_training",
+    "collect": "purejax_bilevel.programs.offline.collect",
+    "ensemble": "purejax_bilevel.programs.offline.ensemble_program",
+    "meta_objectives": "purejax_bilevel.programs.meta_objectives.program",
+    "meta_test": "purejax_bilevel.programs.meta_objectives.meta_test",
+    "offline": "purejax_bilevel.programs.offline.program",
 }

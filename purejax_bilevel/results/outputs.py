@@ -14,7 +14,11 @@ from purejax_bilevel.results.report import Reporting, reported_variable
 CURVES = "learning_curves.png"
 # Modules with a `write_figures`, by program; the others get their learning curves. By name: programs know results, not
 # the other way.
-FIGURES = {"Regression": "purejax_bilevel.programs.regression.figures"}
+FIGURES = {
+    "Ensemble": "purejax_bilevel.programs.offline.ensemble_figures",
+    "Offline": "purejax_bilevel.programs.offline.figures",
+    "Regression": "purejax_bilevel.programs.regression.figures",
+}
 
 
 def write_figures(dataset: xarray.Dataset, folder: Path) -> None:

@@ -32,7 +32,12 @@ from purejax_bilevel.results.statistics import ranking, setting_scores
 HTML, MARKDOWN, FIGURES = "report.html", "report.md", "figures"
 SELECTION = "selection_score"
 HISTORY = "search.json"  # all rounds of a search
-TABULAR_FIGURES = "purejax_bilevel.programs.tabular.figures"  # by name: programs know results, not the other way
+# Modules with FIGURES and AXES, by the kind of figure. By name: programs know results, not the other way.
+OWN_FIGURES = {
+    "tabular": "purejax_bilevel.programs.tabular.figures",
+    "offline": "purejax_bilevel.programs.offline.figures",
+    "ensemble": "purejax_bilevel.programs.offline.ensemble_figures",
+}
 SOLVED = {"CartPole-v1": 500.0}  # by environment
 MOST_SETTINGS, MOST_FAILED = 40, 100  # rows shown
 
@@ -51,7 +56,7 @@ class Reporting:
         select_over: as `over`, for `select_by`.
         solved: score regarded as solved, for the optimality gap.
         figures: the study's own, first in the report: {kind: sensitivity, axis: lr}, {kind: curves, variable: x} or
-            {kind: tabular, figure: x}, x being a name in the FIGURES of the tabular figures.
+            {kind: K, figure: x}, K being a key of `OWN_FIGURES` and x a name in the FIGURES of its module.
     """
 
     variable: str = ""
@@ -85,7 +90,7 @@ def reporting(given: Any) -> Reporting:
 
 
 def _figure(given: Any) -> dict[str, str]:
-    needed_by = {"sensitivity": "axis", "curves": "variable", "tabular": "figure"}
+    needed_by = {"sensitivity": "axis", "curves": "variable", **dict.fromkeys(OWN_FIGURES, "figure")}
     kind = choice(mapping_of(given, "a figure").get("kind"), tuple(needed_by), "the kind of a figure")
     needed = needed_by[kind]
     figure = known_entries(given, ("kind", needed, "title"), f"a figure of kind {kind}")
@@ -368,8 +373,8 @@ class _Report:
             title = str(figure.get("title", ""))
             if figure["kind"] == "sensitivity":
                 blocks += self._sensitivity(figure["axis"], f"study-{number}.png", title)
-            elif figure["kind"] == "tabular":
-                blocks += self._tabular(figure["figure"], f"study-{number}.png", title)
+            elif figure["kind"] in OWN_FIGURES:
+                blocks += self._of_program(figure["kind"], figure["figure"], f"study-{number}.png", title)
             else:
                 blocks += self._curves(figure["variable"], f"study-{number}.png", title)
         return blocks
@@ -617,14 +622,15 @@ class _Report:
             )
         ]
 
-    def _tabular(self, figure: str, name: str, title: str) -> list[Block]:
-        tabular_figures = importlib.import_module(TABULAR_FIGURES)
-        axis = tabular_figures.AXES[figure]
-        fitting = [agent for agent in self.succeeded if setting_dimensions(agent.dataset) == (axis,)]
+    def _of_program(self, kind: str, figure: str, name: str, title: str) -> list[Block]:
+        own_figures = importlib.import_module(OWN_FIGURES[kind])
+        axis = own_figures.AXES[figure]
+        dimensions = None if axis is None else (axis,)  # None: the figure chooses a setting
+        fitting = [agent for agent in self.succeeded if dimensions in (None, setting_dimensions(agent.dataset))]
         datasets = {agent.label: agent.dataset.isel({SEED: agent.reported}) for agent in fitting}
         if not datasets:  # an override or a search swept something else
             return []
-        path = tabular_figures.FIGURES[figure](datasets, self._path(name))
+        path = own_figures.FIGURES[figure](datasets, self._path(name))
         return [Picture(path, f"{title or figure.replace('_', ' ')}: means over the reported seeds.")]
 
     def _curves(self, variable: str, name: str, title: str) -> list[Block]:

@@ -45,6 +45,7 @@ CHUNK_SECONDS = 3.0  # between two looks of the host, unless --chunks says how m
 CHECKPOINT_SECONDS = 60.0
 BLOCK_STEPS = 32  # most steps in a block of an accelerator
 PLACEMENT = "placement"  # what a checkpoint calls the batches of members and their devices
+PLATFORM = "platform"
 
 
 @dataclasses.dataclass
@@ -358,8 +359,8 @@ class Run:
             self.steps, state = self.stretch.start, self.stretch.state
             self._state = self.program.initial() if state is None else self.program.scatter(state)
             return
-        _check_placement(path, self._fingerprint[PLACEMENT])
-        saved = checkpoints.load(path, self.program.structure, self._fingerprint)
+        placement = _check_placement(path, self._fingerprint[PLACEMENT])
+        saved = checkpoints.load(path, self.program.structure, self._fingerprint | placement)
         if saved.steps > self.total:
             raise UserError(f"{path} has done {saved.steps} steps, more than the {self.total} asked for.")
         self.steps, self.failed, self.earlier_seconds = saved.steps, saved.failed, saved.seconds
@@ -486,7 +487,8 @@ def _placement(parts: Sequence[Part], mesh: Any, member_batch: int | None) -> di
 
     That is the size of the batch that it is computed in, and whether there is one device: for several the compiler
     takes other ways, the same for any number of them. All members of a device at once are a batch of their number. A
-    population is summed up in an order that depends on the number of devices that share it.
+    population is summed up in an order that depends on the number of devices that share it. Each kind of device rounds
+    in its own way, and accelerators keep networks in other arrays than CPUs.
     """
     batches = None if member_batch else [-(-len(part.grid) // mesh.shape[AXIS]) for part in parts]
     several = "one" if mesh.devices.size == 1 else "several"
@@ -495,21 +497,23 @@ def _placement(parts: Sequence[Part], mesh: Any, member_batch: int | None) -> di
         "devices": several,
         "all": batches,
         POPULATION: int(mesh.shape[POPULATION]),
+        PLATFORM: mesh.devices.flat[0].platform,
     }
 
 
-def _check_placement(path: Path, ours: dict[str, Any]) -> None:
-    """Refuses to go on where the numbers would not be those of one run."""
+def _check_placement(path: Path, ours: dict[str, Any]) -> dict[str, Any]:
+    """Refuses to go on where the numbers would not be those of one run; returns what is stored."""
     stored = checkpoints.load_fingerprint(path).get(PLACEMENT, ours)
     words_of = {"all": "members at once on each device", POPULATION: "devices for each member's population"}
-    for name in ("member_batch", "devices", "all", POPULATION):
-        if stored[name] != ours[name]:
-            words = words_of.get(name, name.replace("_", " "))
-            option = "--member_batch" if name == "member_batch" else "--devices"
+    option_of = {"member_batch": "--member_batch", PLATFORM: "JAX_PLATFORMS"}
+    for name, own in ours.items():
+        if stored.get(name, own) != own:
+            words, option = words_of.get(name, name.replace("_", " ")), option_of.get(name, "--devices")
             raise UserError(
-                f"the run in {path.parent} was begun with {words} {stored[name]}, got {ours[name]}: other bits would "
+                f"the run in {path.parent} was begun with {words} {stored[name]}, got {own}: other bits would "
                 f"come out; go on with the same {option}."
             )
+    return {PLACEMENT: stored}
 
 
 def _default_member_batch(parts: Sequence[Part], mesh: Any) -> int | None:

@@ -117,11 +117,14 @@ def write_outputs(dataset: xarray.Dataset, folder: Path) -> None:
 def save_artefact(part: Part, config: Any, stored: Any, folder: Path) -> None:
     """Writes what other runs may start from, if the program leaves something and the state is known."""
     program = part.program
-    if not program.artefact_kind or stored is None:
+    if stored is None:
         return
-    with precision([part]):
-        tree = jax.vmap(called_outside(program, program.artefact))(typed_state(part, stored.state))
     members = [part.grid.settings(member) for member in range(len(part.grid))]
+    with precision([part]):
+        program.write(typed_state(part, stored.state), members, folder)
+        if not program.artefact_kind:
+            return
+        tree = jax.vmap(called_outside(program, program.artefact))(typed_state(part, stored.state))
     artefacts.save(folder, program.artefact_kind, tree, members, to_dict(config))
 
 

@@ -10,6 +10,7 @@ Before it starts, a sweep tells its members, sub-programs, memory and time; what
 """
 
 import dataclasses
+import importlib
 import itertools
 import os
 from collections.abc import Callable, Sequence
@@ -24,7 +25,6 @@ from purejax_bilevel.configuration import fields, warn
 from purejax_bilevel.errors import UserError
 from purejax_bilevel.members import bytes_in_words, check_count, counted
 from purejax_bilevel.program import Part
-from purejax_bilevel.programs.tabular.figures import FIGURES
 from purejax_bilevel.results import dataset as datasets
 from purejax_bilevel.results import report, residuals
 from purejax_bilevel.results.statistics import SettingRow, by_task, lower_is_better, render_table
@@ -131,11 +131,13 @@ def check_report(study: Study, agents: Sequence[SweptAgent]) -> None:
             raise UserError(f"report: the program measures no {name!r}; it measures {', '.join(sorted(measured))}.")
     visible = {field.name for field in fields(study.config_class)}
     for figure in study.report.figures:
-        if figure["kind"] == "tabular" and (study.program != "tabular" or figure["figure"] not in FIGURES):
-            raise UserError(
-                f"report: the figure {figure['figure']!r} of kind tabular must be one of {', '.join(FIGURES)}, "
-                "in a sweep of the program tabular."
-            )
+        if (kind := figure["kind"]) in report.OWN_FIGURES:
+            known = importlib.import_module(report.OWN_FIGURES[kind]).FIGURES
+            if study.program != kind or figure["figure"] not in known:
+                raise UserError(
+                    f"report: the figure {figure['figure']!r} of kind {kind} must be one of {', '.join(known)}, "
+                    f"in a sweep of the program {kind}."
+                )
         if figure["kind"] == "sensitivity" and figure["axis"] not in visible:
             raise UserError(f"report: a figure names the axis {figure['axis']!r}, which is no setting of the program.")
 

@@ -49,7 +49,8 @@ def coarse(monkeypatch) -> None:
 
 @pytest.fixture
 def drawn(monkeypatch) -> list[Figure]:
-    """Figures written during the test."""
+    """Figures written during the test, which begins with none open."""
+    pyplot.close("all")
     figures, write = [], plots._write
     monkeypatch.setattr(plots, "_write", lambda figure, path: (figures.append(figure), write(figure, path))[1])
     return figures

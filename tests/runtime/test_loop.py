@@ -134,6 +134,15 @@ def test_a_run_goes_on_in_batches_of_the_same_size(tmp_path: Path):
     jax.tree.map(np.testing.assert_array_equal, resumed.rows, run(Walk(), member_batch=2).rows)
 
 
+def test_a_run_goes_on_with_the_same_kind_of_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with monkeypatch.context() as patch:
+        placement = loop._placement
+        patch.setattr(loop, "_placement", lambda *own: placement(*own) | {"platform": "cuda"})
+        run(Walk(num_train_steps=10), folder=tmp_path)
+    with pytest.raises(UserError, match=r"begun with platform cuda, got cpu: .* go on with the same JAX_PLATFORMS"):
+        run(Walk(), folder=tmp_path, resume=True)
+
+
 def test_a_run_with_all_members_at_once_goes_on_with_as_many_on_each_device(tmp_path: Path):
     run(Walk(num_train_steps=10), folder=tmp_path, member_batch=0, devices=3)
     with pytest.raises(UserError, match=r"members at once on each device \[1\], got \[2\]"):

@@ -58,7 +58,7 @@ def outcome(description: Any, changes: dict[str, Any]) -> str:
 
 
 @pytest.mark.parametrize("name", ["schema", *presets.PRESETS])
-def test_a_file_with_one_node_replaced_is_read_or_refused_in_a_sentence(name):
+def test_a_file_with_one_node_replaced_is_read_or_refused_in_a_sentence(name, files_of_presets):
     content = schema() if name == "schema" else presets.preset(name, "smoke")
     found = [
         outcome(replaced(content, path, new), {})

@@ -91,6 +91,10 @@ class Learner(flax.struct.PyTreeNode):
         """Which of the values are of actions taken, one-hot `[actions, batch]`."""
         return batch.action
 
+    def q_rule(self, config: Any) -> optax.GradientTransformation:
+        """How the Q-function steps along its gradient."""
+        return q_optimizer(config)
+
     def target(self, config: Any, batch: Batch) -> jax.Array:
         """Bellman targets `[batch]`."""
         return bellman_target(config, self.target_q, batch)
@@ -303,7 +307,7 @@ def value_equivalence_loss(config: Outer, learner: Learner, batch: Batch, predic
 def q_step(config: Inner, learner: Learner, batch: Batch) -> tuple[Learner, Losses]:
     """One Adam step on L_Q, then the soft update of the target network."""
     loss, gradient = jax.value_and_grad(lambda q: learner.q_loss(config, q, batch))(learner.q)
-    updates, optimizer_state = q_optimizer(config).update(gradient, learner.q_optimizer, learner.q)
+    updates, optimizer_state = learner.q_rule(config).update(gradient, learner.q_optimizer, learner.q)
     q = optax.apply_updates(learner.q, updates)
     target_q = optax.incremental_update(q, learner.target_q, config.tau)
     losses = {"q_loss": loss, "q_gradient_norm": optax.tree.norm(gradient)}

@@ -13,13 +13,15 @@ LOG_STD_RANGE = (-10.0, 2.0)
 LARGEST_ACTION = 1.0 - 1e-6  # the largest whose inverse tanh is safe in 32 bits
 
 
-def _squash(outputs: jax.Array) -> distrax.Bijector:
+def _squash(outputs: jax.Array, log_std_range: tuple[float, float] = LOG_STD_RANGE) -> distrax.Bijector:
     """From standard normal noise to actions, `[action, n]` both."""
     mean, log_std = jnp.split(outputs, 2)
-    return distrax.Chain([distrax.Tanh(), distrax.ScalarAffine(mean, log_scale=jnp.clip(log_std, *LOG_STD_RANGE))])
+    return distrax.Chain([distrax.Tanh(), distrax.ScalarAffine(mean, log_scale=jnp.clip(log_std, *log_std_range))])
 
 
-def sample_and_log_prob(outputs: jax.Array, noise: jax.Array) -> tuple[jax.Array, jax.Array]:
+def sample_and_log_prob(
+    outputs: jax.Array, noise: jax.Array, log_std_range: tuple[float, float] = LOG_STD_RANGE
+) -> tuple[jax.Array, jax.Array]:
     """Actions and their log-probabilities.
 
     The density is evaluated at the noise itself, never at the action: exact however saturated tanh is and however small
@@ -28,11 +30,12 @@ def sample_and_log_prob(outputs: jax.Array, noise: jax.Array) -> tuple[jax.Array
     Args:
         outputs: of the policy network, `[2 action, n]`.
         noise: standard normals `[action, n]`.
+        log_std_range: to which the logarithms of the standard deviations are clipped.
 
     Returns:
         Actions `[action, n]`, differentiable in `outputs` (reparametrised), and log-probabilities `[n]`.
     """
-    action, log_det = _squash(outputs).forward_and_log_det(noise)
+    action, log_det = _squash(outputs, log_std_range).forward_and_log_det(noise)
     return action, (_standard_normal().log_prob(noise) - log_det).sum(0)
 
 

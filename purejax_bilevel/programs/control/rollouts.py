@@ -23,6 +23,7 @@ def evaluate(
     num_episodes: int,
     num_final_episodes: int,
     is_last: jax.Array,
+    discount: jax.Array | float | None = None,
 ) -> dict[str, jax.Array]:
     """Plays the episodes of an evaluation, more of them in the last one.
 
@@ -35,20 +36,32 @@ def evaluate(
         num_episodes: of an evaluation.
         num_final_episodes: of the last evaluation.
         is_last: whether this is the last one; may be traced.
+        discount: of the returns that are summed with one too; None: none are.
 
     Returns:
-        `evaluation_return` (mean over the episodes played) and `final_return` `[num_final_episodes]`, all played in the
-        last evaluation: a NaN there is a return that is not a number. Before it, NaN stands for episodes not played.
+        `evaluation_return` (mean over the episodes played), with a discount `discounted_return` too, and `final_return`
+        `[num_final_episodes]`, all played in the last evaluation: a NaN there is a return that is not a number. Before
+        it, NaN stands for episodes not played.
     """
     played = jnp.arange(max(num_episodes, num_final_episodes)) < jnp.where(is_last, num_final_episodes, num_episodes)
-    returns = _play(environment, params, max_steps, policy, key, played)
-    mean = jnp.sum(jnp.where(played, returns, 0.0)) / played.sum().astype(returns.dtype)
-    return {"evaluation_return": mean, "final_return": jnp.where(played, returns, jnp.nan)[:num_final_episodes]}
+    returns, discounted = _play(environment, params, max_steps, policy, key, played, discount)
+    mean = lambda returns: jnp.sum(jnp.where(played, returns, 0.0)) / played.sum().astype(returns.dtype)  # noqa: E731
+    found = {
+        "evaluation_return": mean(returns),
+        "final_return": jnp.where(played, returns, jnp.nan)[:num_final_episodes],
+    }
+    return found if discounted is None else {**found, "discounted_return": mean(discounted)}
 
 
 def _play(
-    environment: Environment, params: Any, max_steps: int, policy: Policy, key: jax.Array, played: jax.Array
-) -> jax.Array:
+    environment: Environment,
+    params: Any,
+    max_steps: int,
+    policy: Policy,
+    key: jax.Array,
+    played: jax.Array,
+    discount: jax.Array | float | None,
+) -> tuple[jax.Array, jax.Array | None]:
     num_episodes = played.shape[0]
     reset_key, key = jax.random.split(key)
     reset = jax.vmap(environment.reset, (0, None))
@@ -62,17 +75,20 @@ def _play(
         return alive.any() & (i < max_steps)
 
     def advance(carry: tuple) -> tuple:
-        i, alive, returns, obs, state = carry
+        i, alive, returns, discounted, obs, state = carry
         policy_key, step_key = jax.random.split(jax.random.fold_in(key, i))
         action = policy(obs.T.astype(returns.dtype), policy_key)
         keys = jax.random.split(step_key, num_episodes)
         obs, state, reward, terminated, _ = step(keys, state, action, params)
         returns = returns + jnp.where(alive, reward, 0.0)
+        if discount is not None:
+            discounted = discounted + jnp.where(alive, discount**i * reward, 0.0)
         alive = alive & ~(terminated | is_truncated(state, params))
-        return i + 1, alive, returns, obs, state
+        return i + 1, alive, returns, discounted, obs, state
 
-    carry = (jnp.int32(0), played, jnp.zeros(num_episodes), obs, start)
-    return jax.lax.while_loop(unfinished, advance, carry)[2]
+    none = None if discount is None else jnp.zeros(num_episodes)
+    carry = (jnp.int32(0), played, jnp.zeros(num_episodes), none, obs, start)
+    return jax.lax.while_loop(unfinished, advance, carry)[2:4]
 
 
 def episode(

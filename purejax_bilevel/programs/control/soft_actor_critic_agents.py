@@ -28,6 +28,7 @@ others as in `agents.py`.
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -90,7 +91,23 @@ class Learner(agents.Learner):
 
     def q_values(self, q: Heads, batch: Batch) -> jax.Array:
         """Values `[heads, 1, batch]` of `q` on the batch's observations and actions."""
-        return _critic(q, batch.obs, batch.action)
+        return self.critic(q, batch.obs, batch.action)
+
+    def critic(self, q: Heads, obs: jax.Array, action: jax.Array) -> jax.Array:
+        """Values `[heads, 1, n]` of `obs` `[obs, n]` and `action` `[action, n]`."""
+        return networks.apply_heads(q, jnp.concatenate([obs, action]))
+
+    def sample(self, policy: Network, obs: jax.Array, noise: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """A policy's actions `[action, n]` for `obs` `[obs, n]`, and their log-probabilities `[n]`."""
+        return policies.sample_and_log_prob(networks.apply_network(policy, obs), noise)
+
+    def policy_rule(self, config: Any) -> optax.GradientTransformation:
+        """How the policy steps along its gradient."""
+        return optax.adam(config.policy_lr)
+
+    def temperature_rule(self, config: Any) -> optax.GradientTransformation:
+        """How the temperature's logarithm steps along its gradient."""
+        return optax.adam(config.temperature_lr)
 
     def taken(self, batch: Batch) -> jax.Array:
         """All values are of actions taken, `[1, batch]`."""
@@ -99,9 +116,8 @@ class Learner(agents.Learner):
     def target(self, config: Inner, batch: Batch) -> jax.Array:
         """y = r + discount (1 - terminated) V(s') with the soft value V of a sampled next action, `[batch]`."""
         assert batch.noise is not None
-        outputs = networks.apply_network(self.policy, jax.lax.stop_gradient(batch.next_obs))
-        action, log_prob = policies.sample_and_log_prob(outputs, batch.noise)
-        smallest = _critic(self.target_q, batch.next_obs, action)[:, 0].min(0)
+        action, log_prob = self.sample(self.policy, jax.lax.stop_gradient(batch.next_obs), batch.noise)
+        smallest = self.critic(self.target_q, batch.next_obs, action)[:, 0].min(0)
         value = smallest - jnp.exp(self.log_temperature) * log_prob
         return batch.reward + config.discount * (1.0 - batch.terminated) * value
 
@@ -130,10 +146,6 @@ class Learner(agents.Learner):
 def with_new_noise(batch: Batch, key: jax.Array) -> Batch:
     """The batch with standard normals for the policy, drawn with the key."""
     return batch._replace(noise=jax.random.normal(key, batch.action.shape, batch.action.dtype))
-
-
-def _critic(q: Heads, obs: jax.Array, action: jax.Array) -> jax.Array:
-    return networks.apply_heads(q, jnp.concatenate([obs, action]))
 
 
 # --- construction -----------------------------------------------------------------------------------------------------
@@ -219,8 +231,8 @@ def init_policy(config: SoftActorCritic, key: jax.Array, obs_dim: int, action_di
 def policy_loss(learner: Learner, policy: Network, batch: Batch) -> tuple[jax.Array, jax.Array]:
     """mean (temperature * log psi(a|s) - min_j Q_j(s, a)) over actions sampled with the batch's noise; entropy."""
     assert batch.noise is not None
-    action, log_prob = policies.sample_and_log_prob(networks.apply_network(policy, batch.obs), batch.noise)
-    smallest = _critic(learner.q, batch.obs, action)[:, 0].min(0)
+    action, log_prob = learner.sample(policy, batch.obs, batch.noise)
+    smallest = learner.critic(learner.q, batch.obs, action)[:, 0].min(0)
     return (jnp.exp(learner.log_temperature) * log_prob - smallest).mean(), -log_prob.mean()
 
 
@@ -228,13 +240,13 @@ def policy_step(config: Policy, learner: Learner, batch: Batch) -> tuple[Learner
     """One Adam step on the policy and one on the temperature, whose loss is temperature * (entropy - target)."""
     differentiate = jax.value_and_grad(lambda policy: policy_loss(learner, policy, batch), has_aux=True)
     (loss, entropy), gradient = differentiate(learner.policy)
-    updates, policy_state = optax.adam(config.policy_lr).update(gradient, learner.policy_optimizer)
+    updates, policy_state = learner.policy_rule(config).update(gradient, learner.policy_optimizer, learner.policy)
     policy = optax.apply_updates(learner.policy, updates)
 
     temperature = jnp.exp(learner.log_temperature)
     excess = entropy - config.target_entropy * batch.action.shape[0]
-    optimizer = optax.adam(config.temperature_lr)
-    update, temperature_state = optimizer.update(temperature * excess, learner.temperature_optimizer)
+    rule = learner.temperature_rule(config)
+    update, temperature_state = rule.update(temperature * excess, learner.temperature_optimizer)
     learner = learner.replace(
         policy=policy,
         policy_optimizer=policy_state,

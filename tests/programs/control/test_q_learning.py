@@ -44,18 +44,21 @@ SMALL = Config(
 VARIANTS: dict[str, dict[str, Any]] = {
     **{agent: {"agent_type": agent} for agent in agents.AGENTS},
     "smoothfbo": {"agent_type": "smoothfbo", "smoothing_window": (2, 9)},
-    "omd_ema": {"agent_type": "omd", "smoothing": "ema", "beta": (0.0, 0.5)},
     "funcbo_dual": {"agent_type": "funcbo", "num_dual_Q_steps": 2},
-    "omd_cg_many_steps": {
+    "omd_cg_many_steps_ema": {
         "agent_type": "omd",
         "with_inv_jac": "cg",
         "solver_steps": 3,
         "num_Q_steps": 2,
         "warm_opt": True,
+        "smoothing": "ema",
+        "beta": (0.0, 0.5),
     },
-    "omd_neumann_no_warm": {"agent_type": "omd", "with_inv_jac": "neumann", "solver_steps": 3, "no_warm": True},
-    "omd_drift_weighted": {
+    "omd_neumann_no_warm_drift_weighted": {
         "agent_type": "omd",
+        "with_inv_jac": "neumann",
+        "solver_steps": 3,
+        "no_warm": True,
         "non_stationary": "drift",
         "transition_steps": 20,
         "clear_buffer": True,
@@ -63,8 +66,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "hard": True,
         "no_double": True,
     },
-    "mle_probabilistic": {"agent_type": "mle", "prob_model": True, "num_T_steps": 2, "num_Q_steps": 2},
-    "mle_true_reward_acrobot": {"agent_type": "mle", "no_learn_reward": True, "env_name": "Acrobot-v1"},
+    "mle_probabilistic_true_reward_acrobot": {
+        "agent_type": "mle",
+        "prob_model": True,
+        "num_T_steps": 2,
+        "num_Q_steps": 2,
+        "no_learn_reward": True,
+        "env_name": "Acrobot-v1",
+    },
 }
 
 
@@ -132,10 +141,8 @@ def test_vmapped_members_agree():
     config = replace(SMALL, lr=(1e-3, 3e-3), num_train_steps=30)
     _, one_by_one = train(config, devices=1)
     _, together = train(config, devices=1, member_batch=0)
-    _, batched = train(config, devices=1, member_batch=3)
-    for other in (together, batched):
-        for name in ("q_loss", "training_return"):
-            np.testing.assert_allclose(other.rows[0][name], one_by_one.rows[0][name], rtol=1e-3)
+    for name in ("q_loss", "training_return"):
+        np.testing.assert_allclose(together.rows[0][name], one_by_one.rows[0][name], rtol=1e-3)
 
 
 def test_step_counter_stays_shared_under_vmap():
@@ -147,7 +154,7 @@ def test_step_counter_stays_shared_under_vmap():
 
 def test_resume_is_bitwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     config = replace(SMALL, agent_type="smoothfbo", lr=(1e-3, 3e-3), smoothing_window=9)
-    check_resume_is_bitwise(config, tmp_path, monkeypatch)
+    check_resume_is_bitwise(config, tmp_path, monkeypatch, resumed_on=(2, 8))
 
 
 @pytest.mark.usefixtures("usual_compilation")

@@ -1,0 +1,107 @@
+"""Figures of offline agents, from results datasets alone: scores and what the ensemble promises against pessimism.
+
+Lines are means over seeds, bands 95 % bootstrap intervals of the mean. The best snapshot of a run is chosen by its true
+return, which an offline agent does not know: it shows what stopping in time would be worth.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import xarray
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from purejax_bilevel.errors import UserError
+from purejax_bilevel.results import outputs, plots, statistics
+from purejax_bilevel.results.dataset import SEED, STEP, setting_dimensions
+
+Datasets = Mapping[str, xarray.Dataset]  # by agent
+
+LABELS = {
+    "pessimism": "pessimism (lambda{units})",
+    "ood_threshold": "largest uncertainty that is trusted (tau{units})",
+}
+UNITS = {"pessimism": ", in units of r_max / u_max", "ood_threshold": ", in units of u_max"}
+
+
+def write_figures(dataset: xarray.Dataset, folder: Path) -> None:
+    """Writes the figures of a run into a folder."""
+    plots.learning_curves(dataset, folder / outputs.CURVES, dataset.attrs["headline"], title=dataset.attrs["title"])
+    for axis in LABELS:
+        if setting_dimensions(dataset) == (axis,):
+            against(axis, {dataset.attrs["title"]: dataset}, folder / f"{axis}.png")
+
+
+def against(axis: str, datasets: Datasets, path: str | Path) -> Path:
+    """Draws true scores, of the last and of the best snapshot, and the gaps between what agent and ensemble expect and
+    what comes true, against a coefficient.
+
+    Args:
+        axis: `pessimism` or `ood_threshold`.
+        datasets: by agent, with that dimension.
+        path: the figure's file; its ending says the format.
+
+    Returns:
+        The path.
+
+    Raises:
+        UserError: other hyper-parameters vary too, or the place is not writable.
+    """
+    with matplotlib.rc_context(plots.STYLE):
+        figure = Figure(figsize=(12.0, 3.8), layout="constrained")
+        FigureCanvasAgg(figure)
+        true, belief, gap = figure.subplots(1, 3)
+        for number, (label, dataset) in enumerate(datasets.items()):
+            _check(dataset, axis)
+            color, variable = plots.PALETTE[number % len(plots.PALETTE)], _score(dataset)
+            _draw(true, dataset, axis, statistics.member_scores(dataset, variable), color, label)
+            _draw(true, dataset, axis, _best(dataset, variable), color, f"{label}, best snapshot", dashed=True)
+            _draw(belief, dataset, axis, statistics.member_scores(dataset, "value_gap"), color, label)
+            _draw(gap, dataset, axis, statistics.member_scores(dataset, "return_gap"), color, label)
+        dataset = next(iter(datasets.values()))
+        seeds = max(own.sizes[SEED] for own in datasets.values())
+        true.set(ylabel=f"{dataset[_score(dataset)].attrs['long_name']}\nmean over {seeds} seeds, 95 % interval")
+        belief.set(ylabel="critics' value minus true discounted return")
+        gap.set(ylabel="return predicted by the ensemble minus true return")
+        units = UNITS[axis] if dataset.attrs["config"].get("units") == "relative" else ""
+        for panel in (belief, gap):
+            panel.axhline(0.0, color=plots.GREY, linewidth=1.0, zorder=1)
+        for panel in (true, belief, gap):
+            panel.set(xlabel=LABELS[axis].format(units=units))
+        true.legend(loc="best", fontsize=7)
+        return plots._write(figure, path)
+
+
+FIGURES: dict[str, Callable[[Datasets, str | Path], Path]] = {axis: functools.partial(against, axis) for axis in LABELS}
+AXES = {axis: axis for axis in LABELS}  # of the figures
+
+
+def _score(dataset: xarray.Dataset) -> str:
+    return "score" if "score" in dataset else "evaluation_return"
+
+
+def _check(dataset: xarray.Dataset, axis: str) -> None:
+    if setting_dimensions(dataset) != (axis,):
+        found = ", ".join(setting_dimensions(dataset)) or "none"
+        raise UserError(f"this figure needs {axis} to be the only axis of an agent, the axes are {found}.")
+
+
+def _best(dataset: xarray.Dataset, variable: str) -> np.ndarray:
+    """Of each member the highest score of an evaluation, `[values, seeds]`; NaN for members that failed."""
+    array = dataset[variable].transpose(*setting_dimensions(dataset), SEED, STEP)
+    return np.where(statistics.failed_members(dataset), np.nan, array.max(STEP).values)
+
+
+def _draw(
+    panel: Axes, dataset: xarray.Dataset, axis: str, scores: np.ndarray, color: str, label: str, dashed: bool = False
+) -> None:
+    values = dataset[axis].values
+    interval = statistics.stratified_bootstrap_interval(scores[..., None], statistics.mean)
+    style = {"linestyle": plots.DASHES[1], "marker": ""} if dashed else {"linestyle": "-", "marker": "o"}
+    panel.plot(values, interval.estimate, color=color, label=label, markersize=3.5, **style)
+    if not dashed:
+        panel.fill_between(values, interval.low, interval.high, color=color, alpha=0.18, linewidth=0)

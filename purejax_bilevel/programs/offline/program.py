@@ -1,0 +1,386 @@
+"""Reinforcement learning from a dataset, with a dynamics ensemble or without, as one pure program.
+
+Outline of a run (every line inside one compiled loop):
+
+    stage "ensemble", unless the agent needs none or one is given (`model`): see ensemble_program.py
+    stage "policy":
+        the largest uncertainty about the dataset's transitions, in whose units pessimism is
+        for t in 0 .. num_train_steps - 1:
+            all rollouts of the policy in the ensemble go one step, into a ring buffer, pessimistically
+            the agent (agents.py) makes an update on transitions of dataset and ring buffer
+            every eval_frequency updates: true return of the policy, and the return that the ensemble predicts
+
+The dataset, and an ensemble that is given, are there once for all members (`shared`).
+"""
+
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from purejax_bilevel import environments
+from purejax_bilevel.configuration import changed, configuration, replace, validate, values_of
+from purejax_bilevel.errors import UserError
+from purejax_bilevel.program import Measure, Metrics, Program, Stage, Tree
+from purejax_bilevel.programs.control import agents as control
+from purejax_bilevel.programs.control import rollouts
+from purejax_bilevel.programs.offline import buffers, datasets, ensemble_program, fitting, imagination, models
+from purejax_bilevel.programs.offline.agents import AGENTS, Learner, OfflineAgent, Sources, Units
+from purejax_bilevel.programs.offline.datasets import Dataset
+from purejax_bilevel.programs.offline.ensemble import Normaliser
+from purejax_bilevel.programs.offline.fitting import Fitting
+from purejax_bilevel.programs.offline.imagination import Pessimism, World
+from purejax_bilevel.programs.offline.pessimism import coefficients, mode_named
+from purejax_bilevel.programs.offline.settings import Learning, Task
+from purejax_bilevel.programs.offline.uncertainty import ALEATORIC
+from purejax_bilevel.replay import Batch
+
+# Named streams of random numbers; a constant each, so that adding one moves no other.
+INIT, ENSEMBLE, RESAMPLE, EPOCH, STEP, EVALUATE, VIDEO = range(7)  # of a member
+STARTS, ROLLOUT, LEARN = range(3)  # of a step
+EPISODES, FIRST, IMAGINED = range(3)  # of an evaluation
+
+
+C = TypeVar("C", bound=Task)
+
+
+@configuration
+class Config(Fitting, Learning, Task):
+    """Settings of one training program; a traced field may hold several values, one per point of a grid."""
+
+    agent_type: str = changed(Task, "agent_type", "mopo", choices=AGENTS)
+
+    def program(self) -> "Offline":
+        """The training program of this (resolved) configuration."""
+        return Offline(self)
+
+    @property
+    def title(self) -> str:
+        """Short name of the experiment."""
+        return f"{AGENTS[self.agent_type].name}-{Path(self.dataset).stem}"
+
+    def resolved(self) -> Self:
+        """Fills in the agent's tuned values, the environment and what the given ensemble is made of; checks everything.
+
+        Raises:
+            UserError: for a value that is not allowed, two that do not go together, or a file that does not fit.
+        """
+        config = AGENTS.tuned(self)
+        validate(config)
+        AGENTS.check_settings(config)
+        data = ensemble_program.dataset_of(config)
+        config = _with_environment(config, data)
+        config = replace(config, model=config.model.replace("{dataset}", Path(config.dataset).stem))
+        if AGENTS[config.agent_type].has_model:
+            config = models.with_architecture(config, data) if config.model else config
+            _check_model(config, data)
+        _check_pessimism(config)
+        return config
+
+
+def _with_environment(config: C, data: Dataset) -> C:
+    name = config.env_name or data.environment
+    if not name:
+        raise UserError(f"--dataset {config.dataset} does not say of which environment it is: give --env_name.")
+    task = environments.make_continuous(name)
+    datasets.check_environment(data, name, task.obs_dim, task.action_dim, task.max_steps)
+    return replace(config, env_name=name)
+
+
+def _check_model(config: Config, data: Dataset) -> None:
+    if not config.model:
+        fitting.split_of(config, len(data), config.dataset)
+    ensemble_program.terminals_of(config, data, config.env_name)
+    if max(values_of(config.num_elites)) > config.model_networks:
+        raise UserError(
+            f"--num_elites {max(values_of(config.num_elites))} is more than the ensemble has: "
+            f"--model_networks {config.model_networks}."
+        )
+    if config.capacity < config.num_rollouts:
+        raise UserError(f"--capacity {config.capacity} is smaller than --num_rollouts {config.num_rollouts}.")
+    kind = imagination.kind_of(str(config.mode), config.uncertainty)
+    if kind in ALEATORIC and config.model_type == "deterministic":
+        raise UserError(
+            f"--mode {config.mode} looks at variances ({kind}), which --model_type deterministic does not learn."
+        )
+
+
+def _check_pessimism(config: Config) -> None:
+    """A coefficient that changes nothing would be mistaken for an experiment."""
+    mode, defaults = mode_named(str(config.mode)), AGENTS[config.agent_type].defaults
+    for name, is_used in (("pessimism", mode.has_pessimism), ("ood_threshold", mode.has_threshold)):
+        if not is_used and values_of(getattr(config, name)) != (defaults[name],):
+            given = " ".join(map(str, values_of(getattr(config, name))))
+            raise UserError(f"--{name} {given} changes nothing with --mode {config.mode}.")
+
+
+class State(flax.struct.PyTreeNode):
+    """Everything a member carries from step to step; None for what its agent has no use for."""
+
+    key: jax.Array
+    learner: Learner
+    fit: Any  # fitting.Fit of an ensemble of its own
+    rollouts: Any  # imagination.Rollouts
+    ring: Any  # buffers.Ring
+    largest: Any  # [], u_max
+
+
+class Offline(Program):
+    """The program: pure functions of a member's configuration, sharing dataset, environment and agent.
+
+    Args:
+        config: resolved configuration; only its static fields matter here.
+    """
+
+    headline = "evaluation_return"
+    step_unit = "updates"
+
+    def __init__(self, config: Config):
+        self.task = environments.make_continuous(config.env_name)
+        self.data, self.agent = ensemble_program.dataset_of(config), AGENTS[config.agent_type]
+        self.has_model, self.fits = self.agent.has_model, self.agent.has_model and not config.model
+        self.measures = _measures(self.data, self.agent, self.fits)
+        policy = Stage(
+            config.num_train_steps,
+            config.eval_frequency,
+            self.update,
+            self.evaluate,
+            "policy" if self.fits else "training",
+            begin=self.begin if self.has_model else None,
+        )
+        self.stages: tuple[Stage, ...] = (policy,)
+        if self.has_model:
+            self._prepare_model(config)
+        if self.fits:
+            self.split = fitting.split_of(config, len(self.data), config.dataset)
+            done = lambda state: state.fit.is_over  # noqa: E731
+            fit = Stage(config.model_epochs, 1, self.fit, self.judge, "ensemble", done=done, most_block_steps=1)
+            self.stages = (fit, policy)
+
+    def _prepare_model(self, config: Config) -> None:
+        self.terminates = ensemble_program.terminals_of(config, self.data, config.env_name)
+        sizes = (self.data.obs_dim, self.data.action_dim)
+        self.architecture = fitting.architecture_of(config, *sizes, self.terminates is None)
+        self.model = models.load(config.model, self.architecture) if config.model else None
+        reward = self.data.reward
+        self.magnitude = float(np.abs(reward).max())
+        halts = {"magnitude": self.magnitude, "maximum": float(reward.max()), "minimum": -float(reward.min())}
+        self.halt = halts[config.halt_reward]
+
+    def shared(self) -> dict[str, Any]:
+        """The rows, their order, mean and standard deviation; the ensemble, if it is given."""
+        found = dict(fitting.shared_rows(self.data, False))
+        return {**found, "model": self.model} if self.has_model and self.model is not None else found
+
+    def init(self, key: jax.Array, config: Config, shared: Tree) -> State:
+        """State of a member before its first step; the key becomes the member's own."""
+        obs_dim, action_dim = self.data.obs_dim, self.data.action_dim
+        mean, std = shared["mean"][:obs_dim], shared["std"][:obs_dim]
+        if not config.normalise_observations:
+            mean, std = jnp.zeros_like(mean), jnp.ones_like(std)
+        learner = self.agent.init(config, jax.random.fold_in(key, INIT), Units(mean, std), action_dim)
+        state = State(key, learner, None, None, None, None)
+        if self.has_model:
+            moving = imagination.no_rollouts(config.num_rollouts, obs_dim)
+            ring = buffers.empty(config.capacity, 2 * obs_dim + action_dim + 2)
+            state = state.replace(rollouts=moving, ring=ring, largest=jnp.ones(()))
+        if self.fits:
+            fit = fitting.begin(
+                config, self.architecture, self._normaliser(config, shared), jax.random.fold_in(key, ENSEMBLE)
+            )
+            state = state.replace(fit=fit)
+        return state
+
+    def _normaliser(self, config: Config, shared: Tree) -> Normaliser:
+        mean, std = shared["mean"], shared["std"]
+        return Normaliser(jnp.zeros_like(mean), jnp.ones_like(std)) if config.raw_inputs else Normaliser(mean, std)
+
+    # --- the ensemble -------------------------------------------------------------------------------------------------
+
+    def fit(self, state: State, config: Config, t: jax.Array, shared: Tree) -> tuple[State, Metrics]:
+        """One epoch of the ensemble."""
+        draw = fitting.drawer(config, self.architecture, self.split, shared, jax.random.fold_in(state.key, RESAMPLE))
+        held_out = fitting.held_out_rows(shared, self.split, self.data.obs_dim)
+        key = jax.random.fold_in(jax.random.fold_in(state.key, EPOCH), t)
+        steps = fitting.epoch_steps(config, self.split)
+        fit, loss = fitting.epoch(config, self.architecture, state.fit, draw, held_out, key, steps)
+        return state.replace(fit=fit), {"model_loss": (loss, jnp.ones(()))}
+
+    def judge(self, state: State, config: Config, t: jax.Array, is_last: jax.Array, shared: Tree) -> dict:
+        """Errors of the best networks on held-out rows."""
+        return {"validation_error": state.fit.best_errors.mean()}
+
+    def _world(self, state: State, config: Config, shared: Tree) -> World:
+        model = fitting.fitted(state.fit) if self.fits else shared["model"]
+        parts = (model.networks, model.normaliser, model.ranking)
+        return World(self.architecture, *parts, config.num_elites, self.terminates)
+
+    def _pessimism(self, config: Any, largest: jax.Array) -> Pessimism:
+        given = (config.pessimism, config.ood_threshold)
+        if config.units == "relative":
+            given = coefficients(*given, self.magnitude, largest)
+        return Pessimism(config.mode, imagination.kind_of(config.mode, config.uncertainty), *given, self.halt)
+
+    # --- the policy ---------------------------------------------------------------------------------------------------
+
+    def begin(self, state: State, config: Config, shared: Tree) -> State:
+        """Measures the largest uncertainty about the dataset."""
+        kind = imagination.kind_of(str(config.mode), config.uncertainty)
+        world = self._world(state, config, shared)
+        return state.replace(largest=imagination.largest_uncertainty(world, kind, shared["rows"], self.data.obs_dim))
+
+    def update(self, state: State, config: Config, t: jax.Array, shared: Tree) -> tuple[State, Metrics]:
+        """One step of all rollouts, and one update of the agent.
+
+        Args:
+            state: of one member.
+            config: of that member.
+            t: number of the update, shared by all members.
+            shared: of `shared`.
+        """
+        key = jax.random.fold_in(jax.random.fold_in(state.key, STEP), t)
+        metrics: Metrics = {}
+        if self.has_model:
+            state, metrics = self._imagine(state, config, shared, key)
+        learner, losses = self.agent.step(
+            config, state.learner, self._sources(state, config, shared), jax.random.fold_in(key, LEARN), t
+        )
+        return state.replace(learner=learner), metrics | control.measured(losses)
+
+    def _imagine(self, state: State, config: Any, shared: Tree, key: jax.Array) -> tuple[State, Metrics]:
+        start_key, rollout_key = jax.random.fold_in(key, STARTS), jax.random.fold_in(key, ROLLOUT)
+        rows = shared["rows"]
+        # Every observation that an action was taken at is one that no episode ended at.
+        places = jax.random.randint(start_key, (config.num_rollouts,), 0, rows.shape[0])
+        moving, ring, doubt = imagination.advance(
+            self._world(state, config, shared),
+            self._sampled_action(state.learner),
+            self._pessimism(config, state.largest),
+            state.rollouts,
+            state.ring,
+            rows[places, : self.data.obs_dim],
+            rollout_key,
+            config.rollout_length,
+        )
+        count = jnp.asarray(config.num_rollouts, doubt.dtype)
+        metrics = {
+            "uncertainty": (doubt.sum(), count),
+            "rollout_steps": (moving.length.sum().astype(doubt.dtype), count),
+        }
+        return state.replace(rollouts=moving, ring=ring), metrics
+
+    def _sources(self, state: State, config: Any, shared: Tree) -> Sources:
+        def draw(ring: buffers.Ring | None, key: jax.Array) -> Batch:
+            return buffers.mixed(shared["rows"], ring, key, config.batch_size, self.data.obs_dim, config.real_ratio)
+
+        return Sources(lambda key: draw(state.ring, key), lambda key: draw(None, key))
+
+    def _sampled_action(self, learner: Learner) -> imagination.Policy:
+        def act(obs: jax.Array, key: jax.Array) -> jax.Array:
+            noise = jax.random.normal(key, (self.data.action_dim, obs.shape[0]), obs.dtype)
+            return learner.sample(learner.policy, obs.T, noise)[0].T
+
+        return act
+
+    def evaluate(
+        self, state: State, config: Config, t: jax.Array, is_last: jax.Array, shared: Tree
+    ) -> dict[str, jax.Array]:
+        """True returns of the policy's mean action, their scores, and the return that the ensemble predicts.
+
+        Returns:
+            Values of the program's measures; those of single episodes are NaN where they are not played.
+        """
+        key = jax.random.fold_in(jax.random.fold_in(state.key, EVALUATE), t)
+        episodes = (config.eval_episodes, config.final_eval_episodes)
+        discount = config.discount if self.agent.has_values else None
+        found = rollouts.evaluate(
+            *self._rollout(state), jax.random.fold_in(key, EPISODES), *episodes, is_last, discount
+        )
+        first = self._first_observations(config, key)
+        if self.agent.has_values:
+            value = state.learner.value(first.T).mean()
+            found |= {"value": value, "value_gap": value - found["discounted_return"]}
+        if self.data.scores is not None:
+            found["score"] = self.data.scores.normalised(found["evaluation_return"])
+            found["final_score"] = self.data.scores.normalised(found["final_return"])
+        if self.has_model:
+            predicted = self._predicted_return(state, config, shared, key, first)
+            found |= {"predicted_return": predicted, "return_gap": predicted - found["evaluation_return"]}
+        return found
+
+    def _first_observations(self, config: Config, key: jax.Array) -> jax.Array:
+        """Of new episodes, `[eval_episodes, obs]`."""
+        keys = jax.random.split(jax.random.fold_in(key, FIRST), config.eval_episodes)
+        obs, _ = jax.vmap(self.task.environment.reset, (0, None))(keys, self.task.params)
+        return obs.astype(jnp.result_type(float))
+
+    def _predicted_return(
+        self, state: State, config: Config, shared: Tree, key: jax.Array, first: jax.Array
+    ) -> jax.Array:
+        learner, world = state.learner, self._world(state, config, shared)
+        act = lambda obs, key: learner.mean_action(learner.policy, obs.T).T  # noqa: E731
+        key = jax.random.fold_in(key, IMAGINED)
+        return imagination.expected_return(world, act, first, key, self.task.max_steps)
+
+    def episode(self, state: State, config: Config, t: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """One episode of the policy's mean action, for a video.
+
+        Returns:
+            Observations `[max_steps, obs]` and whether the episode was still going on `[max_steps]`.
+        """
+        del config
+        return rollouts.episode(*self._rollout(state), jax.random.fold_in(jax.random.fold_in(state.key, VIDEO), t))
+
+    def _rollout(self, state: State) -> tuple[Any, Any, int, rollouts.Policy]:
+        def policy(obs: jax.Array, key: jax.Array) -> jax.Array:
+            del key
+            return state.learner.mean_action(state.learner.policy, obs).T
+
+        return self.task.environment, self.task.params, self.task.max_steps, policy
+
+    def is_finite(self, state: State) -> jax.Array:
+        """Whether all learned parameters of a member are finite numbers."""
+        learner = state.learner
+        leaves = jax.tree.leaves((learner.q, learner.policy, learner.log_temperature))
+        return jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()
+
+
+def _measures(data: Dataset, agent: OfflineAgent, fits: bool) -> tuple[Measure, ...]:
+    scores = (
+        Measure("score", "normalised score", better="higher"),
+        Measure(
+            "final_score", "normalised score of the last evaluation", better="higher", dims=("episode",), when="end"
+        ),
+    )
+    valued = (
+        Measure("value", "value of first observations, by the critics"),
+        Measure("value_gap", "value minus true discounted return"),
+        Measure("discounted_return", "discounted return of evaluation episodes", better="higher"),
+    )
+    imagined = (
+        Measure("predicted_return", "return that the ensemble predicts"),
+        Measure("return_gap", "predicted minus true return"),
+        Measure("uncertainty", "uncertainty of imagined transitions"),
+        Measure("rollout_steps", "steps into a rollout"),
+    )
+    fitted = (
+        Measure("validation_error", "mean squared error of the ensemble on held-out rows", better="lower"),
+        Measure("model_loss", "loss of the ensemble"),
+    )
+    return (
+        Measure("evaluation_return", "return of evaluation episodes", better="higher"),
+        *(scores if data.scores is not None else ()),
+        *(valued if agent.has_values else ()),
+        *(imagined if agent.has_model else ()),
+        *(fitted if fits else ()),
+        Measure("q_loss", "loss of the critics"),
+        Measure("policy_loss", "loss of the policy"),
+        Measure("temperature", "temperature"),
+        Measure("entropy", "entropy of the policy"),
+        Measure("q_gradient_norm", "norm of the critics' gradient"),
+        Measure("policy_gradient_norm", "norm of the policy's gradient"),
+        Measure("final_return", "return of the last evaluation", better="higher", dims=("episode",), when="end"),
+    )
