@@ -204,13 +204,11 @@ def centred_ranks(fitness: jax.Array, ties_shared: bool = True) -> jax.Array:
 
     Source: Salimans et al. 2017, "Evolution strategies as a scalable alternative to reinforcement learning".
     """
-    from evosax.core.fitness_shaping import centered_rank_fitness_shaping_fn
-
     badness = jnp.where(jnp.isnan(fitness), jnp.inf, -fitness)
-    if ties_shared:
-        return centered_rank_fitness_shaping_fn(None, badness, None, None)
-    order = jnp.argsort(jnp.argsort(badness))
-    return order / (len(fitness) - 1) - 0.5
+    ranks = jnp.argsort(jnp.argsort(badness)) if not ties_shared else jax.scipy.stats.rankdata(badness) - 1
+    most = len(fitness) - 1
+    # In this order equals are 0 to the last bit: Adam makes whole steps of the smallest gradients.
+    return (2 * ranks - most).astype(fitness.dtype) / (2 * most)
 
 
 def pair_wins(fitness: jax.Array, ties_shared: bool = True) -> jax.Array:
