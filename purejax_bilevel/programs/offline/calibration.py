@@ -46,7 +46,7 @@ def calibrate(architecture: Architecture, model: Model, rows: Transitions) -> Ca
     distance = model.normaliser(prediction.mean[..., :-1]) - model.normaliser(rows.next_obs)
     error = jnp.sqrt(jnp.square(distance).sum(-1)).mean(0)
     found = _uncertainties(prediction, model)
-    correlation = jax.vmap(rank_correlation, (None, 0))(error, found)
+    correlation = rank_correlations(error, found)
     return Calibration(error, found, correlation, _coverage(architecture, prediction, rows))
 
 
@@ -63,13 +63,18 @@ def _coverage(architecture: Architecture, prediction: Prediction, rows: Transiti
     return jnp.stack([(distance <= width).mean() for width in half_widths])
 
 
-def rank_correlation(first: jax.Array, second: jax.Array) -> jax.Array:
-    """Spearman's correlation of two vectors; equal numbers are ranked in their order; 0 where one does not vary."""
-    ranks = [jnp.argsort(jnp.argsort(numbers)).astype(first.dtype) for numbers in (first, second)]
-    centred = [rank - rank.mean() for rank in ranks]
-    correlation = jnp.vdot(*centred) / (jnp.linalg.norm(centred[0]) * jnp.linalg.norm(centred[1]))
-    varies = (jnp.ptp(first) > 0) & (jnp.ptp(second) > 0)
-    return jnp.where(varies, correlation, 0.0)
+def rank_correlations(first: jax.Array, others: jax.Array) -> jax.Array:
+    """Spearman's correlation `[other]` of `[row]` with each of `[other, row]`.
+
+    Equal numbers are ranked in their order; 0 where one of the two does not vary.
+    """
+    columns = jnp.concatenate([first[None], others])
+    order = jnp.argsort(columns, axis=1)  # one sort of all: it is what takes long to compile
+    places = jnp.arange(columns.shape[1], dtype=first.dtype)
+    ranks = jax.vmap(lambda order: jnp.zeros_like(places).at[order].set(places))(order) - places.mean()
+    varies = jnp.ptp(columns, axis=1) > 0
+    correlation = ranks[1:] @ ranks[0] / jnp.square(ranks[0]).sum()  # all ranks have the same size
+    return jnp.where(varies[1:] & varies[0], correlation, 0.0)
 
 
 def uncertainty_statistics(architecture: Architecture, model: Model, obs: jax.Array, action: jax.Array) -> Statistics:

@@ -149,8 +149,10 @@ def test_intervals_of_the_right_size_have_the_right_coverage() -> None:
 
 def test_rank_correlation_is_spearmans() -> None:
     first, second = np.random.default_rng(0).standard_normal((2, 50)).astype(np.float32)
-    expected = scipy.stats.spearmanr(first, first + second).statistic
-    np.testing.assert_allclose(calibration.rank_correlation(first, first + second), expected, rtol=1e-5)
+    others = np.stack([first + second, -first, np.ones_like(first)])
+    expected = [scipy.stats.spearmanr(first, first + second).statistic, -1.0, 0.0]
+    found = jax.jit(calibration.rank_correlations)(first, others)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 def test_statistics_of_uncertainties_are_of_each_row_once(monkeypatch: pytest.MonkeyPatch) -> None:
