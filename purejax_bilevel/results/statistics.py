@@ -339,6 +339,7 @@ def member_scores(dataset: xarray.Dataset, variable: str, over: float = 0.0) -> 
     values = array.transpose(*members, *rest).values
     values = values.reshape(-1, *values.shape[len(members) :])
     values = values if STEP in array.dims else values[:, None]
+    values = _held(values) if dataset.attrs.get("ends_early") else values
     failed = failed_members(dataset)
     return row_scores(values, failed.reshape(-1), over).reshape(failed.shape)
 
@@ -360,6 +361,14 @@ def row_scores(rows: np.ndarray, failed: np.ndarray, over: float = 0.0) -> np.nd
     present = np.isfinite(kept)
     average = _divide(np.where(present, kept, 0.0).sum(axis=1), present.sum(axis=1))
     return np.where(failed | np.isinf(kept).any(axis=1), np.nan, average)
+
+
+def _held(rows: np.ndarray) -> np.ndarray:
+    """Rows `[members, rows, ...]` in which a member that was done keeps its last values."""
+    held = np.array(rows, np.float64)
+    for row in range(1, held.shape[1]):
+        held[:, row] = np.where(np.isnan(held[:, row]), held[:, row - 1], held[:, row])
+    return held
 
 
 def by_task(dataset: xarray.Dataset, scores: np.ndarray) -> np.ndarray:

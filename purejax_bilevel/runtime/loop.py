@@ -572,6 +572,7 @@ def to_dataset(part: Part, outcome: Outcome, number: int, config: Any, attrs: di
         "compile_seconds": outcome.compile_seconds,
         "run_seconds": outcome.run_seconds,
         "step_name": part.program.step_unit,
+        "ends_early": part.program.stages[-1].done is not None,
         "bytes_per_member": outcome.bytes_per_member[number],
         **attrs,
     }

@@ -234,6 +234,19 @@ def test_rows_without_a_value_do_not_count_and_infinite_ones_fail():
     np.testing.assert_array_equal(statistics.member_scores(dataset, "score", 0.5), [[3.0, 3.0, np.nan]])
 
 
+def test_a_member_that_was_done_before_the_end_keeps_its_last_value():
+    rows = np.array([[1.0, 2.0, 3.0, np.nan], [1.0, 7.0, np.nan, np.nan], [np.nan, np.nan, np.nan, np.nan]])
+    scores = {
+        ends_early: statistics.member_scores(
+            datasets.build_dataset(Grid((), (0, 1, 2)), [1, 2, 3, 4], {"score": rows}, {}, {"ends_early": ends_early}),
+            "score",
+        )
+        for ends_early in (True, False)
+    }
+    np.testing.assert_array_equal(scores[True], [[3.0, 7.0, np.nan]])
+    assert np.isnan(scores[False]).all()
+
+
 def test_settings_are_chosen_where_no_seed_failed():
     quality = statistics.setting_scores(np.array([[1.0, 3.0], [2.0, np.nan], [5.0, 7.0]]), lower=False)
     np.testing.assert_array_equal(quality, [2.0, np.nan, 6.0])
