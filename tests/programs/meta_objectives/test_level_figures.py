@@ -20,7 +20,7 @@ def results(kept: int) -> xarray.Dataset:
     spread = np.cumsum(np.ones((2, 3, len(QUANTILES))), -1)
     variables = dict.fromkeys(("best_level", "best_score", "best_visits"), ((SEED, "place"), best))
     variables["score_quantile"] = ((SEED, STEP, "quantile"), spread)
-    attributes = {"format": datasets.FORMAT, "environment": "GridWorld-debug"}
+    attributes = {"format": datasets.FORMAT, "environment": "GridWorld-debug", "axes": []}
     return xarray.Dataset(variables, {SEED: [0, 1], STEP: [10, 20, 30]}, attributes)
 
 
