@@ -9,19 +9,17 @@ import gc
 import os
 import tempfile
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from tests import compilation
+
 HOST_DEVICES = 8
-# Without XLA's fusion emitters whole training programs take half the time to compile. A flag that XLA does not know
-# ends the process: this one is for the releases that it was tried with.
-QUICK = ("--xla_cpu_use_fusion_emitters=false",) if version("jaxlib").startswith("0.10.") else ()
 XLA_FLAGS = (
     f"--xla_force_host_platform_device_count={HOST_DEVICES}",
     "--xla_cpu_multi_thread_eigen=false",
     "--xla_backend_optimization_level=0",  # tests compile much and compute little
-    *QUICK,
+    *compilation.FLAGS,
 )
 
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *XLA_FLAGS]).strip()
@@ -79,12 +77,11 @@ def float64() -> Iterator[None]:
 
 @pytest.fixture
 def usual_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For programs of different shapes that have to agree to the last bit, which they do with the fusion emitters."""
+    """For programs of different shapes that have to agree to the last bit: see `compilation.USUAL`."""
     compile_quickly = jax.stages.Lowered.compile
-    options = {"xla_cpu_use_fusion_emitters": True} if QUICK else {}
 
     def compile(lowered: Any, compiler_options: dict[str, Any] | None = None) -> Any:
-        return compile_quickly(lowered, options | (compiler_options or {}))
+        return compile_quickly(lowered, compilation.USUAL | (compiler_options or {}))
 
     monkeypatch.setattr(jax.stages.Lowered, "compile", compile)
 

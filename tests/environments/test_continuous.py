@@ -14,6 +14,7 @@ from gymnax.environments.environment import Environment, EnvParams, EnvState
 from purejax_bilevel import environments
 from purejax_bilevel.environments.continuous import UnitActions
 from purejax_bilevel.errors import UserError
+from tests import compilation
 
 
 @pytest.mark.parametrize(
@@ -133,7 +134,8 @@ def rollout(dim_distract: int):
         return (obs, state), (obs, info["final_observation"], reward, terminated, truncated)
 
     start = task.environment.reset(jax.random.key(0), params)
-    return jax.tree.map(np.asarray, jax.jit(lambda: jax.lax.scan(step, start, jnp.arange(STEPS))[1])())
+    play = jax.jit(lambda: jax.lax.scan(step, start, jnp.arange(STEPS))[1]).lower()
+    return jax.tree.map(np.asarray, play.compile(compilation.USUAL)())
 
 
 @pytest.fixture(scope="module")

@@ -402,7 +402,7 @@ def test_optima_of_the_distributions() -> None:
         ("long_dense", 42.6, 2),
     ):
         assert np.asarray(best(draw_many(mode, 2))).mean() == pytest.approx(mean, abs=tolerance)
-    assert np.asarray(best(draw_many("all", 64))).mean() == pytest.approx(2.4, abs=1.0)
+    assert np.asarray(best(draw_many("all", 32))).mean() == pytest.approx(2.4, abs=1.0)
 
 
 def test_lifetimes() -> None:

@@ -18,7 +18,7 @@ from purejax_bilevel.results import dataset as datasets
 from purejax_bilevel.studies import command_line, plan, study, sweep_command
 from purejax_bilevel.studies import run as runs
 from tests import outside
-from tests.programs.programs import check_resume_is_bitwise, initial_learners, moved, own_run, train
+from tests.programs.programs import check_resume_is_bitwise, initial_learners, moved, train
 
 MINE = "tests.outside:SLOW"
 SMALL = RLConfig(
@@ -202,20 +202,6 @@ def test_seeds_and_hyper_parameters_are_members_on_eight_devices(trained: tuple)
     assert moved(end.model, end.slow)
     slow = np.concatenate([leaf.reshape(8, -1) for leaf in jax.tree.leaves(end.slow)], axis=1)
     assert len(np.unique(slow, axis=0)) == 8
-
-
-def test_a_member_equals_a_run_of_its_own(trained: tuple):
-    config, part, outcome = trained
-    single = own_run(config, part, len(part.grid) - 1)
-    for name, array in single.rows[0].items():
-        np.testing.assert_allclose(array[0], outcome.rows[0][name][-1], rtol=1e-4, atol=1e-6)
-
-
-def test_vmapped_members_agree(trained: tuple):
-    config, _, outcome = trained
-    _, together = train(config, devices=1, member_batch=0)
-    for name in ("q_loss", "model_loss", "training_return"):
-        np.testing.assert_allclose(together.rows[0][name], outcome.rows[0][name], rtol=1e-3)
 
 
 def test_resume_is_bitwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
