@@ -1,9 +1,11 @@
 """Every agent finds the optimal values of every probe environment (`environments/probes.py`).
 
 One program for each agent: an episode of "probe-all" is one of the probes. Three seeds, and the median counts, because
-a network of 16 units now and then learns slowly from where it starts.
+a network of 16 units now and then learns slowly from where it starts. What takes longest is marked as slow and left out
+by default: `./setup/run pytest -m slow` runs it.
 """
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -18,9 +20,16 @@ from purejax_bilevel.programs.control import agents, policies, q_learning, soft_
 from tests.programs.programs import step
 
 SEEDS = 3
+SLOW = ("vep", "funcbo_reward_only")  # discrete actions
+SLOW_CONTINUOUS = ("omd", "vep", "funcbo")
 DISCOUNT = 0.5
 TEMPERATURE = 0.1
 SITUATIONS = jnp.stack([situation.observation for situation in probes.SITUATIONS])
+
+
+def params(names: Iterable[str], slow: Sequence[str]) -> list[Any]:
+    """Agents for a fixture."""
+    return [pytest.param(name, marks=pytest.mark.slow) if name in slow else name for name in names]
 
 
 def train(config: Any) -> Any:
@@ -70,7 +79,7 @@ NEEDED: dict[str, tuple[dict[str, Any], float]] = {
 }
 
 
-@pytest.fixture(scope="module", params=agents.AGENTS)
+@pytest.fixture(scope="module", params=params(agents.AGENTS, SLOW))
 def discrete(request: pytest.FixtureRequest) -> tuple[np.ndarray, float]:
     """Learned values `[seeds, situations, actions]` (mean of the heads) and the error allowed."""
     settings, tolerance = NEEDED[request.param]
@@ -124,7 +133,7 @@ NEEDED_CONTINUOUS: dict[str, tuple[dict[str, Any], float]] = {
 }
 
 
-@pytest.fixture(scope="module", params=soft_actor_critic_agents.AGENTS)
+@pytest.fixture(scope="module", params=params(soft_actor_critic_agents.AGENTS, SLOW_CONTINUOUS))
 def continuous(request: pytest.FixtureRequest) -> tuple[np.ndarray, np.ndarray, float]:
     """The policy's mean action and the value of it, both `[seeds, situations]`, and the error allowed."""
     settings, tolerance = NEEDED_CONTINUOUS[request.param]
