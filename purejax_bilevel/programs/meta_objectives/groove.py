@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from purejax_bilevel.environments.grid_world import GridWorld
 from purejax_bilevel.errors import UserError
 from purejax_bilevel.program import Measure, Metrics, own_individuals, population_gather
 from purejax_bilevel.programs.meta_objectives import (
@@ -224,8 +223,7 @@ def check(config: LevelTraining, world: World) -> None:
         raise UserError(
             f"--agent_type groove needs levels to choose among: --env_name GridWorld-<mode>, got {config.env_name}."
         )
-    is_tabular = isinstance(world.environment, GridWorld) and world.environment.mode.tabular
-    if config.score_function == "optimal_regret" and not is_tabular:
+    if config.score_function == "optimal_regret" and not world.is_tabular:
         raise UserError(f"--score_function optimal_regret needs a tabular mode, got --env_name {config.env_name}.")
     least = 2 * config.num_agents + 1
     if score_of(config).measure and config.buffer_size < least:

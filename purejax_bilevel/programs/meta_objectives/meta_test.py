@@ -17,8 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from purejax_bilevel.agents import Agent, Agents
-from purejax_bilevel.configuration import at_least, changed, configuration, replace, static, traced, validate, values_of
-from purejax_bilevel.environments.grid_world import GridWorld, optimal_return
+from purejax_bilevel.configuration import at_least, changed, configuration, static, traced, validate, values_of
 from purejax_bilevel.errors import UserError
 from purejax_bilevel.program import Measure, Metrics, Program, Stage, Tree
 from purejax_bilevel.programs.meta_objectives import learners, models, population, worlds
@@ -114,8 +113,7 @@ class Config(MetaTest):
         """
         config = AGENTS.tuned(self)
         world = worlds.make(config.env_name)
-        rates = dict(zip(("actor_lr", "critic_lr"), world.rates, strict=True))
-        config = replace(config, **{name: rate for name, rate in rates.items() if getattr(config, name) is None})
+        config = worlds.with_rates(config, world)
         validate(config)
         AGENTS.check_settings(config)
         if AGENTS[config.agent_type].uses_model:
@@ -168,12 +166,7 @@ class MetaTestProgram(Program):
         params = self.world.draw(jax.random.key(config.level))
         agent = population.new_agent(self.world, agent_key, jnp.int32(config.num_train_steps), self.critic_outputs)
         acting = worlds.begin(self.world, params, begin_key, config.env_workers)
-        return State(key, params, self._optimum(params), agent, acting)
-
-    def _optimum(self, params: Any) -> jax.Array:
-        environment = self.world.environment
-        is_known = isinstance(environment, GridWorld) and environment.mode.tabular
-        return optimal_return(params) if is_known else jnp.full((), jnp.nan)
+        return State(key, params, self.world.optimum(params), agent, acting)
 
     def update(self, state: State, config: Config, t: jax.Array, shared: Tree = ()) -> tuple[State, Metrics]:
         """One update of the agent.

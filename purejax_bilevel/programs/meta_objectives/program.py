@@ -16,8 +16,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from purejax_bilevel.configuration import changed, configuration, replace, validate
-from purejax_bilevel.environments.grid_world import GridWorld, optimal_return
+from purejax_bilevel.configuration import changed, configuration, validate
 from purejax_bilevel.errors import UserError
 from purejax_bilevel.program import POPULATION, Measure, Metrics, Program, Stage, Tree, population_gather
 from purejax_bilevel.programs.meta_objectives import network, population, worlds
@@ -59,8 +58,7 @@ class Config(Levels, Search, MetaTraining):
         """
         config = AGENTS.tuned(self)
         world = worlds.make(config.env_name)
-        rates = dict(zip(("actor_lr", "critic_lr"), world.rates, strict=True))
-        config = replace(config, **{name: rate for name, rate in rates.items() if getattr(config, name) is None})
+        config = worlds.with_rates(config, world)
         validate(config)
         _check_together(config, world)
         return config
@@ -173,8 +171,7 @@ class MetaProgram(Program):
             return None
         draw = lambda number: self.world.draw(_own(key, LEVEL, number))  # noqa: E731
         params = jax.vmap(draw)(jnp.arange(self.trials))
-        is_known = isinstance(self.world.environment, GridWorld) and self.world.environment.mode.tabular
-        optimum = jax.vmap(optimal_return)(params) if is_known else jnp.full(self.trials, jnp.nan)
+        optimum = jax.vmap(self.world.optimum)(params)
         lived = lambda is_a2c: self._lived(key, config, learning, params, is_a2c)  # noqa: E731
         a2c, untrained = jax.lax.map(lived, jnp.array([True, False]))  # compiled once for both
         return Yardsticks(params, a2c, untrained, optimum)

@@ -6,19 +6,21 @@ long as the one-hot vectors.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from purejax_bilevel import environments
+from purejax_bilevel.configuration import replace
 from purejax_bilevel.environments import grid_world
 from purejax_bilevel.environments._gymnax import Environment, gymnax
-from purejax_bilevel.environments.grid_world import MODES, GridWorld
+from purejax_bilevel.environments.grid_world import MODES, GridWorld, optimal_return
 from purejax_bilevel.errors import UserError
 from purejax_bilevel.programs.meta_objectives.learners import Build, Network, Observations, Rollout, probabilities
+
+C = TypeVar("C")
 
 MINATAR = "-MinAtar"
 RATES = {"sgd": (40.0, 4.0), "grid": (1e-3, 1e-3), "adam": (5e-4, 5e-4)}
@@ -47,6 +49,15 @@ class World:
     lifetime: tuple[int, int]
     horizon: int
 
+    @property
+    def is_tabular(self) -> bool:
+        """Whether best returns are known: of Grid-Worlds in tabular modes."""
+        return isinstance(self.environment, GridWorld) and self.environment.mode.tabular
+
+    def optimum(self, params: Any) -> jax.Array:
+        """The best expected return with these parameters, []; NaN where it is not known."""
+        return optimal_return(params) if self.is_tabular else jnp.full((), jnp.nan)
+
     def draw(self, key: jax.Array) -> Any:
         """Parameters of the environment for a new agent; the key is consumed."""
         return grid_world.draw(key, self.mode) if self.params is None else jax.tree.map(jnp.asarray, self.params)
@@ -74,15 +85,13 @@ def make(name: str) -> World:
         mode = environment.name.removeprefix(grid_world.PREFIX)
         is_whole = name == environment.name
         return grid(mode, None if is_whole else level)
-    if name.endswith(MINATAR):
-        environment, params = _minatar(name)
-        space, actions = environment.observation_space(params), environment.action_space(params).n
-        build = Build(int(np.prod(space.shape)), actions, (64, 64), "adam")
-        horizon = int(params.max_steps_in_episode)
-        return World(environment, params, "", build, RATES["adam"], MINATAR_LIFETIME, horizon)
-    task = environments.make(name)
+    is_minatar = name.endswith(MINATAR)
+    if is_minatar:
+        _check_minatar(name)
+    task = environments.make(name, flatten=is_minatar)
     build = Build(task.obs_dim, task.num_actions, (64, 64), "adam")
-    return World(task.environment, task.params, "", build, RATES["adam"], CLASSIC_LIFETIME, task.max_steps)
+    lifetime = MINATAR_LIFETIME if is_minatar else CLASSIC_LIFETIME
+    return World(task.environment, task.params, "", build, RATES["adam"], lifetime, task.max_steps)
 
 
 def grid(mode: str, level: Any = None) -> World:
@@ -94,11 +103,16 @@ def grid(mode: str, level: Any = None) -> World:
     return World(environment, level, mode, build, rates, own.lifetime, own.horizon)
 
 
-def _minatar(name: str) -> tuple[Environment, Any]:
+def _check_minatar(name: str) -> None:
     names = [known for known in gymnax.registered_envs if known.endswith(MINATAR)]
     if name not in names:
         raise UserError(f"--env_name {name} is not an environment; those of MinAtar are {', '.join(names)}.")
-    return gymnax.make(name)
+
+
+def with_rates(config: C, world: World) -> C:
+    """The configuration with the world's learning rates where none are given."""
+    rates = dict(zip(("actor_lr", "critic_lr"), world.rates, strict=True))
+    return replace(config, **{name: rate for name, rate in rates.items() if getattr(config, name) is None})
 
 
 # --- acting -----------------------------------------------------------------------------------------------------------
