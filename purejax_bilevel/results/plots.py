@@ -278,6 +278,44 @@ def _draw_line(panel: Axes, positions: np.ndarray, scores: np.ndarray, color: st
     panel.fill_between(positions[order], low, high, color=color, alpha=0.18, linewidth=0)
 
 
+def draw_means(
+    panel: Axes,
+    dataset: xarray.Dataset,
+    axis: str,
+    scores: np.ndarray,
+    color: str,
+    label: str,
+    *,
+    dashed: bool = False,
+    banded: bool = True,
+) -> Line2D:
+    """Draws means over seeds and their 95 % bootstrap intervals against a hyper-parameter.
+
+    Args:
+        panel: where.
+        dataset: with that hyper-parameter.
+        axis: its name.
+        scores: `[values of the axis, seeds]`; NaN for members that failed.
+        color: of line and band.
+        label: for the legend.
+        dashed: a dashed line without markers.
+        banded: whether the intervals are drawn.
+
+    Raises:
+        UserError: other hyper-parameters vary too.
+    """
+    if setting_dimensions(dataset) != (axis,):
+        found = ", ".join(setting_dimensions(dataset)) or "none"
+        raise UserError(f"this figure needs {axis} to be the only axis of an agent, the axes are {found}.")
+    values = dataset[axis].values
+    interval = statistics.stratified_bootstrap_interval(scores[..., None], statistics.mean)
+    style = {"linestyle": DASHES[1], "marker": ""} if dashed else {"linestyle": "-", "marker": "o"}
+    (line,) = panel.plot(values, interval.estimate, color=color, label=label, markersize=3.5, **style)
+    if banded:
+        panel.fill_between(values, interval.low, interval.high, color=color, alpha=0.18, linewidth=0)
+    return line
+
+
 # ---------------------------------------------------------------- words, colours, paper
 
 

@@ -11,11 +11,9 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import xarray
-from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from purejax_bilevel.errors import UserError
 from purejax_bilevel.results import outputs, plots, statistics
 from purejax_bilevel.results.dataset import SEED, STEP, setting_dimensions
 
@@ -56,12 +54,12 @@ def against(axis: str, datasets: Datasets, path: str | Path) -> Path:
         FigureCanvasAgg(figure)
         true, belief, gap = figure.subplots(1, 3)
         for number, (label, dataset) in enumerate(datasets.items()):
-            _check(dataset, axis)
             color, variable = plots.PALETTE[number % len(plots.PALETTE)], _score(dataset)
-            _draw(true, dataset, axis, statistics.member_scores(dataset, variable), color, label)
-            _draw(true, dataset, axis, _best(dataset, variable), color, f"{label}, best snapshot", dashed=True)
-            _draw(belief, dataset, axis, statistics.member_scores(dataset, "value_gap"), color, label)
-            _draw(gap, dataset, axis, statistics.member_scores(dataset, "return_gap"), color, label)
+            plots.draw_means(true, dataset, axis, statistics.member_scores(dataset, variable), color, label)
+            best, name = _best(dataset, variable), f"{label}, best snapshot"
+            plots.draw_means(true, dataset, axis, best, color, name, dashed=True, banded=False)
+            plots.draw_means(belief, dataset, axis, statistics.member_scores(dataset, "value_gap"), color, label)
+            plots.draw_means(gap, dataset, axis, statistics.member_scores(dataset, "return_gap"), color, label)
         dataset = next(iter(datasets.values()))
         seeds = max(own.sizes[SEED] for own in datasets.values())
         true.set(ylabel=f"{dataset[_score(dataset)].attrs['long_name']}\nmean over {seeds} seeds, 95 % interval")
@@ -84,24 +82,7 @@ def _score(dataset: xarray.Dataset) -> str:
     return "score" if "score" in dataset else "evaluation_return"
 
 
-def _check(dataset: xarray.Dataset, axis: str) -> None:
-    if setting_dimensions(dataset) != (axis,):
-        found = ", ".join(setting_dimensions(dataset)) or "none"
-        raise UserError(f"this figure needs {axis} to be the only axis of an agent, the axes are {found}.")
-
-
 def _best(dataset: xarray.Dataset, variable: str) -> np.ndarray:
     """Of each member the highest score of an evaluation, `[values, seeds]`; NaN for members that failed."""
     array = dataset[variable].transpose(*setting_dimensions(dataset), SEED, STEP)
     return np.where(statistics.failed_members(dataset), np.nan, array.max(STEP).values)
-
-
-def _draw(
-    panel: Axes, dataset: xarray.Dataset, axis: str, scores: np.ndarray, color: str, label: str, dashed: bool = False
-) -> None:
-    values = dataset[axis].values
-    interval = statistics.stratified_bootstrap_interval(scores[..., None], statistics.mean)
-    style = {"linestyle": plots.DASHES[1], "marker": ""} if dashed else {"linestyle": "-", "marker": "o"}
-    panel.plot(values, interval.estimate, color=color, label=label, markersize=3.5, **style)
-    if not dashed:
-        panel.fill_between(values, interval.low, interval.high, color=color, alpha=0.18, linewidth=0)

@@ -11,16 +11,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import matplotlib
-import numpy as np
 import xarray
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
-from purejax_bilevel.errors import UserError
 from purejax_bilevel.results import plots, statistics
-from purejax_bilevel.results.dataset import SEED, STEP, setting_dimensions
+from purejax_bilevel.results.dataset import SEED, STEP
 
 Datasets = Mapping[str, xarray.Dataset]  # by agent
 
@@ -133,22 +130,9 @@ def _label(text: str, datasets: Datasets) -> str:
 
 def _draw(
     panel: Axes, dataset: xarray.Dataset, axis: str, variable: str, color: str, label: str, dashed: bool = False
-) -> Line2D:
-    scores = _last(dataset, variable, axis)
-    values = dataset[axis].values
-    interval = statistics.stratified_bootstrap_interval(scores[..., None], statistics.mean)
-    style = {"linestyle": plots.DASHES[1], "marker": ""} if dashed else {"linestyle": "-", "marker": "o"}
-    (line,) = panel.plot(values, interval.estimate, color=color, label=label, markersize=3.5, **style)
-    panel.fill_between(values, interval.low, interval.high, color=color, alpha=0.18, linewidth=0)
-    return line
-
-
-def _last(dataset: xarray.Dataset, variable: str, axis: str) -> np.ndarray:
-    """The last measurement, `[values of the axis, seeds]`; NaN for members that failed."""
-    if setting_dimensions(dataset) != (axis,):
-        found = ", ".join(setting_dimensions(dataset)) or "none"
-        raise UserError(f"this figure needs {axis} to be the only axis of an agent, the axes are {found}.")
-    return statistics.member_scores(dataset, variable)
+) -> None:
+    scores = statistics.member_scores(dataset, variable)
+    plots.draw_means(panel, dataset, axis, scores, color, label, dashed=dashed)
 
 
 def _optimal_return(dataset: xarray.Dataset) -> float:
