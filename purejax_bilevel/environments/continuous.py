@@ -10,12 +10,13 @@ import jax
 import jax.numpy as jnp
 
 from purejax_bilevel.environments._gymnax import Environment, spaces
+from purejax_bilevel.environments.wrapped import Wrapped
 
 # Streams of random numbers of one step or reset: a constant each, so that distractors move nothing else.
 PHYSICS, DISTRACTORS, FINAL_DISTRACTORS = range(3)
 
 
-class UnitActions(Environment):
+class UnitActions(Wrapped):
     """Wraps a gymnax environment with bounded actions `[action]`.
 
     Actions are clipped to [-1, 1] and mapped onto the wrapped environment's bounds.
@@ -26,21 +27,8 @@ class UnitActions(Environment):
     """
 
     def __init__(self, environment: Environment, dim_distract: int = 0):
-        super().__init__()
-        self.wrapped = environment
+        super().__init__(environment)
         self.dim_distract = dim_distract
-
-    @property
-    def default_params(self) -> Any:
-        return self.wrapped.default_params
-
-    @property
-    def name(self) -> str:
-        return self.wrapped.name
-
-    @property
-    def num_actions(self) -> int:
-        return self.wrapped.num_actions
 
     def reset_env(self, key: jax.Array, params: Any) -> tuple[jax.Array, Any]:
         obs, state = self.wrapped.reset_env(jax.random.fold_in(key, PHYSICS), params)
@@ -67,12 +55,6 @@ class UnitActions(Environment):
         if self.dim_distract:  # the observation after a reset has distractors of its own
             obs = jnp.where(terminated | truncated, self._distract(key, DISTRACTORS, obs), final)
         return obs, state, reward, terminated, truncated, info | {"final_observation": final}
-
-    def is_truncated(self, state: Any, params: Any) -> jax.Array:
-        return self.wrapped.is_truncated(state, params)
-
-    def is_terminated(self, state: Any, params: Any) -> jax.Array:
-        return self.wrapped.is_terminated(state, params)
 
     def action_space(self, params: Any = None) -> spaces.Box:
         return spaces.Box(-1.0, 1.0, self.wrapped.action_space(params).shape)

@@ -6,27 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from purejax_bilevel.environments._gymnax import Environment, spaces
+from purejax_bilevel.environments._gymnax import spaces
+from purejax_bilevel.environments.wrapped import Wrapped
 
 
-class FlatObservations(Environment):
+class FlatObservations(Wrapped):
     """Wraps a gymnax environment; its observations are reshaped to `[obs]`."""
-
-    def __init__(self, environment: Environment):
-        super().__init__()
-        self.wrapped = environment
-
-    @property
-    def default_params(self) -> Any:
-        return self.wrapped.default_params
-
-    @property
-    def name(self) -> str:
-        return self.wrapped.name
-
-    @property
-    def num_actions(self) -> int:
-        return self.wrapped.num_actions
 
     def reset_env(self, key: jax.Array, params: Any) -> tuple[jax.Array, Any]:
         obs, state = self.wrapped.reset_env(key, params)
@@ -37,15 +22,6 @@ class FlatObservations(Environment):
     ) -> tuple[jax.Array, Any, jax.Array, jax.Array, dict]:
         obs, *others = self.wrapped.step_env(key, state, action, params)
         return obs.ravel(), *others
-
-    def is_truncated(self, state: Any, params: Any) -> jax.Array:
-        return self.wrapped.is_truncated(state, params)
-
-    def is_terminated(self, state: Any, params: Any) -> jax.Array:
-        return self.wrapped.is_terminated(state, params)
-
-    def action_space(self, params: Any = None) -> Any:
-        return self.wrapped.action_space(params)
 
     def observation_space(self, params: Any) -> spaces.Box:
         space = self.wrapped.observation_space(params)
