@@ -179,7 +179,7 @@ def accept(words: list[str]) -> None:
             if found.settings.get("env_name") != "halfcheetah":
                 plan.make_agents(found)
         case ["python", "-m", "purejax_bilevel.results", *rest]:
-            assert report_again.main(rest) == 2  # read, and there is nothing in that folder
+            report_again.read_arguments(rest)
         case ["python", "-m", "purejax_bilevel.environments.grid_world", *rest]:
             grid_world_pictures.read_arguments(rest)
         case ["python", "-m", "purejax_bilevel.programs.meta_objectives.figures", *rest]:
@@ -219,6 +219,7 @@ def options() -> set[str]:
     families = ("ppo", "open_training", "collect", "ensemble", "mopo", "lpg", "a2c")
     kinds = ["", "--env_name Pendulum-v1", "--env_name tabular", *(f"--agent_type {name}" for name in families)]
     helps = [(scripts.train_rl, kind) for kind in kinds] + [(scripts.train_regression, ""), (scripts.sweep, "")]
+    helps += [(report_again.main, "compare")]
     shown = set().union(*(help_of(*asked) for asked in helps))
     assert {"--lr", "--dim_distract", "--norm_bound", "--lambda_reg", "--halving"} <= shown
     return shown | set(ELSEWHERE)

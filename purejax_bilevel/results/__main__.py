@@ -1,6 +1,8 @@
-"""Tables and figures of a finished run or sweep again, also on a machine without jax.
+"""Finished runs and sweeps again, also on a machine without jax: tables and figures, a list, a comparison.
 
 python -m purejax_bilevel.results report runs/x
+python -m purejax_bilevel.results list
+python -m purejax_bilevel.results compare runs/x runs/y
 """
 
 import argparse
@@ -12,20 +14,53 @@ from rich.console import Console
 
 from purejax_bilevel.errors import UserError
 from purejax_bilevel.results import dataset as datasets
-from purejax_bilevel.results import outputs, report
+from purejax_bilevel.results import outputs, report, runs
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Reads the command line and writes; returns the exit status: 0 done, 2 bad input."""
-    parser = argparse.ArgumentParser(prog="python -m purejax_bilevel.results", description=__doc__)
-    parser.add_argument("action", choices=["report"])
-    parser.add_argument("folder", type=Path, help="of a run or a sweep")
+    """Reads the command line and does the work; returns the exit status: 0 done, 2 bad input."""
+    asked = read_arguments(arguments)
     try:
-        print(write(parser.parse_args(arguments).folder))
+        asked.work(asked)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def read_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line; its `work` does what was asked."""
+    shape = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="python -m purejax_bilevel.results", description=__doc__, formatter_class=shape
+    )
+    actions = parser.add_subparsers(required=True, metavar="report | list | compare")
+    own = actions.add_parser("report", help="a run's tables and figures, or a sweep's report, again")
+    own.add_argument("folder", type=Path, help="of a run or a sweep")
+    own.set_defaults(work=lambda asked: print(write(asked.folder)))
+    own = actions.add_parser("list", help="the runs in a folder, the latest first")
+    own.add_argument("folder", type=Path, nargs="?", default=Path("runs"), help="default: runs")
+    own.set_defaults(work=lambda asked: Console().print(runs.listing(asked.folder)))
+    own = actions.add_parser("compare", help="runs and sweeps in one table and one figure")
+    own.add_argument("folders", type=Path, nargs="+", metavar="folder", help="of a run or a sweep")
+    own.add_argument("--variable", default="", help="what is compared (default: what the first one reports)")
+    own.add_argument(
+        "--over", type=_share, default=0.0, help="mean over this share of a series, from its end (0: last)"
+    )
+    own.add_argument("--figure", type=Path, default=Path("comparison.png"), help="default: comparison.png")
+    own.set_defaults(work=_compare)
+    return parser.parse_args(words)
+
+
+def _share(text: str) -> float:
+    if not 0 <= float(text) <= 1:
+        raise argparse.ArgumentTypeError(f"must be a share of the run from 0 to 1, got {text}")
+    return float(text)
+
+
+def _compare(asked: argparse.Namespace) -> None:
+    Console().print(runs.compare(asked.folders, asked.figure, asked.variable, asked.over))
+    print(asked.figure)
 
 
 def write(folder: Path) -> Path:

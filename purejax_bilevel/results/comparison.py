@@ -4,6 +4,7 @@ Bands and bars are 95 % bootstrap intervals, as in `plots.py`, whose look they s
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,12 @@ class Score:
     iqm: float
     low: float
     high: float
+
+    def in_words(self) -> str:
+        """Four digits, the interval where there is one."""
+        if not math.isfinite(self.iqm):
+            return "all failed"
+        return f"{self.iqm:.4g}" + (f" ({self.low:.4g} to {self.high:.4g})" if math.isfinite(self.low) else "")
 
 
 def score_of(values: np.ndarray) -> Score:
