@@ -68,6 +68,33 @@ def _forget_compiled_programs() -> Iterator[None]:
     gc.collect()
 
 
+@pytest.fixture(scope="module")
+def compiled_once() -> Iterator[None]:
+    """What is compiled for one run of a test file serves every other run of the same program there.
+
+    For files whose tests train one small program again and again: broken off, resumed, with other numbers. A program is
+    the same where its class, its static settings, its arrays' shapes and its devices are.
+    """
+    from purejax_bilevel.runtime.compiled import CompiledProgram
+
+    known: dict[Any, Any] = {}
+    compile_own = CompiledProgram._compile
+
+    def compile_once(self: CompiledProgram, stage: int, block_steps: int) -> Any:
+        leaves, structure = jax.tree.flatten((self._structure, self._configs, self._seeds, self._shared))
+        shapes = tuple((leaf.shape, str(leaf.dtype)) for leaf in leaves)
+        programs = tuple(type(part.program) for part in self.parts)
+        key = (self.mesh.devices.shape, self.member_batch, stage, block_steps, programs, structure, shapes)
+        if key not in known:
+            known[key] = compile_own(self, stage, block_steps)
+        self._compiled[stage, block_steps] = known[key]
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CompiledProgram, "_compile", compile_once)
+        yield
+
+
 @pytest.fixture
 def float64() -> Iterator[None]:
     """64-bit floats for this test only, for gradient checks and golden numbers."""

@@ -74,6 +74,7 @@ def test_traced_width_trains_as_the_small_network(width: int, float64: None):
             outer = jax.tree.map(lambda p, g: p - 0.01 * jnp.sign(g), outer, hypergradient)
         return outer, inner
 
+    train = jax.jit(train)
     small = tuple(
         networks.init_network(jax.random.key(i), (4, width, width, n), output_gain=1.0) for i, n in ((5, 4), (6, 2))
     )

@@ -395,6 +395,11 @@ def test_optima_of_the_distributions() -> None:
     small = np.asarray(best(draw_many("small", 256)))
     assert small.mean() == pytest.approx(1.1, abs=0.25)
     np.testing.assert_allclose(best(draw_many("sparse", 8)), 1.0, rtol=1e-6)
+
+
+@pytest.mark.slow  # long lives: dynamic programmes of thousands of steps
+def test_optima_of_the_distributions_of_long_lives() -> None:
+    best = jax.jit(jax.vmap(optimum.optimal_return))
     for mode, mean, tolerance in (
         ("dense", 42, 8),
         ("long", 21.05, 1.5),

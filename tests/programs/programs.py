@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -78,10 +78,13 @@ def own_run(config: Any, part: Any, member: int) -> loop.Outcome:
     return train(replace(config, **setting), 1, seed, devices=1)[1]
 
 
-def check_resume_is_bitwise(
-    config: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, resumed_on: Sequence[int] = (2,)
-) -> None:
-    """A run of 60 steps on 3 devices broken off at 30, between two evaluations, and continued on other numbers."""
+def mostly(names: Iterable[Any], slow: Collection[Any]) -> list[Any]:
+    """Parameters of a test, those that take long marked as slow: `./setup/run pytest -m slow` runs them."""
+    return [pytest.param(name, marks=pytest.mark.slow) if name in slow else name for name in names]
+
+
+def check_resume_is_bitwise(config: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, resumed_on: int = 2) -> None:
+    """A run of 60 steps on 3 devices broken off at 30, between two evaluations, and continued on another number."""
     _, whole = train(config, devices=2)
     assert len(whole.failed[0]) > 3  # so that a device has one member or more
     monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
@@ -97,14 +100,11 @@ def check_resume_is_bitwise(
         train(config, folder=folder, devices=3, chunks=4)
     monkeypatch.undo()
     assert loop.steps_done(folder) == 30
-    broken = (folder / loop.checkpoints.FILE_NAME).read_bytes()
-    for devices in resumed_on:
-        (folder / loop.checkpoints.FILE_NAME).write_bytes(broken)
-        _, outcome = train(config, folder=folder, resume=True, devices=devices, chunks=5)
-        assert outcome.steps == 60
-        same(outcome.state, whole.state)
-        for name, array in whole.rows[0].items():
-            np.testing.assert_array_equal(outcome.rows[0][name], array)
+    _, outcome = train(config, folder=folder, resume=True, devices=resumed_on, chunks=5)
+    assert outcome.steps == 60
+    same(outcome.state, whole.state)
+    for name, array in whole.rows[0].items():
+        np.testing.assert_array_equal(outcome.rows[0][name], array)
 
 
 def count_conds(config: Any, num_seeds: int, member_batch: int | None, mesh: Any) -> int:

@@ -15,8 +15,8 @@ SIZES = {"init_steps": 8, "batch_size": 8, "hidden_dim": 8, "model_hidden_dim": 
     "config",
     [
         RLConfig(agent_type="omd", **SIZES),
-        RLConfig(agent_type="vep", no_learn_reward=True, **SIZES),
-        RLConfig(agent_type="mle", prob_model=True, **SIZES),
+        pytest.param(RLConfig(agent_type="vep", no_learn_reward=True, **SIZES), marks=pytest.mark.slow),
+        pytest.param(RLConfig(agent_type="mle", prob_model=True, **SIZES), marks=pytest.mark.slow),
         ContinuousConfig(agent_type="omd", env_name="Pendulum-v1", **SIZES),
     ],
     ids=["omd", "vep", "mle", "sac-omd"],

@@ -20,6 +20,8 @@ from purejax_bilevel.studies import run as runs
 from tests import outside
 from tests.programs.programs import check_resume_is_bitwise, initial_learners, moved, train
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 MINE = "tests.outside:SLOW"
 SMALL = RLConfig(
     agent_type=MINE,
@@ -204,6 +206,7 @@ def test_seeds_and_hyper_parameters_are_members_on_eight_devices(trained: tuple)
     assert len(np.unique(slow, axis=0)) == 8
 
 
+@pytest.mark.slow  # as for every agent of the program; by its folder: above
 def test_resume_is_bitwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     check_resume_is_bitwise(replace(SMALL, lr=(1e-3, 3e-3)), tmp_path, monkeypatch)
 

@@ -19,6 +19,8 @@ from purejax_bilevel.studies.plan import make_agents
 from purejax_bilevel.studies.search import Evolution, rung_ends
 from purejax_bilevel.studies.study import Interval, Search, parse
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 BEST = 1e-2
 TOY: dict[str, Any] = {
     "program": "toy",

@@ -14,6 +14,8 @@ from purejax_bilevel.runtime import artefacts, compiled
 from purejax_bilevel.studies import study, sweep_command
 from tests import toy as toys
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 
 @configuration
 class Longer:

@@ -540,13 +540,13 @@ def test_a_real_program_end_to_end(tmp_path):
     description = {
         "program": "rl",
         "settings": settings,
-        "agents": ["omd", "sql"],
+        "agents": ["mle", "sql"],
         "axes": [{"grid": {"model_hidden_dim": [2, 4]}}],
         "seeds": 2,
         "report": {"figures": [{"kind": "sensitivity", "axis": "model_hidden_dim"}]},
     }
     assert run(tmp_path, description, "--devices", "2") == 0
-    dataset = datasets.load(tmp_path / "sweep" / "omd")
+    dataset = datasets.load(tmp_path / "sweep" / "mle")
     assert dataset.attrs["compilations"] == 1
     assert dataset.final_return.shape == (2, 2, 2)
     assert not dataset.failed.values.any()

@@ -60,13 +60,15 @@ def outcome(description: Any, changes: dict[str, Any]) -> str:
 @pytest.mark.parametrize("name", ["schema", *presets.PRESETS])
 def test_a_file_with_one_node_replaced_is_read_or_refused_in_a_sentence(name, files_of_presets):
     content = schema() if name == "schema" else presets.preset(name, "smoke")
+    # A node meets half or a quarter of them, its neighbours the others: presets have many nodes of each kind.
+    share = 2 if name == "schema" else 4
     found = [
         outcome(replaced(content, path, new), {})
         for number, path in enumerate(nodes(content))
-        for new in REPLACEMENTS[number % 2 :: 2]  # every node meets half of them, its neighbour the others
+        for new in REPLACEMENTS[number % share :: share]
     ]
     assert "read" in found
-    assert len(set(found)) > 20
+    assert len(set(found)) > 40 // share
     assert not any("\n" in sentence for sentence in found)
 
 

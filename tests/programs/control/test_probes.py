@@ -5,7 +5,6 @@ a network of 16 units now and then learns slowly from where it starts. What take
 by default: `./setup/run pytest -m slow` runs it.
 """
 
-from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -17,19 +16,14 @@ from purejax_bilevel import networks
 from purejax_bilevel.configuration import replace
 from purejax_bilevel.environments import probes
 from purejax_bilevel.programs.control import agents, policies, q_learning, soft_actor_critic, soft_actor_critic_agents
-from tests.programs.programs import step
+from tests.programs.programs import mostly, step
 
 SEEDS = 3
-SLOW = ("vep", "funcbo_reward_only")  # discrete actions
-SLOW_CONTINUOUS = ("omd", "vep", "funcbo")
+SLOW = ("vep", "funcbo", "funcbo_reward_only")  # discrete actions
+SLOW_CONTINUOUS = ("omd", "vep", "mle", "funcbo")
 DISCOUNT = 0.5
 TEMPERATURE = 0.1
 SITUATIONS = jnp.stack([situation.observation for situation in probes.SITUATIONS])
-
-
-def params(names: Iterable[str], slow: Sequence[str]) -> list[Any]:
-    """Agents for a fixture."""
-    return [pytest.param(name, marks=pytest.mark.slow) if name in slow else name for name in names]
 
 
 def train(config: Any) -> Any:
@@ -79,7 +73,7 @@ NEEDED: dict[str, tuple[dict[str, Any], float]] = {
 }
 
 
-@pytest.fixture(scope="module", params=params(agents.AGENTS, SLOW))
+@pytest.fixture(scope="module", params=mostly(agents.AGENTS, SLOW))
 def discrete(request: pytest.FixtureRequest) -> tuple[np.ndarray, float]:
     """Learned values `[seeds, situations, actions]` (mean of the heads) and the error allowed."""
     settings, tolerance = NEEDED[request.param]
@@ -133,7 +127,7 @@ NEEDED_CONTINUOUS: dict[str, tuple[dict[str, Any], float]] = {
 }
 
 
-@pytest.fixture(scope="module", params=params(soft_actor_critic_agents.AGENTS, SLOW_CONTINUOUS))
+@pytest.fixture(scope="module", params=mostly(soft_actor_critic_agents.AGENTS, SLOW_CONTINUOUS))
 def continuous(request: pytest.FixtureRequest) -> tuple[np.ndarray, np.ndarray, float]:
     """The policy's mean action and the value of it, both `[seeds, situations]`, and the error allowed."""
     settings, tolerance = NEEDED_CONTINUOUS[request.param]

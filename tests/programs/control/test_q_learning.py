@@ -22,6 +22,7 @@ from tests.programs.programs import (
     check_resume_is_bitwise,
     count_conds,
     initial_learners,
+    mostly,
     moved,
     own_run,
     recorded,
@@ -29,6 +30,8 @@ from tests.programs.programs import (
     step,
     train,
 )
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 STEPS = 60
 SMALL = Config(
@@ -77,7 +80,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module", params=VARIANTS, ids=str)
+# Their rules are those of smoothfbo and funcbo_dual, and in tests/test_reference.py.
+COVERED = ("funcbo", "funcbo_reward_only")
+
+
+@pytest.fixture(scope="module", params=mostly(VARIANTS, COVERED), ids=str)
 def trained(request: pytest.FixtureRequest) -> tuple[Config, Any, loop.Outcome]:
     """Two model widths, two rates, two seeds (and the variant's own axes) on eight devices."""
     config = replace(SMALL, model_hidden_dim=(2, 4), lr=(1e-3, 3e-3), **VARIANTS[request.param])
@@ -124,7 +131,10 @@ def test_seeds_act_differently_and_settings_learn_differently(trained: tuple):
         assert len(np.unique(models[::2], axis=0)) == rates
 
 
-@pytest.mark.parametrize("trained", [*agents.AGENTS, "smoothfbo"], indirect=True)
+ALONE = ("omd", "smoothfbo")  # by default; the others are the same program with another step
+
+
+@pytest.mark.parametrize("trained", mostly([*agents.AGENTS, "smoothfbo"], set(agents.AGENTS) - {*ALONE}), indirect=True)
 def test_member_equals_a_run_of_its_own(trained: tuple):
     """The widest member of a grid on eight devices, and alone on one: programs of other shapes, equal to rounding."""
     config, part, outcome = trained
@@ -137,9 +147,9 @@ def test_member_equals_a_run_of_its_own(trained: tuple):
     )
 
 
-def test_vmapped_members_agree():
-    config = replace(SMALL, lr=(1e-3, 3e-3), num_train_steps=30)
-    _, one_by_one = train(config, devices=1)
+@pytest.mark.parametrize("trained", ["omd"], indirect=True)
+def test_vmapped_members_agree(trained: tuple):
+    config, _, one_by_one = trained
     _, together = train(config, devices=1, member_batch=0)
     for name in ("q_loss", "training_return"):
         np.testing.assert_allclose(together.rows[0][name], one_by_one.rows[0][name], rtol=1e-3)
@@ -152,14 +162,16 @@ def test_step_counter_stays_shared_under_vmap():
     assert count_conds(config, 4, None, mesh) == count_conds(config, 1, 1, mesh) >= 3
 
 
-def test_resume_is_bitwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("devices", mostly((2, 8), (8,)))
+def test_resume_is_bitwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, devices: int):
     config = replace(SMALL, agent_type="smoothfbo", lr=(1e-3, 3e-3), smoothing_window=9)
-    check_resume_is_bitwise(config, tmp_path, monkeypatch, resumed_on=(2, 8))
+    check_resume_is_bitwise(config, tmp_path, monkeypatch, resumed_on=devices)
 
 
 def test_a_member_that_diverges_leaves_the_others_untouched(capsys: pytest.CaptureFixture):
-    part, outcome = train(replace(SMALL, lr=(1e-3, 1e30)), num_seeds=1)
-    _, calm = train(replace(SMALL, lr=(1e-3, 3e-3)), num_seeds=1)
+    small = replace(SMALL, agent_type="mle")
+    part, outcome = train(replace(small, lr=(1e-3, 1e30)), num_seeds=1)
+    _, calm = train(replace(small, lr=(1e-3, 3e-3)), num_seeds=1)
     np.testing.assert_array_equal(outcome.failed[0], [False, True])
     assert not calm.failed[0].any()
     same(*(jax.tree.map(lambda leaf: leaf[:1], found.state) for found in (outcome, calm)))

@@ -29,12 +29,15 @@ from tests.programs.programs import (
     check_resume_is_bitwise,
     count_conds,
     initial_learners,
+    mostly,
     moved,
     own_run,
     recorded,
     step,
     train,
 )
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 STEPS = 60
 SMALL = Config(
@@ -81,7 +84,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module", params=VARIANTS, ids=str)
+COVERED = ("funcbo", "omd_as_the_original")  # by smoothfbo, and in tests/test_reference.py
+
+
+@pytest.fixture(scope="module", params=mostly(VARIANTS, COVERED), ids=str)
 def trained(request: pytest.FixtureRequest) -> tuple[Config, Any, loop.Outcome]:
     """Two model widths, two other settings, two seeds, on eight devices in two chunks."""
     config = replace(SMALL, **VARIANTS[request.param])
@@ -125,7 +131,14 @@ def test_seeds_act_differently(trained: tuple):
     assert not np.array_equal(state.storage[0], state.storage[1])
 
 
-@pytest.mark.parametrize("trained", soft_actor_critic_agents.AGENTS, indirect=True)
+ALONE = ("omd",)  # by default; the others are the same program with another step
+
+
+@pytest.mark.parametrize(
+    "trained",
+    mostly(soft_actor_critic_agents.AGENTS, set(soft_actor_critic_agents.AGENTS) - {*ALONE}),
+    indirect=True,
+)
 def test_narrow_member_equals_a_run_of_its_own(trained: tuple):
     """The narrowest member of a grid on eight devices in the widest one's arrays, and alone in its own arrays."""
     config, part, outcome = trained

@@ -25,6 +25,8 @@ from purejax_bilevel.runtime.compiled import CompiledProgram
 from purejax_bilevel.studies import command_line
 from tests.programs import programs
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 SMALL = Config(
     agent_type="tests.programs.learned_optimizers.descent:DESCENT",
     env_name="GridWorld-debug",

@@ -21,6 +21,8 @@ from purejax_bilevel.runtime.compiled import CompiledProgram
 from purejax_bilevel.studies import command_line
 from tests.programs.programs import own_run, same, train
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 STEPS = 12
 BREAKOUT = str(update_rules.PUBLISHED / "breakout_OPEN.npy")
 SMALL = Config(

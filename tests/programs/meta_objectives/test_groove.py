@@ -22,6 +22,8 @@ from purejax_bilevel.runtime import loop
 from purejax_bilevel.runtime.compiled import CompiledProgram
 from tests.programs.programs import same, train
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 TINY = {
     "env_name": "GridWorld-debug",
     "env_workers": 3,

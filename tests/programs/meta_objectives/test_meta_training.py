@@ -17,6 +17,8 @@ from purejax_bilevel.runtime import artefacts, loop
 from purejax_bilevel.studies import command_line
 from tests.programs import programs
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 SIZES = {"env_workers": 4, "train_rollout_len": 5, "lpg_gru_width": 4, "lpg_embedding_net_width": 3}
 # One level, so that no program of these tests draws any.
 SMALL = Config(

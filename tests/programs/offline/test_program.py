@@ -20,6 +20,8 @@ from tests.programs.offline import pendulum
 from tests.programs.offline.pendulum import SMALL
 from tests.programs.programs import same, train
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 MODEL_BASED = [name for name in AGENTS if AGENTS[name].has_model]
 
 

@@ -24,6 +24,8 @@ from purejax_bilevel.runtime import loop
 from purejax_bilevel.studies import command_line
 from purejax_bilevel.studies import run as runs
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 STEPS = 24
 SMALL = Config(
     T_max=STEPS,

@@ -26,6 +26,8 @@ from purejax_bilevel.runtime import loop
 from purejax_bilevel.studies import command_line, sweep_command
 from purejax_bilevel.studies import run as runs
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 GOLDEN = Path(__file__).parents[2] / "data" / "tabular_curve.npz"
 OPTIMAL_Q = [[0.16363807, 0.06282009], [1.89091046, 0.66282009]]
 MDPS = ("two_state", "garnet")
