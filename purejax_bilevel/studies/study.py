@@ -12,7 +12,7 @@
       - random: {count: 16, seed: 0, tau: [1e-3, 1e-1]}            # log-uniform; {low, high, scale: linear} otherwise
     seeds: {first: 0, count: 8, select: 4}                         # best settings are chosen on the first 4
     search: {method: grid}               # see Search
-    report: {variable: final_return}     # see Reporting in results/report.py
+    report: {variable: final_return}     # see Reporting in results/analysis.py
 
 Agents of several programs are compared by an own `program` each; settings and axes then go to those that have the
 field, and each program is one compiled call with its own steps. A program of your own is `module:Config`.
@@ -39,6 +39,7 @@ from purejax_bilevel.configuration import fields, named_object, replace, validat
 from purejax_bilevel.errors import UserError
 from purejax_bilevel.members import Axis, format_value
 from purejax_bilevel.programs import REGISTRY
+from purejax_bilevel.results.analysis import Reporting, reporting
 from purejax_bilevel.results.checks import (
     MOST,
     as_number,
@@ -51,7 +52,6 @@ from purejax_bilevel.results.checks import (
     text_of,
     whole,
 )
-from purejax_bilevel.results.report import Reporting, reporting
 from purejax_bilevel.runtime.loop import make_seeds
 
 LARGEST_WHOLE = 2**31 - 1  # 32 bits

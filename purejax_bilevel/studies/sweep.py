@@ -25,9 +25,15 @@ from purejax_bilevel.configuration import fields, warn
 from purejax_bilevel.errors import UserError
 from purejax_bilevel.members import bytes_in_words, check_count, counted
 from purejax_bilevel.program import Part
+from purejax_bilevel.results import analysis, report, residuals
 from purejax_bilevel.results import dataset as datasets
-from purejax_bilevel.results import report, residuals
-from purejax_bilevel.results.statistics import SettingRow, by_task, lower_is_better, render_table
+from purejax_bilevel.results.statistics import (
+    SettingRow,
+    by_task,
+    lower_is_better,
+    render_table,
+    stratified_bootstrap_interval,
+)
 from purejax_bilevel.runtime import checkpoint as checkpoints
 from purejax_bilevel.runtime import devices, loop, processes, sizes
 from purejax_bilevel.runtime.compiled import CompiledProgram
@@ -131,8 +137,8 @@ def check_report(study: Study, agents: Sequence[SweptAgent]) -> None:
             raise UserError(f"report: the program measures no {name!r}; it measures {', '.join(sorted(measured))}.")
     visible = {field.name for field in fields(study.config_class)}
     for figure in study.report.figures:
-        if (kind := figure["kind"]) in report.OWN_FIGURES:
-            known = importlib.import_module(report.OWN_FIGURES[kind]).FIGURES
+        if (kind := figure["kind"]) in analysis.OWN_FIGURES:
+            known = importlib.import_module(analysis.OWN_FIGURES[kind]).FIGURES
             if study.program != kind or figure["figure"] not in known:
                 raise UserError(
                     f"report: the figure {figure['figure']!r} of kind {kind} must be one of {', '.join(known)}, "
@@ -249,7 +255,7 @@ def _check_video(study: Study, agents: Sequence[SweptAgent]) -> None:
 
 
 def _write_videos(
-    agents: Sequence[SweptAgent], trained: Trained, results: Sequence[report.AgentResult], files: Sequence[Path]
+    agents: Sequence[SweptAgent], trained: Trained, results: Sequence[analysis.AgentResult], files: Sequence[Path]
 ) -> None:
     """The median member of each agent's best setting."""
     spans = trained.spans()
@@ -287,7 +293,7 @@ def _in_rounds(
             [finding.bytes_per_member],
             finding.stage_of,
         )
-        dataset = _dataset(study, agent, part, outcome, plan, {report.SELECTION: finding.selection})
+        dataset = _dataset(study, agent, part, outcome, plan, {analysis.SELECTION: finding.selection})
         if processes.is_first():
             _log_finalists(dataset, part, outcome, options)
         datasets.append(dataset)
@@ -349,19 +355,21 @@ def _log_finalists(dataset: xarray.Dataset, part: Part, outcome: loop.Outcome, o
 
 def _print_summary(
     study: Study,
-    found: Sequence[report.AgentResult],
+    found: Sequence[analysis.AgentResult],
     datasets: Sequence[xarray.Dataset],
     console: Console,
     folder: Path,
 ) -> None:
     rows = []
     for agent in found:
-        score, runs = report.score_of(agent.best_runs), agent.best_runs
+        score, runs = stratified_bootstrap_interval(agent.best_runs), agent.best_runs
         named = {"agent": agent.label, "best setting": report.words(agent.settings[agent.best])}
         used = int(np.isfinite(runs).sum())
-        rows.append(SettingRow(named, (), score.iqm, score.low, score.high, used, len(runs) - used))
+        rows.append(
+            SettingRow(named, (), float(score.estimate), float(score.low), float(score.high), used, len(runs) - used)
+        )
     about = datasets[0].attrs
-    variable = report.reported_variable(datasets[0], study.report)
+    variable = analysis.reported_variable(datasets[0], study.report)
     render_table(rows, Console(), variable.replace("_", " "), lower_is_better(datasets[0], variable))
     failed = sum(int(np.isnan(agent.scores).sum()) for agent in found)
     note = f"; {counted(failed, 'member')} failed" if failed else ""

@@ -62,7 +62,7 @@ def main(given: Sequence[str] | None = None) -> int:
 
     def work(console: Console) -> int:
         options, study = read_arguments(words)
-        from purejax_bilevel.results.report import reported_variable
+        from purejax_bilevel.results.analysis import reported_variable
         from purejax_bilevel.studies import sweep
 
         found = sweep.run(study, options, console)
