@@ -42,24 +42,25 @@ from purejax_bilevel.runtime.options import RunOptions
 from purejax_bilevel.runtime.progress import duration
 from purejax_bilevel.runtime.schedule import num_rows
 from purejax_bilevel.studies import folder as folders
+from purejax_bilevel.studies import rounds
 from purejax_bilevel.studies import run as runs
 from purejax_bilevel.studies import search as searches
 from purejax_bilevel.studies import video as videos
+from purejax_bilevel.studies.arguments import Options
 from purejax_bilevel.studies.command_line import how_to_run
 from purejax_bilevel.studies.plan import SweptAgent, make_agents
 from purejax_bilevel.studies.study import Study
-from purejax_bilevel.studies.sweep_command import SweepOptions
 
 PROGRAMS_FOLDER = "programs"  # of a sweep of several programs: the checkpoint of each
 OWN_NAMES = (
-    *(folders.CONFIG, *datasets.ABOUT, checkpoints.FILE_NAME, searches.ROUNDS, PROGRAMS_FOLDER),
+    *(folders.CONFIG, *datasets.ABOUT, checkpoints.FILE_NAME, folders.ROUNDS, PROGRAMS_FOLDER),
     *(report.HTML, report.MARKDOWN, report.FIGURES, report.HISTORY, *LOGGED),
 )  # in the folder of a sweep, where each agent has a folder of its own
 
 # ---------------------------------------------------------------- the sweep
 
 
-def run(study: Study, options: SweepOptions, console: Console) -> list[xarray.Dataset]:
+def run(study: Study, options: Options, console: Console) -> list[xarray.Dataset]:
     """Runs a sweep to its end; returns the results of each agent. Of several processes, process 0 writes everything.
 
     Raises:
@@ -83,7 +84,7 @@ def run(study: Study, options: SweepOptions, console: Console) -> list[xarray.Da
 
 
 def _run_in(
-    folder: Path, study: Study, agents: Sequence[SweptAgent], options: SweepOptions, console: Console
+    folder: Path, study: Study, agents: Sequence[SweptAgent], options: Options, console: Console
 ) -> list[xarray.Dataset]:
     resume = options.resume is not None
     if processes.is_first():
@@ -150,7 +151,7 @@ def check_report(study: Study, agents: Sequence[SweptAgent]) -> None:
 
 def _check_one_score(study: Study, agents: Sequence[SweptAgent]) -> None:
     """Agents of several programs are compared by something that all of them measure."""
-    found = {searches.selecting(study, agent.templates[0].config.program())[0] for agent in agents}
+    found = {rounds.selecting(study, agent.templates[0].config.program())[0] for agent in agents}
     if len(found) > 1:
         raise UserError(
             f"report: the programs have other scores ({', '.join(sorted(found))}); name a variable that all measure."
@@ -303,7 +304,7 @@ def _in_rounds(
 def _dataset(
     study: Study, agent: SweptAgent, part: Part, outcome: loop.Outcome, plan: "Plan", extra: dict[str, np.ndarray]
 ) -> xarray.Dataset:
-    by, over = searches.selecting(study, part.program)
+    by, over = rounds.selecting(study, part.program)
     attrs = {
         "agent": agent.label,
         "selected_by": by,
@@ -319,7 +320,7 @@ def _dataset(
     dataset = loop.to_dataset(part, outcome, 0, agent.templates[0].config, attrs)
     dimensions = (*(axis.dimension for axis in part.grid.axes), datasets.SEED)
     for name, array in extra.items():
-        better = "lower" if searches.lower_is_better(part.program, by) else "higher"
+        better = "lower" if rounds.better_when_lower(part.program, by) else "higher"
         dataset[name] = (
             dimensions,
             array.reshape(part.grid.shape),
