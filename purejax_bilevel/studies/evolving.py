@@ -8,8 +8,9 @@ import numpy as np
 import optax
 
 from purejax_bilevel.results.statistics import setting_scores
+from purejax_bilevel.studies.intervals import Interval
 from purejax_bilevel.studies.rounds import Rounds, Setting, Tried
-from purejax_bilevel.studies.study import Interval, Search
+from purejax_bilevel.studies.study import Search
 
 
 class SettingStrategy:

@@ -15,7 +15,9 @@ from purejax_bilevel.errors import UserError
 from purejax_bilevel.members import Axis, Grid, batch_config, format_value
 from purejax_bilevel.program import Part, Program
 from purejax_bilevel.runtime.schedule import Schedule
-from purejax_bilevel.studies.study import Interval, Study, distinct, intervals, random_axis
+from purejax_bilevel.studies.intervals import Interval, intervals, random_axis
+from purejax_bilevel.studies.study import Study
+from purejax_bilevel.studies.values import distinct
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,8 +19,9 @@ from purejax_bilevel.studies import sweep_command
 from purejax_bilevel.studies.evolving import SettingStrategy
 from purejax_bilevel.studies.folder import ROUNDS
 from purejax_bilevel.studies.halving import rung_ends
+from purejax_bilevel.studies.intervals import Interval
 from purejax_bilevel.studies.plan import make_agents
-from purejax_bilevel.studies.study import Interval, Search, parse
+from purejax_bilevel.studies.study import Search, parse
 
 BEST = 1e-2
 TOY: dict[str, Any] = {

@@ -18,8 +18,10 @@ from purejax_bilevel.results.statistics import TASKS
 from purejax_bilevel.runtime import compiled, loop
 from purejax_bilevel.studies import presets, study, sweep, sweep_command
 from purejax_bilevel.studies import run as runs
+from purejax_bilevel.studies.intervals import Interval
+from purejax_bilevel.studies.overrides import override
 from purejax_bilevel.studies.plan import make_agents
-from purejax_bilevel.studies.study import Interval, override, parse
+from purejax_bilevel.studies.study import parse
 from tests import toy as toys
 
 TOY: dict[str, Any] = {
