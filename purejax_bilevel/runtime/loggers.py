@@ -99,7 +99,7 @@ class Loggers:
         grid: Grid,
         folder: str | Path,
         name: str,
-        config: Any = None,
+        config: Mapping[str, Any] | None = None,
         *,
         wandb_mode: str | None = None,
         wandb_project: str | None = None,

@@ -135,7 +135,7 @@ class State(flax.struct.PyTreeNode):
     learner: agents.Learner
 
 
-class ModelBased(Program):
+class ModelBased(Program[Config]):
     """The program: three pure functions of a member's configuration, sharing the environment and the agent.
 
     Args:

@@ -159,7 +159,7 @@ class State(flax.struct.PyTreeNode):
     learner: soft_actor_critic_agents.Learner
 
 
-class ActorCritic(Program):
+class ActorCritic(Program[Config]):
     """The program: three pure functions of a member's configuration, sharing the environment and the agent.
 
     Args:

@@ -28,7 +28,7 @@ others as in `agents.py`.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -60,6 +60,13 @@ POLICY_OUTPUT_GAIN = 1.0
 # Named streams of random numbers.
 INNER_NOISE, OUTER_NOISE, BATCH = range(3)  # of an update
 HEADS = 0  # of the policy's initial layers
+
+
+class Tempered(Protocol):
+    """Settings with a rate of the temperature."""
+
+    @property
+    def temperature_lr(self) -> float: ...
 
 
 class Learner(agents.Learner):
@@ -101,11 +108,11 @@ class Learner(agents.Learner):
         """A policy's actions `[action, n]` for `obs` `[obs, n]`, and their log-probabilities `[n]`."""
         return policies.sample_and_log_prob(networks.apply_network(policy, obs), noise)
 
-    def policy_rule(self, config: Any) -> optax.GradientTransformation:
+    def policy_rule(self, config: Policy) -> optax.GradientTransformation:
         """How the policy steps along its gradient."""
         return optax.adam(config.policy_lr)
 
-    def temperature_rule(self, config: Any) -> optax.GradientTransformation:
+    def temperature_rule(self, config: Tempered) -> optax.GradientTransformation:
         """How the temperature's logarithm steps along its gradient."""
         return optax.adam(config.temperature_lr)
 

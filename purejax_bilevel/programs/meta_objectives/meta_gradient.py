@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from purejax_bilevel.programs.meta_objectives import learners, network
 from purejax_bilevel.programs.meta_objectives.learners import Agent, Build, Flag, Learner, Rollout
-from purejax_bilevel.programs.meta_objectives.settings import MetaTraining
+from purejax_bilevel.programs.meta_objectives.settings import MetaTraining, Updates
 
 Collect = Callable[[jax.Array, learners.Network, Any], tuple[Any, Rollout]]
 
@@ -60,7 +60,7 @@ def clocks(switches: Switches, agent: Agent) -> jax.Array | None:
 
 
 def follow(
-    build: Build, switches: Switches, config: Any, weights: network.Weights, agent: Agent, rollout: Rollout
+    build: Build, switches: Switches, config: Updates, weights: network.Weights, agent: Agent, rollout: Rollout
 ) -> tuple[Agent, learners.Diagnostics]:
     """One update of an agent under a learned objective.
 

@@ -133,7 +133,7 @@ class State(flax.struct.PyTreeNode):
     acting: Acting
 
 
-class MetaTestProgram(Program):
+class MetaTestProgram(Program[Config]):
     """The program: pure functions of a member's configuration.
 
     Args:

@@ -90,7 +90,7 @@ class State(flax.struct.PyTreeNode):
     yardsticks: Yardsticks | None  # None: there are no trials
 
 
-class MetaProgram(Program):
+class MetaProgram(Program[Config]):
     """The program: pure functions of a member's configuration.
 
     Args:

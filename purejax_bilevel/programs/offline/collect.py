@@ -157,7 +157,7 @@ class State(flax.struct.PyTreeNode):
     storage: jax.Array  # [3, rows, row]
 
 
-class Collect(Program):
+class Collect(Program[Config]):
     """The program: pure functions of a member's configuration.
 
     Args:

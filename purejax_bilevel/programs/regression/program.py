@@ -88,7 +88,7 @@ class State(flax.struct.PyTreeNode):
     regret: Regret
 
 
-class Regression(Program):
+class Regression(Program[Config]):
     """The program: three pure functions of a member's configuration.
 
     Args:

@@ -16,6 +16,7 @@ import pytest
 from purejax_bilevel import networks
 from purejax_bilevel.configuration import replace
 from purejax_bilevel.environments import probes
+from purejax_bilevel.program import Configuration
 from purejax_bilevel.programs.control import agents, policies, q_learning, soft_actor_critic, soft_actor_critic_agents
 from tests.programs.programs import step
 
@@ -32,7 +33,7 @@ def params(names: Iterable[str], slow: Sequence[str]) -> list[Any]:
     return [pytest.param(name, marks=pytest.mark.slow) if name in slow else name for name in names]
 
 
-def train(config: Any) -> Any:
+def train(config: Configuration) -> Any:
     """Final learners of all seeds, without evaluations."""
     config = config.resolved()
     config = replace(config, max_hidden_dim=config.hidden_dim, max_model_hidden_dim=config.model_hidden_dim)
