@@ -16,7 +16,7 @@ from purejax_bilevel.results import dataset as datasets
 from purejax_bilevel.results import statistics
 from purejax_bilevel.results.checks import choice, known_entries, mapping_of, number_of, text_of
 from purejax_bilevel.results.dataset import SEED, setting_dimensions
-from purejax_bilevel.results.statistics import Interval, ranking, setting_scores, stratified_bootstrap_interval
+from purejax_bilevel.results.statistics import Estimate, ranking, setting_scores, stratified_bootstrap_interval
 
 SELECTION = "selection_score"
 # Modules with FIGURES and AXES, by the kind of figure. By name: programs know results, not the other way.
@@ -196,7 +196,7 @@ class Sensitivity:
 
     label: str
     values: tuple
-    scores: tuple[Interval, ...]
+    scores: tuple[Estimate, ...]
     joined: bool = True
 
 

@@ -34,7 +34,7 @@ from purejax_bilevel.results.analysis import (
 from purejax_bilevel.results.checks import load_yaml, mapping_of
 from purejax_bilevel.results.dataset import SEED, STEP, setting_dimensions
 from purejax_bilevel.results.document import Block, Code, Heading, Paragraph, Picture, Table, as_html, as_markdown
-from purejax_bilevel.results.statistics import Interval, setting_scores, stratified_bootstrap_interval
+from purejax_bilevel.results.statistics import Estimate, setting_scores, stratified_bootstrap_interval
 
 HTML, MARKDOWN, FIGURES = "report.html", "report.md", "figures"
 HISTORY = "search.json"  # all rounds of a search
@@ -460,7 +460,7 @@ def words(setting: dict[str, Any]) -> str:
     return ", ".join(f"{name}={plots._text(value)}" for name, value in setting.items())
 
 
-def _score(score: Interval) -> str:
+def _score(score: Estimate) -> str:
     if not math.isfinite(score.estimate):
         return "all failed"
     interval = f" ({score.low:.4g} to {score.high:.4g})" if math.isfinite(score.low) else ""

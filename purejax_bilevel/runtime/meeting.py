@@ -17,14 +17,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from purejax_bilevel.errors import UserError
-from purejax_bilevel.runtime.schedulers import Place
+from purejax_bilevel.runtime.schedulers import ProcessPlace
 
 JOIN_SECONDS = 300  # until all processes must have come
 TOKEN = "PUREJAX_BILEVEL_JOIN_TOKEN"  # who does not know it cannot join; jax.distributed itself asks for none
 LONGEST_LINE = 10_000
 
 
-def meet(place: Place) -> None:
+def meet(place: ProcessPlace) -> None:
     """Waits until all processes are here. jax.distributed itself aborts with a stack trace when one is missing."""
     if place.process_id == 0:
         _await_others(place)
@@ -32,7 +32,7 @@ def meet(place: Place) -> None:
         _go_to_first(place)
 
 
-def _await_others(place: Place) -> None:
+def _await_others(place: ProcessPlace) -> None:
     deadline = time.monotonic() + JOIN_SECONDS
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(_listen(place))
@@ -64,13 +64,13 @@ def _await_others(place: Place) -> None:
         raise UserError(problem)
 
 
-def _welcome(connection: socket.socket) -> Place | None:
+def _welcome(connection: socket.socket) -> ProcessPlace | None:
     """Who came; None for one that does not know the token, which is told so and never sent over the network."""
     nonce = secrets.token_hex(16)
     connection.sendall(f"{nonce}\n".encode())
     told = json.loads(connection.makefile().readline(LONGEST_LINE))
     if hmac.compare_digest(_proof(nonce, told["place"]), str(told["proof"])):
-        return Place(**told["place"])
+        return ProcessPlace(**told["place"])
     connection.sendall(f"process 0 does not know this process: {TOKEN} must be the same for all.\n".encode())
     return None
 
@@ -81,7 +81,7 @@ def _proof(nonce: str, place: Mapping[str, Any]) -> str:
     return hmac.new(os.environ.get(TOKEN, "").encode(), message, "sha256").hexdigest()
 
 
-def _mismatch(place: Place, other: Place, arrived: Mapping[int, Any]) -> str:
+def _mismatch(place: ProcessPlace, other: ProcessPlace, arrived: Mapping[int, Any]) -> str:
     if other.num_processes != place.num_processes:
         return (
             f"process {other.process_id} was told --num_processes {other.num_processes}, process 0 "
@@ -92,7 +92,7 @@ def _mismatch(place: Place, other: Place, arrived: Mapping[int, Any]) -> str:
     return ""
 
 
-def _listen(place: Place) -> socket.socket:
+def _listen(place: ProcessPlace) -> socket.socket:
     host, _, port = bind_address(place).rpartition(":")
     try:
         if host == "[::]" and not socket.has_dualstack_ipv6():
@@ -105,7 +105,7 @@ def _listen(place: Place) -> socket.socket:
         ) from error
 
 
-def bind_address(place: Place) -> str:
+def bind_address(place: ProcessPlace) -> str:
     """Where process 0 listens: the coordinator's address alone, if it is one of this host.
 
     A host's own name may mean its loopback address on the host itself; others could not come there. Then, and where
@@ -139,7 +139,7 @@ def _means_loopback(name: str) -> bool:
     return name == "localhost"
 
 
-def _go_to_first(place: Place) -> None:
+def _go_to_first(place: ProcessPlace) -> None:
     host, _, port = place.coordinator.rpartition(":")
     deadline = time.monotonic() + JOIN_SECONDS
     reason = "no answer"

@@ -29,7 +29,7 @@ from rich.console import Console
 from purejax_bilevel.errors import UserError
 from purejax_bilevel.runtime import devices
 from purejax_bilevel.runtime.meeting import JOIN_SECONDS, bind_address, meet
-from purejax_bilevel.runtime.schedulers import Place, started_by
+from purejax_bilevel.runtime.schedulers import ProcessPlace, started_by
 
 HEARTBEAT_SECONDS = (
     30  # without a sign of life after which jax.distributed takes a process for dead and ends the others
@@ -95,7 +95,7 @@ def join(coordinator: str | None = None, num_processes: int | None = None, proce
     devices.available()  # here, where all processes are: jax asks all of them for their devices and waits for answers
 
 
-def _given(coordinator: str | None, num_processes: int | None, process_id: int | None) -> Place | None:
+def _given(coordinator: str | None, num_processes: int | None, process_id: int | None) -> ProcessPlace | None:
     if coordinator is None and num_processes is None and process_id is None:
         return None
     if coordinator is None or num_processes is None or process_id is None:
@@ -107,7 +107,7 @@ def _given(coordinator: str | None, num_processes: int | None, process_id: int |
         raise UserError(f"--num_processes must be at least 1, got {num_processes}.")
     if not 0 <= process_id < num_processes:
         raise UserError(f"--process_id must be from 0 to {num_processes - 1} (num_processes - 1), got {process_id}.")
-    return Place(coordinator, num_processes, process_id)
+    return ProcessPlace(coordinator, num_processes, process_id)
 
 
 # ---------------------------------------------------------------- who am I

@@ -15,7 +15,7 @@ FIRST_PORT, PORTS = 61440, 4096  # above those that Linux gives to outgoing conn
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class ProcessPlace:
     """One process among all.
 
     Args:
@@ -31,7 +31,7 @@ class Place:
     accelerators: tuple[int, ...] | None = None
 
 
-def started_by(environment: Mapping[str, str]) -> Place | None:
+def started_by(environment: Mapping[str, str]) -> ProcessPlace | None:
     """What Open MPI or Slurm's srun say about this process; None where it is alone.
 
     A batch script, an interactive shell in an allocation and a step of one task are alone, whatever the allocation's
@@ -49,7 +49,7 @@ def started_by(environment: Mapping[str, str]) -> Place | None:
     return None
 
 
-def _slurm(environment: Mapping[str, str]) -> Place:
+def _slurm(environment: Mapping[str, str]) -> ProcessPlace:
     step = f"{environment.get('SLURM_JOB_ID')}.{environment.get('SLURM_STEP_ID')}"
     first = re.match(r"([^,\[]+)(?:\[(\d+)[^\]]*\]([^,]*))?", environment.get("SLURM_STEP_NODELIST", ""))
     coordinator = environment.get("JAX_COORDINATOR_ADDRESS")
@@ -60,10 +60,10 @@ def _slurm(environment: Mapping[str, str]) -> Place:
     count = _number(environment, "SLURM_STEP_NUM_TASKS", 1)
     local_id, alone = _number(environment, "SLURM_LOCALID"), environment.get("SLURM_STEP_NUM_NODES") == str(count)
     own = _own_accelerators(environment, local_id, alone)
-    return Place(coordinator, count, _number(environment, "SLURM_PROCID", most=count - 1), own)
+    return ProcessPlace(coordinator, count, _number(environment, "SLURM_PROCID", most=count - 1), own)
 
 
-def _open_mpi(environment: Mapping[str, str]) -> Place:
+def _open_mpi(environment: Mapping[str, str]) -> ProcessPlace:
     count, local_count = (_number(environment, f"OMPI_COMM_WORLD_{name}", 1) for name in ("SIZE", "LOCAL_SIZE"))
     launcher = environment.get("OMPI_MCA_orte_hnp_uri", "")  # 3674406912.0;tcp://10.0.0.1,10.1.0.1:36789
     address = re.search(r"tcp://([^,:]+)", launcher)
@@ -78,7 +78,7 @@ def _open_mpi(environment: Mapping[str, str]) -> Place:
         coordinator = f"{host}:{_port(launcher or environment.get('PMIX_NAMESPACE', ''))}"
     local_id, alone = _number(environment, "OMPI_COMM_WORLD_LOCAL_RANK"), local_count == 1
     own = _own_accelerators(environment, local_id, alone)
-    return Place(coordinator, count, _number(environment, "OMPI_COMM_WORLD_RANK", most=count - 1), own)
+    return ProcessPlace(coordinator, count, _number(environment, "OMPI_COMM_WORLD_RANK", most=count - 1), own)
 
 
 def _number(

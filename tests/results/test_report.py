@@ -20,7 +20,7 @@ from purejax_bilevel.results import analysis, comparison, outputs, plots, report
 from purejax_bilevel.results import dataset as datasets
 from purejax_bilevel.results.__main__ import main
 from purejax_bilevel.results.analysis import Reporting, Sensitivity, reporting
-from purejax_bilevel.results.statistics import Interval
+from purejax_bilevel.results.statistics import Estimate
 
 STEPS = np.array([10, 20, 30, 40])
 SEEDS = (0, 1, 2, 3, 4, 5)
@@ -350,7 +350,7 @@ def drawn(monkeypatch) -> list:
 
 def test_sensitivity_shows_every_kind_of_line(monkeypatch, tmp_path):
     figures = drawn(monkeypatch)
-    good, bad, high = (Interval(*np.array([*ends, 1, 0])) for ends in ((3.0, 2.0, 4.0), [np.nan] * 3, (5.0, 4.0, 6.0)))
+    good, bad, high = (Estimate(*np.array([*ends, 1, 0])) for ends in ((3.0, 2.0, 4.0), [np.nan] * 3, (5.0, 4.0, 6.0)))
     lines = [
         Sensitivity("omd", (0.001, 0.1, 0.01), (good, bad, high)),
         Sensitivity("level", (), (good,)),

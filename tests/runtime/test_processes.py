@@ -27,7 +27,7 @@ import train_rl
 from purejax_bilevel.errors import UserError
 from purejax_bilevel.results import dataset as datasets
 from purejax_bilevel.runtime import checkpoint, devices, loop, meeting, processes, schedulers
-from purejax_bilevel.runtime.schedulers import Place
+from purejax_bilevel.runtime.schedulers import ProcessPlace
 from purejax_bilevel.studies import command_line, sweep_command
 from purejax_bilevel.studies import run as runs
 
@@ -63,7 +63,7 @@ def free_port() -> int:
 
 def test_slurm_says_who_is_who():
     place = schedulers.started_by(SLURM)
-    assert place == Place(place.coordinator, 8, 5, (1,))
+    assert place == ProcessPlace(place.coordinator, 8, 5, (1,))
     assert re.fullmatch(r"gpu07:6[1-5]\d{3}", place.coordinator)
     assert schedulers.started_by(SLURM | {"SLURM_PROCID": "0"}).coordinator == place.coordinator
     assert schedulers.started_by(SLURM | {"SLURM_STEP_ID": "1"}).coordinator != place.coordinator
@@ -101,7 +101,7 @@ def test_a_single_task_waits_for_nobody(environment):
 
 def test_open_mpi_says_who_is_who():
     place = schedulers.started_by(SLURM | OPEN_MPI)  # mpirun within a Slurm job
-    assert place == Place(place.coordinator, 4, 3, (1,))
+    assert place == ProcessPlace(place.coordinator, 4, 3, (1,))
     assert re.fullmatch(r"10\.0\.0\.1:6[1-5]\d{3}", place.coordinator)
     version_5 = {name: value for name, value in OPEN_MPI.items() if "orte" not in name} | {"PMIX_NAMESPACE": "p-1@1"}
     local = schedulers.started_by(version_5 | {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"})
@@ -151,11 +151,11 @@ def test_wrong_variables_of_a_scheduler_are_named(environment, sentence):
 # ---------------------------------------------------------------- meeting
 
 
-def meet(monkeypatch, seconds: float, *places: Place) -> list[str]:
+def meet(monkeypatch, seconds: float, *places: ProcessPlace) -> list[str]:
     """What each process is told when all start at once; "" for those that may go on."""
     monkeypatch.setattr(meeting, "JOIN_SECONDS", seconds)
 
-    def attempt(place: Place) -> str:
+    def attempt(place: ProcessPlace) -> str:
         try:
             meeting.meet(place)
         except UserError as error:
@@ -168,7 +168,7 @@ def meet(monkeypatch, seconds: float, *places: Place) -> list[str]:
 
 def test_processes_meet(monkeypatch):
     address = f"localhost:{free_port()}"
-    assert meet(monkeypatch, 30, *(Place(address, 3, i) for i in (2, 1, 0))) == ["", "", ""]
+    assert meet(monkeypatch, 30, *(ProcessPlace(address, 3, i) for i in (2, 1, 0))) == ["", "", ""]
 
 
 def test_strangers_at_the_port_are_ignored(monkeypatch):
@@ -180,22 +180,22 @@ def test_strangers_at_the_port_are_ignored(monkeypatch):
                 connection.sendall(content)
 
     with ThreadPoolExecutor(1) as pool:
-        first = pool.submit(meet, monkeypatch, 30, Place(f"localhost:{port}", 2, 0))
+        first = pool.submit(meet, monkeypatch, 30, ProcessPlace(f"localhost:{port}", 2, 0))
         time.sleep(0.3)
         knock()
-        assert meet(monkeypatch, 30, Place(f"localhost:{port}", 2, 1)) == [""]
+        assert meet(monkeypatch, 30, ProcessPlace(f"localhost:{port}", 2, 1)) == [""]
         assert first.result() == [""]
 
 
 def test_who_is_missing_is_named(monkeypatch):
     address = f"localhost:{free_port()}"
-    told = meet(monkeypatch, 1, Place(address, 4, 0), Place(address, 4, 2))
+    told = meet(monkeypatch, 1, ProcessPlace(address, 4, 0), ProcessPlace(address, 4, 2))
     assert set(told) == {f"of 4 processes 2 came to {address} within 1 s; process 1, 3 did not."}
 
 
 def test_an_unreachable_coordinator_is_named(monkeypatch):
     address = f"localhost:{free_port()}"
-    (told,) = meet(monkeypatch, 1, Place(address, 2, 1))
+    (told,) = meet(monkeypatch, 1, ProcessPlace(address, 2, 1))
     assert told.startswith(f"process 1 cannot reach process 0 at {address} within 1 s (")
 
 
@@ -208,21 +208,21 @@ def test_an_unreachable_coordinator_is_named(monkeypatch):
 )
 def test_processes_that_do_not_belong_together_are_told(monkeypatch, others, sentence):
     address = f"localhost:{free_port()}"
-    told = meet(monkeypatch, 2, Place(address, 3, 0), *(Place(address, *other) for other in others))
+    told = meet(monkeypatch, 2, ProcessPlace(address, 3, 0), *(ProcessPlace(address, *other) for other in others))
     assert sentence in told[0]
     assert sentence in told[1:]
 
 
 def test_only_the_coordinators_address_is_listened_at(monkeypatch):
     for host in ("localhost", "127.0.0.1", "127.0.0.2"):
-        with meeting._listen(Place(f"{host}:{free_port()}", 2, 0)) as server:
+        with meeting._listen(ProcessPlace(f"{host}:{free_port()}", 2, 0)) as server:
             assert meeting._means_loopback(server.getsockname()[0]), host
     answers = {"own": "127.0.1.1", "proxy": "192.0.2.1"}  # as in Debian's /etc/hosts; an address of nobody
     look_up = lambda name, *_, **__: [(socket.AF_INET, socket.SOCK_STREAM, 0, "", (answers[name], 0))]  # noqa: E731
     monkeypatch.setattr(socket, "getaddrinfo", look_up)
-    assert [meeting.bind_address(Place(f"{name}:7", 2, 0)) for name in answers] == ["[::]:7", "[::]:7"]
+    assert [meeting.bind_address(ProcessPlace(f"{name}:7", 2, 0)) for name in answers] == ["[::]:7", "[::]:7"]
     monkeypatch.setattr(meeting, "_means_loopback", lambda name: False)
-    assert meeting.bind_address(Place("own:7", 2, 0)) == "127.0.1.1:7"
+    assert meeting.bind_address(ProcessPlace("own:7", 2, 0)) == "127.0.1.1:7"
 
 
 def test_who_does_not_know_the_token_cannot_join(monkeypatch):
@@ -231,7 +231,7 @@ def test_who_does_not_know_the_token_cannot_join(monkeypatch):
         "from purejax_bilevel.runtime import meeting, schedulers\n"
         "meeting.JOIN_SECONDS = 60\n"
         "try:\n"
-        f"    meeting.meet(schedulers.Place({address!r}, 2, 1))\n"
+        f"    meeting.meet(schedulers.ProcessPlace({address!r}, 2, 1))\n"
         "except ValueError as error:\n"
         "    print(error)"
     )
@@ -245,7 +245,7 @@ def test_who_does_not_know_the_token_cannot_join(monkeypatch):
 
     monkeypatch.setenv(meeting.TOKEN, "of all")
     with ThreadPoolExecutor(1) as pool:
-        first = pool.submit(meet, monkeypatch, 60, Place(address, 2, 0))
+        first = pool.submit(meet, monkeypatch, 60, ProcessPlace(address, 2, 0))
         told = "process 0 does not know this process: PUREJAX_BILEVEL_JOIN_TOKEN must be the same for all.\n"
         assert other("of nobody") == told
         assert other("of all") == ""
@@ -254,7 +254,7 @@ def test_who_does_not_know_the_token_cannot_join(monkeypatch):
 
 def test_a_taken_port_is_named(monkeypatch):
     with socket.create_server(("", 0)) as server:
-        (told,) = meet(monkeypatch, 1, Place(f"localhost:{server.getsockname()[1]}", 2, 0))
+        (told,) = meet(monkeypatch, 1, ProcessPlace(f"localhost:{server.getsockname()[1]}", 2, 0))
     assert "process 0 cannot listen at localhost:" in told
 
 
