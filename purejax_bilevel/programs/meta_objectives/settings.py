@@ -16,7 +16,7 @@ from purejax_bilevel.configuration import (
     static,
     traced,
 )
-from purejax_bilevel.evolution import EVEN, GROUP, Evolution
+from purejax_bilevel.evolution_settings import EVEN, GROUP, Evolution
 
 DEFECTS = {
     "B1": "the meta-loss's value critic is never trained",
