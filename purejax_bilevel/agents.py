@@ -12,9 +12,9 @@ values and the refusals. Nothing else lists names. An agent of your own is one v
 import dataclasses
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
-from purejax_bilevel.configuration import fields, named_object, replace
+from purejax_bilevel.configuration import Settings, fields, named_object, replace
 from purejax_bilevel.errors import UserError
 
 FIELD = "agent_type"
@@ -69,7 +69,16 @@ class Alias:
 
 
 A = TypeVar("A", bound=Agent)
-C = TypeVar("C")
+
+
+class OfAgent(Settings, Protocol):
+    """Settings that name an agent."""
+
+    @property
+    def agent_type(self) -> str: ...
+
+
+C = TypeVar("C", bound=OfAgent)
 
 
 def spelled(name: str) -> str:
@@ -169,9 +178,9 @@ class Agents(Generic[A]):
             UserError: there is no such agent, it names a field that the configuration has not, or has no value for
                 one that agents tune.
         """
-        self.check(config.agent_type)  # type: ignore[attr-defined]
+        self.check(config.agent_type)
         config = self._without_alias(config)
-        name: str = config.agent_type  # type: ignore[attr-defined]
+        name = config.agent_type
         agent = self[name]
         declared = {field.name: field.default for field in fields(config)}
         tunable = [field for field, default in declared.items() if default is None]
@@ -184,14 +193,14 @@ class Agents(Generic[A]):
         return replace(config, **{field: agent.defaults[field] for field in empty if field in agent.defaults})
 
     def _without_alias(self, config: C) -> C:
-        alias = self._aliases.get(config.agent_type)  # type: ignore[attr-defined]
+        alias = self._aliases.get(config.agent_type)
         if alias is None:
             return config
         declared = {field.name: field.default for field in fields(config)}
         unset = {name: value for name, value in alias.settings.items() if getattr(config, name) == declared[name]}
         return replace(config, **{FIELD: alias.agent, **unset})
 
-    def check_settings(self, config: Any) -> None:
+    def check_settings(self, config: OfAgent) -> None:
         """Refuses settings that the agent has no use for, where that would be mistaken for an experiment.
 
         Raises:

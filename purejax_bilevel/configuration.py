@@ -26,13 +26,31 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Hashable, Iterator
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
 from purejax_bilevel.errors import UserError
 
-C = TypeVar("C")
+
+class Settings(Protocol):
+    """An instance of a class that `configuration` made: a group, or all settings of a program."""
+
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field]]
+
+
+class RandomStart(Protocol):
+    """Settings of a program whose members act at random before they learn."""
+
+    @property
+    def num_train_steps(self) -> int: ...
+
+    @property
+    def init_steps(self) -> int: ...
+
+
+C = TypeVar("C", bound=Settings)
+T = TypeVar("T")
 
 is_quiet = False  # whether another process prints the warnings, which all have in common
 
@@ -146,7 +164,8 @@ def changed(
     return dataclasses.field(default=default, metadata={**metadata, **said})
 
 
-def configuration(cls: type[C]) -> type[C]:
+@typing.dataclass_transform(frozen_default=True)
+def configuration(cls: type[T]) -> type[T]:
     """Makes a frozen dataclass that is a pytree: traced fields are leaves, static fields are structure.
 
     Its method `program()` gives what is trained. It may have `resolved()`, the configuration with every default filled
@@ -170,10 +189,10 @@ def configuration(cls: type[C]) -> type[C]:
 
 def replace(config: C, **changes: Any) -> C:
     """A copy with some fields changed."""
-    return dataclasses.replace(config, **changes)  # type: ignore[type-var]
+    return dataclasses.replace(config, **changes)
 
 
-def fields(config: Any, is_traced: bool | None = None) -> Iterator[dataclasses.Field]:
+def fields(config: Settings | type[Settings], is_traced: bool | None = None) -> Iterator[dataclasses.Field]:
     """The declared fields of a configuration or its class, all or only the traced or static ones."""
     for field in dataclasses.fields(config):
         if is_traced is None or field.metadata["traced"] == is_traced:
@@ -296,7 +315,7 @@ def warn(sentence: str) -> None:
         print(f"warning: {sentence}", file=sys.stderr)
 
 
-def warn_if_idle(config: Any) -> None:
+def warn_if_idle(config: RandomStart) -> None:
     """Says that nothing is learned where a run ends before its random start (`init_steps`) does."""
     if config.num_train_steps <= config.init_steps:
         warn(
@@ -305,7 +324,7 @@ def warn_if_idle(config: Any) -> None:
         )
 
 
-def to_dict(config: Any) -> dict[str, Any]:
+def to_dict(config: Settings) -> dict[str, Any]:
     """Plain Python values (lists where a field has several) for saving as YAML."""
     result = {}
     for field in fields(config):

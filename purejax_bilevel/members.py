@@ -9,10 +9,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from purejax_bilevel.configuration import fields, replace, values_of
+from purejax_bilevel.configuration import Settings, fields, replace, values_of
 from purejax_bilevel.errors import UserError
 
-C = TypeVar("C")
+C = TypeVar("C", bound=Settings)
 
 MOST_MEMBERS = 1_000_000  # what the host keeps of each member, its labels above all, then takes a gigabyte
 
@@ -106,7 +106,7 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
-def grid_of(config: Any, seeds: tuple[int, ...], axes: tuple[Axis, ...] = ()) -> Grid:
+def grid_of(config: Settings, seeds: tuple[int, ...], axes: tuple[Axis, ...] = ()) -> Grid:
     """The grid that a configuration asks for: an axis per traced field with several values, in the order of
     declaration.
 
@@ -123,7 +123,7 @@ def grid_of(config: Any, seeds: tuple[int, ...], axes: tuple[Axis, ...] = ()) ->
     return Grid((*axes, *own), seeds)
 
 
-def count_members(config: Any, num_seeds: int) -> int:
+def count_members(config: Settings, num_seeds: int) -> int:
     """Number of members that a configuration asks for, told before any is listed.
 
     Raises:

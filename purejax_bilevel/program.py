@@ -17,15 +17,17 @@ not in each step: the loop over steps has no branch.
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Generic, Literal, Protocol, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
 
+from purejax_bilevel.configuration import Settings
 from purejax_bilevel.members import Grid
 
 Tree = Any
 T = TypeVar("T")
+C = TypeVar("C", bound=Settings)
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
 """Name -> (sum, count) since the last evaluation; count 0 where there was nothing to measure."""
 
@@ -90,7 +92,7 @@ class Stage:
     most_block_steps: int = 32
 
 
-class Program:
+class Program(Generic[C]):
     """What an algorithm offers: pure functions of one member, made from its configuration (`config.program()`).
 
     Attributes:
@@ -131,7 +133,7 @@ class Program:
         """
         return ()
 
-    def init(self, key: jax.Array, config: Any, shared: Tree) -> Tree:
+    def init(self, key: jax.Array, config: C, shared: Tree) -> Tree:
         """State of a member before its first step; the same structure in all stages."""
         raise NotImplementedError
 
@@ -158,12 +160,23 @@ class Program:
         return jnp.all(jnp.array([~jnp.isnan(leaf).any() for leaf in numbers]))
 
 
+class Configuration(Settings, Protocol):
+    """All settings of a program; the decorator `configuration` adds `resolved` and `title` where they are missing."""
+
+    def program(self) -> Program: ...
+
+    def resolved(self) -> Self: ...
+
+    @property
+    def title(self) -> str: ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Part:
     """A sub-program and its members; `config` has leaves `[members]`; `label` tells it from other parts."""
 
     program: Program
-    config: Any
+    config: Configuration
     grid: Grid
     label: str = ""
 

@@ -7,8 +7,11 @@ import jax.numpy as jnp
 import optax
 
 from purejax_bilevel.programs.control import agents, soft_actor_critic_agents
+from purejax_bilevel.programs.control.settings import Learning, QLearning
 from purejax_bilevel.programs.regression import agents as regression
+from purejax_bilevel.programs.regression import settings as regression_settings
 from purejax_bilevel.programs.tabular import agents as tabular
+from purejax_bilevel.programs.tabular import settings as tabular_settings
 from purejax_bilevel.replay import Batch
 
 # --- discrete actions: a loss of the model, and something carried from step to step -----------------------------------
@@ -17,22 +20,22 @@ from purejax_bilevel.replay import Batch
 class Learner(agents.Learner):
     slow: agents.Model  # follows the model
 
-    def target(self, config: Any, batch: Batch) -> jax.Array:
+    def target(self, config: QLearning, batch: Batch) -> jax.Array:
         """With the rewards that the slow model predicts."""
         slow = self.predict(config, self.slow, batch)
         return agents.bellman_target(config, self.target_q, batch._replace(reward=slow.reward))
 
 
-def init(config: Any, key: jax.Array, obs_dim: int, num_actions: int) -> Learner:
+def init(config: QLearning, key: jax.Array, obs_dim: int, num_actions: int) -> Learner:
     learner = agents.init_learner(config, key, obs_dim, num_actions)
     return Learner(**vars(learner), slow=learner.model)
 
 
-def absolute_error(config: Any, learner: Learner, batch: Batch, predicted: Batch) -> jax.Array:
+def absolute_error(config: Learning, learner: Learner, batch: Batch, predicted: Batch) -> jax.Array:
     return jnp.abs(predicted.next_obs - batch.next_obs).sum(0).mean() + jnp.abs(predicted.reward - batch.reward).mean()
 
 
-def step(config: Any, learner: Learner, draw: Any, key: jax.Array, t: jax.Array) -> tuple[Learner, agents.Losses]:
+def step(config: QLearning, learner: Learner, draw: Any, key: jax.Array, t: jax.Array) -> tuple[Learner, agents.Losses]:
     learner, losses = agents.predictive_agent(absolute_error)(config, learner, draw, key, t)
     return learner.replace(slow=optax.incremental_update(learner.model, learner.slow, 0.1)), losses
 
@@ -56,7 +59,7 @@ CONTINUOUS = soft_actor_critic_agents.ContinuousAgent(
 )
 
 
-def sign_step(config: Any, learner: Any, data: Any, summary: Any) -> Any:
+def sign_step(config: regression_settings.Learning, learner: Any, data: Any, summary: Any) -> Any:
     found, learner = regression.exact_agent(config, learner, data, summary)
     return found._replace(gradient=jax.tree.map(jnp.sign, found.gradient)), learner
 
@@ -70,7 +73,7 @@ REGRESSION = regression.RegressionAgent(
 )
 
 
-def reward_step(config: Any, state: tabular.State, t: jax.Array) -> Any:
+def reward_step(config: tabular_settings.Learning, state: tabular.State, t: jax.Array) -> Any:
     def loss_of(model: tabular.Model) -> jax.Array:
         return jnp.square(model.reward - state.true.reward).mean()
 

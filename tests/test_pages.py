@@ -28,6 +28,7 @@ import purejax_bilevel
 from purejax_bilevel import ContinuousConfig, RegressionConfig, RLConfig, RunOptions, TabularConfig, run, scripts
 from purejax_bilevel.configuration import replace
 from purejax_bilevel.environments.grid_world import __main__ as grid_world_pictures
+from purejax_bilevel.program import Configuration
 from purejax_bilevel.programs.meta_objectives import figures as level_figures
 from purejax_bilevel.results import __main__ as report_again
 from purejax_bilevel.results import dataset as datasets
@@ -249,7 +250,7 @@ def test_options_of_other_programs_are_theirs() -> None:
 # --- Python -----------------------------------------------------------------------------------------------------------
 
 
-def small_run(config: Any, **options: Any) -> Any:
+def small_run(config: Configuration, **options: Any) -> Any:
     sizes = {"num_train_steps": 20, "init_steps": 10, "batch_size": 8, "capacity": 20, "eval_frequency": 10}
     small = replace(config, hidden_dim=4, eval_episodes=1, final_eval_episodes=2, **sizes)
     return run(small, **{**options, "num_seeds": 2, "quiet": True})

@@ -3,8 +3,6 @@
 Bands and bars are 95 % bootstrap intervals, as in `plots.py`, whose look they share.
 """
 
-import dataclasses
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,29 +12,10 @@ import numpy as np
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from purejax_bilevel.results import plots, statistics
+from purejax_bilevel.results.analysis import Sensitivity
+from purejax_bilevel.results.statistics import stratified_bootstrap_interval
 
 DECADES = 1000.0  # ratio of values from which an axis is logarithmic
-
-
-@dataclasses.dataclass(frozen=True)
-class Score:
-    """Interquartile mean with its interval."""
-
-    iqm: float
-    low: float
-    high: float
-
-    def in_words(self) -> str:
-        """Four digits, the interval where there is one."""
-        if not math.isfinite(self.iqm):
-            return "all failed"
-        return f"{self.iqm:.4g}" + (f" ({self.low:.4g} to {self.high:.4g})" if math.isfinite(self.low) else "")
-
-
-def score_of(values: np.ndarray) -> Score:
-    """Of the runs `[runs]` or `[runs, tasks]` of one setting; NaN is left out."""
-    found = statistics.stratified_bootstrap_interval(values)
-    return Score(float(found.estimate), float(found.low), float(found.high))
 
 
 def curves(
@@ -62,7 +41,7 @@ def curves(
         entries = []
         for number, (label, values) in enumerate(series):
             color, dash = _look(number)
-            found = statistics.stratified_bootstrap_interval(np.moveaxis(values, 1, 0))
+            found = stratified_bootstrap_interval(np.moveaxis(values, 1, 0))
             marker = "o" if len(steps) == 1 else None
             panel.plot(steps, found.estimate, color=color, linestyle=dash, marker=marker)
             if len(series) <= plots.MANY_BANDS:
@@ -79,24 +58,7 @@ def curves(
         return plots._write(figure, path)
 
 
-@dataclasses.dataclass(frozen=True)
-class Line:
-    """One agent along an axis; without values it does not vary with it and is drawn as a level.
-
-    Args:
-        label: the agent.
-        values: positions on the axis, numbers or names.
-        scores: one per value, or a single one.
-        joined: whether neighbouring values are connected (not in a random search).
-    """
-
-    label: str
-    values: tuple
-    scores: tuple[Score, ...]
-    joined: bool = True
-
-
-def sensitivity(lines: Sequence[Line], name: str, score_name: str, path: Path, title: str = "") -> Path:
+def sensitivity(lines: Sequence[Sensitivity], name: str, score_name: str, path: Path, title: str = "") -> Path:
     """Draws each agent's score against one hyper-parameter.
 
     Args:
@@ -116,7 +78,7 @@ def sensitivity(lines: Sequence[Line], name: str, score_name: str, path: Path, t
         for number, line in enumerate(lines):
             color, dash = _look(number)
             entries.append((line.label, color, dash))
-            rows = np.array([(score.iqm, score.low, score.high) for score in line.scores])
+            rows = np.array([(score.estimate, score.low, score.high) for score in line.scores])
             if not line.values:
                 panel.axhline(rows[0, 0], color=color, linestyle=":", zorder=2)
                 entries[-1] = (f"{line.label} (does not vary)", color, ":")

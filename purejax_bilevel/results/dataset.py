@@ -309,33 +309,25 @@ def _now() -> str:
 
 
 def write_config(
-    folder: str | Path,
-    config: Any,
-    command: Sequence[str] | str | None = None,
-    versions: Mapping[str, Any] | None = None,
-    resumed: bool = False,
+    folder: Path, config: Mapping[str, Any], command: Sequence[str] | None = None, resumed: bool = False
 ) -> None:
     """Writes what is needed to repeat a run: `config.yaml`, `command.txt` and `versions.json`.
 
     Args:
         folder: the run's folder.
-        config: dataclass, mapping, or ready YAML text.
-        command: argument list or text; by default the running command. Folders before the interpreter and the script
-            are dropped.
-        versions: from `collect_versions`, which is the default.
+        config: what was told.
+        command: argument list; by default the running command. Folders before the interpreter and the script are
+            dropped.
         resumed: append the command to those already there instead of starting the file anew.
 
     Raises:
         UserError: the folder is not writable.
     """
-    folder = Path(folder)
-    text = config if isinstance(config, str) else yaml.safe_dump(as_plain(config), sort_keys=False)
     command_file = folder / COMMAND
     earlier = command_file.read_text() if resumed and command_file.is_file() else ""
-    line = command if isinstance(command, str) else command_line(command)
-    write_text(folder / "config.yaml", text)
-    write_text(command_file, f"{earlier}{line}\n")
-    write_text(folder / VERSIONS, json.dumps(dict(versions or collect_versions()), indent=2) + "\n")
+    write_text(folder / "config.yaml", yaml.safe_dump(as_plain(config), sort_keys=False))
+    write_text(command_file, f"{earlier}{command_line(command)}\n")
+    write_text(folder / VERSIONS, json.dumps(collect_versions(), indent=2) + "\n")
 
 
 def write_text(path: str | Path, text: str) -> None:

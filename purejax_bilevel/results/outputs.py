@@ -9,7 +9,7 @@ from rich.console import Console
 
 from purejax_bilevel.results import dataset as datasets
 from purejax_bilevel.results import plots, statistics
-from purejax_bilevel.results.report import Reporting, reported_variable
+from purejax_bilevel.results.analysis import Reporting, reported_variable
 
 CURVES = "learning_curves.png"
 # Modules with a `write_figures`, by program; the others get their learning curves. By name: programs know results, not

@@ -109,7 +109,7 @@ class Curves:
 
     steps: np.ndarray  # [steps]
     scores: np.ndarray  # [settings, seeds, steps], NaN where failed
-    interval: statistics.Interval  # [settings, steps]
+    interval: statistics.Estimate  # [settings, steps]
     failed: int
     lower_is_better: bool
 
@@ -137,7 +137,7 @@ Legend = list[tuple[str, list[Entry]]]  # heading and entries
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
+class Arrangement:
     """Panels by title, the lines in them, and the legend of all."""
 
     lines: list[Line]
@@ -160,7 +160,7 @@ def _curves(dataset: xarray.Dataset, variable: str) -> Curves:
     return Curves(dataset[STEP].values, scores, interval, int(failed.sum()), lower)
 
 
-def _layout(dataset: xarray.Dataset, curves: Curves) -> Layout:
+def _layout(dataset: xarray.Dataset, curves: Curves) -> Arrangement:
     dimensions = setting_dimensions(dataset)
     sizes = [dataset.sizes[name] for name in dimensions]
     if math.prod(sizes) <= ONE_PANEL:
@@ -173,16 +173,16 @@ def _layout(dataset: xarray.Dataset, curves: Curves) -> Layout:
     return _best_in_colour(dataset, curves)
 
 
-def _one_panel(dataset: xarray.Dataset) -> Layout:
+def _one_panel(dataset: xarray.Dataset) -> Arrangement:
     labels = setting_labels(dataset)
     lines = [Line(i, 0, PALETTE[i % len(PALETTE)], DASHES[i // len(PALETTE)]) for i in range(len(labels))]
     if len(lines) == 1:
-        return Layout(lines, [])
+        return Arrangement(lines, [])
     entries = [(_words(label), line.color, line.dash) for label, line in zip(labels, lines, strict=True)]
-    return Layout(lines, [("", entries)])
+    return Arrangement(lines, [("", entries)])
 
 
-def _small_multiples(dataset: xarray.Dataset, dimensions: Sequence[str], dashed: bool) -> Layout:
+def _small_multiples(dataset: xarray.Dataset, dimensions: Sequence[str], dashed: bool) -> Arrangement:
     """Columns by the first axis, colour by the second, dashes by the third where few; rows by all others."""
     sizes = [dataset.sizes[name] for name in dimensions]
     panel_axes = [*range(2 + dashed, len(sizes)), 0]
@@ -207,26 +207,26 @@ def _small_multiples(dataset: xarray.Dataset, dimensions: Sequence[str], dashed:
         entries = [(_point(dataset, dimensions[2], point), "#404040", DASHES[point]) for point in range(sizes[2])]
         legend.append((_heading(dataset, dimensions[2]), entries))
     wrapped = len(panel_axes) == 1 or sizes[0] > MANY_COLUMNS
-    return Layout(lines, legend, tuple(titles), _columns(len(panels)) if wrapped else sizes[0])
+    return Arrangement(lines, legend, tuple(titles), _columns(len(panels)) if wrapped else sizes[0])
 
 
-def _ordered_lines(dataset: xarray.Dataset, dimension: str) -> Layout:
+def _ordered_lines(dataset: xarray.Dataset, dimension: str) -> Arrangement:
     """Many values of one number: the colour follows the value."""
     colors, count = _colors(dataset, dimension), dataset.sizes[dimension]
     named = sorted({round(position) for position in np.linspace(0, count - 1, min(count, 12))})
     entries = [(_point(dataset, dimension, point), colors[point], "-") for point in named]
     lines = [Line(point, color=colors[point], band=False) for point in range(count)]
-    return Layout(lines, [(_heading(dataset, dimension), entries)])
+    return Arrangement(lines, [(_heading(dataset, dimension), entries)])
 
 
-def _best_in_colour(dataset: xarray.Dataset, curves: Curves) -> Layout:
+def _best_in_colour(dataset: xarray.Dataset, curves: Curves) -> Arrangement:
     """The best settings in colour, all others in grey behind them."""
     labels, best = setting_labels(dataset), curves.ranking()[:HIGHLIGHTED]
     grey = [Line(i, color=GREY, band=False, order=2) for i in range(len(labels)) if i not in best]
     colored = [Line(setting, color=PALETTE[rank]) for rank, setting in enumerate(best)]
     entries = [(_words(labels[line.setting]), line.color, line.dash) for line in colored]
     heading = f"best {len(best)} of {len(labels)} settings"
-    return Layout([*grey, *colored], [(heading, [*entries, (f"the other {len(grey)}", GREY, "-")])])
+    return Arrangement([*grey, *colored], [(heading, [*entries, (f"the other {len(grey)}", GREY, "-")])])
 
 
 def _draw_curve(panel: Axes, curves: Curves, line: Line) -> None:

@@ -5,254 +5,41 @@ in the sweep's folder, with rliable's statistics (`statistics.py`). Members that
 when it is chosen, left out of its numbers, and listed.
 """
 
-import base64
-import dataclasses
-import html
 import importlib
 import itertools
 import json
-import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xarray
 
 from purejax_bilevel.errors import UserError
 from purejax_bilevel.members import bytes_in_words, counted, format_value
 from purejax_bilevel.results import comparison, plots, residuals, statistics
 from purejax_bilevel.results import dataset as datasets
-from purejax_bilevel.results.checks import choice, known_entries, load_yaml, mapping_of, number_of, text_of
-from purejax_bilevel.results.comparison import Line, Score, score_of
+from purejax_bilevel.results.analysis import (
+    OWN_FIGURES,
+    SELECTION,
+    AgentResult,
+    Reporting,
+    Sensitivity,
+    along,
+    analyse,
+    curve,
+    reported_variable,
+    reporting,
+)
+from purejax_bilevel.results.checks import load_yaml, mapping_of
 from purejax_bilevel.results.dataset import SEED, STEP, setting_dimensions
-from purejax_bilevel.results.statistics import ranking, setting_scores
+from purejax_bilevel.results.document import Block, Code, Heading, Paragraph, Picture, Table, as_html, as_markdown
+from purejax_bilevel.results.statistics import setting_scores, stratified_bootstrap_interval
 
 HTML, MARKDOWN, FIGURES = "report.html", "report.md", "figures"
-SELECTION = "selection_score"
 HISTORY = "search.json"  # all rounds of a search
-# Modules with FIGURES and AXES, by the kind of figure. By name: programs know results, not the other way.
-OWN_FIGURES = {
-    "tabular": "purejax_bilevel.programs.tabular.figures",
-    "offline": "purejax_bilevel.programs.offline.figures",
-    "ensemble": "purejax_bilevel.programs.offline.ensemble_figures",
-}
 SOLVED = {"CartPole-v1": 500.0}  # by environment
 MOST_SETTINGS, MOST_FAILED = 40, 100  # rows shown
-
-
-# ---------------------------------------------------------------- what a sweep file says
-
-
-@dataclasses.dataclass(frozen=True)
-class Reporting:
-    """What is measured and shown.
-
-    Args:
-        variable: what is reported; by default the program's final or headline variable.
-        over: share of the run, counted from its end, that a series is averaged over; 0: the last evaluation.
-        select_by: what chooses the best setting; by default `variable`.
-        select_over: as `over`, for `select_by`.
-        solved: score regarded as solved, for the optimality gap.
-        figures: the study's own, first in the report: {kind: sensitivity, axis: lr}, {kind: curves, variable: x} or
-            {kind: K, figure: x}, K being a key of `OWN_FIGURES` and x a name in the FIGURES of its module.
-    """
-
-    variable: str = ""
-    over: float = 0.0
-    select_by: str = ""
-    select_over: float | None = None
-    solved: float | None = None
-    figures: tuple = ()
-
-
-def reporting(given: Any) -> Reporting:
-    """The section `report` of a sweep file.
-
-    Raises:
-        UserError: an unknown entry or a value that is not allowed.
-    """
-    stated = known_entries(given, [field.name for field in dataclasses.fields(Reporting)], "report")
-    values = {name: value for name, value in stated.items() if value not in (None, "")}
-    for name in ("variable", "select_by"):
-        text_of(values.get(name, "the default"), f"report: {name}")
-    for name in ("over", "select_over", "solved"):
-        if name in values:
-            values[name] = number_of(values[name], f"report: {name}")
-    for name in ("over", "select_over"):
-        if not 0 <= values.get(name, 0) <= 1:
-            raise UserError(f"report: {name} must be a share of the run from 0 to 1, got {values[name]!r}.")
-    figures = values.get("figures", [])
-    if not isinstance(figures, list | tuple):
-        raise UserError(f"report: figures must be a list, got {figures!r}.")
-    return Reporting(**{**values, "figures": tuple(_figure(figure) for figure in figures)})
-
-
-def _figure(given: Any) -> dict[str, str]:
-    needed_by = {"sensitivity": "axis", "curves": "variable", **dict.fromkeys(OWN_FIGURES, "figure")}
-    kind = choice(mapping_of(given, "a figure").get("kind"), tuple(needed_by), "the kind of a figure")
-    needed = needed_by[kind]
-    figure = known_entries(given, ("kind", needed, "title"), f"a figure of kind {kind}")
-    if needed not in figure:
-        raise UserError(f"a figure of kind {kind} needs {needed}.")
-    return {name: text_of(value, f"{name} of a figure of kind {kind}") for name, value in figure.items()}
-
-
-# ---------------------------------------------------------------- what the numbers are
-
-
-@dataclasses.dataclass(frozen=True)
-class AgentResult:
-    """Scores of one agent's settings.
-
-    Args:
-        label: the agent.
-        dataset: its results.
-        settings: hyper-parameters of each setting, without the task.
-        scores: `[settings, seeds, tasks]` of the reported variable; NaN for failed members.
-        quality: `[settings]`, by which settings are chosen, higher is better; NaN where a choosing seed failed.
-        order: settings from best to worst.
-        chosen_on: positions of the seeds that chose; none if they are not in these results.
-        reported: positions of the seeds that are reported.
-    """
-
-    label: str
-    dataset: xarray.Dataset
-    settings: list[dict[str, Any]]
-    scores: np.ndarray
-    quality: np.ndarray
-    order: np.ndarray
-    chosen_on: np.ndarray
-    reported: np.ndarray
-
-    @property
-    def best(self) -> int:
-        return int(self.order[0])
-
-    def runs(self, setting: int) -> np.ndarray:
-        """Scores of a setting on the seeds that are reported, `[seeds, tasks]`."""
-        return self.scores[setting, self.reported]
-
-    @property
-    def best_runs(self) -> np.ndarray:
-        return self.runs(self.best)
-
-
-def analyse(label: str, dataset: xarray.Dataset, select: Sequence[int], report: Reporting) -> AgentResult:
-    """Scores and the choice of the best setting.
-
-    Args:
-        label: the agent.
-        dataset: its results; its attributes `selected_by` and `selected_over` say what chooses. A variable
-            `selection_score` says that a search has chosen already, on other seeds.
-        select: seeds that choose.
-        report: what is measured.
-    """
-    variable = reported_variable(dataset, report)
-    scores = scores_of(dataset, variable, report.over)
-    seeds = dataset[SEED].values
-    every = np.arange(len(seeds))
-    settings = statistics.settings_without_tasks(dataset)
-    if SELECTION in dataset:
-        lower = statistics.lower_is_better(dataset, SELECTION)
-        given = dataset[SELECTION].transpose(*setting_dimensions(dataset), SEED).values.reshape(len(settings), -1)[:, 0]
-        quality = -given if lower else given
-        return AgentResult(label, dataset, settings, scores, quality, ranking(quality), every[:0], every)
-    by, over = str(dataset.attrs["selected_by"]), float(dataset.attrs["selected_over"])
-    lower = statistics.lower_is_better(dataset, by)
-    chosen_on = np.flatnonzero(np.isin(seeds, select))
-    if len(settings) == 1 or not len(chosen_on):
-        quality = setting_scores(scores_of(dataset, by, over), lower)
-        return AgentResult(label, dataset, settings, scores, quality, ranking(quality), every[:0], every)
-    choosing = scores_of(dataset, by, over)[:, chosen_on]
-    quality = setting_scores(choosing, lower)
-    reported = np.setdiff1d(every, chosen_on)
-    order = _order(choosing, quality, lower)
-    return AgentResult(
-        label, dataset, settings, scores, quality, order, chosen_on, reported if len(reported) else every
-    )
-
-
-def _order(choosing: np.ndarray, quality: np.ndarray, lower: bool) -> np.ndarray:
-    """From best to worst; a setting with fewer failed seeds comes before one with more."""
-    failed = np.isnan(choosing).sum(axis=(1, 2))
-    partial = statistics.iqm(choosing) * (-1 if lower else 1)
-    value = np.where(np.isnan(quality), partial, quality)
-    return np.lexsort((np.where(np.isnan(value), np.inf, -value), failed))
-
-
-def scores_of(dataset: xarray.Dataset, variable: str, over: float) -> np.ndarray:
-    """One number per member, `[settings, seeds, tasks]`: see `statistics.member_scores`."""
-    return statistics.by_task(dataset, statistics.member_scores(dataset, variable, over))
-
-
-def reported_variable(dataset: xarray.Dataset, report: Reporting) -> str:
-    """What a sweep reports: as it says, else the program's final or headline variable."""
-    if report.variable:
-        return report.variable
-    steps = {datasets.step_dimension(stage) for stage in ("", *dataset.attrs.get("stages", ()))}
-    others = ("failed", SELECTION)
-    known = {str(name): array for name, array in dataset.data_vars.items() if name not in others}
-    final = [name for name, array in known.items() if steps.isdisjoint(array.dims)]
-    return final[0] if final else str(dataset.attrs["headline"])
-
-
-def along(agent: AgentResult, axis: str) -> Line:
-    """The agent's score at each value of an axis, with the best of its other hyper-parameters at each, on the seeds
-    that are reported."""
-    values = [setting.get(axis) for setting in agent.settings]
-    different = list(dict.fromkeys(value for value in values if value is not None))
-    if not different:
-        return Line(agent.label, (), (score_of(agent.best_runs),))
-    if _varies_together(agent.dataset, axis):  # points of a random search: every setting is shown
-        return Line(
-            agent.label, tuple(values), tuple(score_of(agent.runs(i)) for i in range(len(values))), joined=False
-        )
-    scores = []
-    for value in different:
-        best = next(int(number) for number in agent.order if values[number] == value)
-        scores.append(score_of(agent.runs(best)))
-    return Line(agent.label, tuple(different), tuple(scores))
-
-
-def _varies_together(dataset: xarray.Dataset, axis: str) -> bool:
-    return any(axis in names and len(names) > 1 for names in dataset.attrs["axes"].values())
-
-
-# ---------------------------------------------------------------- blocks of a document
-
-
-@dataclasses.dataclass(frozen=True)
-class Heading:
-    text: str
-    level: int = 2
-
-
-@dataclasses.dataclass(frozen=True)
-class Paragraph:
-    text: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Code:
-    text: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Table:
-    columns: tuple[str, ...]
-    rows: Sequence[tuple[str, ...]]
-    bold: int | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Picture:
-    path: Path
-    caption: str
-
-
-Block = Heading | Paragraph | Code | Table | Picture
 
 
 def write(folder: Path, name: str, report: Reporting, files: Sequence[Path]) -> list[AgentResult]:
@@ -382,14 +169,16 @@ class _Report:
     def _best(self) -> list[Block]:
         rows = []
         for agent in self.agents:
-            score = score_of(agent.best_runs)
+            score = stratified_bootstrap_interval(agent.best_runs)
             failed = int(np.isnan(agent.scores).sum())
             used = int(np.isfinite(agent.best_runs).sum())
-            row = [agent.label, words(agent.settings[agent.best]) or "its only one", _score(score)]
+            row = [agent.label, words(agent.settings[agent.best]) or "its only one", score.in_words()]
             rows.append((*row, self._gap(agent.best_runs), str(used), f"{failed} of {agent.scores.size}"))
         gap = "optimality gap" + ("" if self.solved is None else f" to {self.solved:g}")
         columns = ("agent", "best setting", "IQM (95 % interval)", gap, "runs", "failed members")
-        values = [score_of(agent.best_runs).iqm * (-1 if self.lower else 1) for agent in self.agents]
+        values = [
+            stratified_bootstrap_interval(agent.best_runs).estimate * (-1 if self.lower else 1) for agent in self.agents
+        ]
         bold = int(np.nanargmax(values)) if np.isfinite(values).any() else None
         blocks: list[Block] = [
             Heading("Best setting of each agent"),
@@ -503,7 +292,8 @@ class _Report:
                 quality = agent.quality[setting] * (-1 if self._choosing_lower() else 1)
                 chosen = format_value(float(f"{quality:.4g}")) if np.isfinite(quality) else "failed"
                 name = words(agent.settings[setting]) or "its only one"
-                rows.append((agent.label, name, chosen, _score(score_of(agent.runs(setting))), str(failed)))
+                score = stratified_bootstrap_interval(agent.runs(setting))
+                rows.append((agent.label, name, chosen, score.in_words(), str(failed)))
         shown = rows
         if len(rows) > MOST_SETTINGS:
             each = max(1, MOST_SETTINGS // len(self.agents))
@@ -609,9 +399,9 @@ class _Report:
                 same = entry["parts"][number]
                 quality = setting_scores(_scores(same["scores"]).reshape(-1, seeds), lower) * (-1 if lower else 1)
                 values += [member.get(axis) for member in same["members"][::seeds]]
-                scores += [Score(float(score), math.nan, math.nan) for score in quality]
+                scores += [stratified_bootstrap_interval(score) for score in quality[:, None]]  # one number each
             if None not in values:
-                lines.append(Line(part["label"], tuple(values), tuple(scores), joined=False))
+                lines.append(Sensitivity(part["label"], tuple(values), tuple(scores), joined=False))
         if not lines:
             return []
         chosen_by = str(self.about["selected_by"]).replace("_", " ")
@@ -644,22 +434,11 @@ class _Report:
         measured = variable.replace("_", " ")
         pictures: list[Block] = []
         for number, ((step_name, steps), agents) in enumerate(groups.items()):
-            series = [(agent.label, _curve(agent, variable)) for agent in agents]
+            series = [(agent.label, curve(agent.dataset, agent.best, variable)[agent.reported]) for agent in agents]
             path = self._path(f"{number + 1}_{name}" if number else name)
             path = comparison.curves(np.array(steps), series, step_name, measured, path, title)
             pictures.append(Picture(path, f"{measured} of the best setting of each agent."))
         return pictures
-
-
-def _curve(agent: AgentResult, variable: str) -> np.ndarray:
-    """A series of the best setting on the seeds that are reported, `[seeds, steps, tasks]`; NaN for failed members."""
-    dims = (*setting_dimensions(agent.dataset), SEED, STEP)
-    array = agent.dataset[variable]
-    array = array.mean([name for name in array.dims if name not in dims]).transpose(*dims)
-    failed = statistics.failed_members(agent.dataset).reshape(array.shape[:-1])
-    values = np.where(failed[..., None], np.nan, array.values)
-    rows = [statistics.by_task(agent.dataset, values[..., step])[agent.best] for step in range(values.shape[-1])]
-    return np.stack(rows, axis=1)[agent.reported]
 
 
 # ---------------------------------------------------------------- words
@@ -667,13 +446,6 @@ def _curve(agent: AgentResult, variable: str) -> np.ndarray:
 
 def words(setting: dict[str, Any]) -> str:
     return ", ".join(f"{name}={plots._text(value)}" for name, value in setting.items())
-
-
-def _score(score: Score) -> str:
-    if not math.isfinite(score.iqm):
-        return "all failed"
-    interval = f" ({score.low:.4g} to {score.high:.4g})" if math.isfinite(score.low) else ""
-    return f"{score.iqm:.4g}{interval}"
 
 
 def _scores(values: Sequence[float | None]) -> np.ndarray:
@@ -684,81 +456,3 @@ def _range(seeds: Any) -> str:
     values = [int(seed) for seed in seeds]
     consecutive = values == list(range(values[0], values[0] + len(values)))
     return f"{values[0]} to {values[-1]}" if consecutive and len(values) > 2 else " and ".join(map(str, values))
-
-
-# ---------------------------------------------------------------- markdown and html
-
-
-def as_markdown(blocks: Sequence[Block], folder: Path) -> str:
-    """The document as Markdown; figures are linked."""
-    parts = []
-    for block in blocks:
-        match block:
-            case Heading(text, level):
-                parts.append(f"{'#' * level} {_literal(text)}")
-            case Paragraph(text):
-                parts.append(_literal(text))
-            case Code(text):
-                fence = "`" * max(3, 1 + max((len(ticks) for ticks in re.findall("`+", text)), default=0))
-                parts.append(f"{fence}\n{text}\n{fence}")
-            case Table(columns, rows, bold):
-                parts.append(_markdown_table(columns, rows, bold))
-            case Picture(path, caption):
-                parts.append(f"![{_literal(caption)}]({path.relative_to(folder).as_posix()})")
-    return "\n\n".join(parts) + "\n"
-
-
-def _markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]], bold: int | None) -> str:
-    lines = [[_literal(cell).replace("|", "\\|") for cell in line] for line in (columns, *rows)]
-    if bold is not None:
-        lines[bold + 1] = [f"**{cell}**" if cell else cell for cell in lines[bold + 1]]
-    lines.insert(1, ["---" for _ in columns])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def _literal(text: str) -> str:
-    """Text on one line that Markdown takes neither for HTML nor for a link."""
-    return re.sub(r"([\[\]`])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
-
-
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1c1c1c; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.7rem; } h2 { font-size: 1.2rem; margin-top: 2rem; border-bottom: 1px solid #ddd; }
-table { border-collapse: collapse; font-size: 0.9rem; } td, th { text-align: left; padding: 0.25rem 0.8rem 0.25rem 0; }
-th { border-bottom: 1px solid #888; } tr.best td { font-weight: 600; } td { border-bottom: 1px solid #eee; }
-figure { margin: 1rem 0; } img { max-width: 100%; } figcaption { color: #555; font-size: 0.85rem; }
-pre { background: #f5f5f5; padding: 0.6rem; overflow-x: auto; font-size: 0.85rem; }
-"""
-
-
-def as_html(blocks: Sequence[Block], title: str) -> str:
-    """The document as one HTML file, figures inside."""
-    parts = []
-    for block in blocks:
-        match block:
-            case Heading(text, level):
-                parts.append(f"<h{level}>{html.escape(text)}</h{level}>")
-            case Paragraph(text):
-                parts.append(f"<p>{html.escape(text)}</p>")
-            case Code(text):
-                parts.append(f"<pre>{html.escape(text)}</pre>")
-            case Table(columns, rows, bold):
-                parts.append(_html_table(columns, rows, bold))
-            case Picture(path, caption):
-                if path.suffix != ".png":
-                    raise UserError(f"a report holds png figures, not {path.name}")
-                data = base64.b64encode(path.read_bytes()).decode()
-                text = html.escape(caption)
-                image = f'<img alt="{text}" src="data:image/png;base64,{data}">'
-                parts.append(f"<figure>{image}<figcaption>{text}</figcaption></figure>")
-    head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>'
-    return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n' + "\n".join(parts) + "\n</body></html>\n"
-
-
-def _html_table(columns: Sequence[str], rows: Sequence[Sequence[str]], bold: int | None) -> str:
-    cells = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
-    lines = [f"<tr>{cells}</tr>"] if any(columns) else []
-    for number, row in enumerate(rows):
-        cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in row)
-        lines.append(f'<tr class="best">{cells}</tr>' if number == bold else f"<tr>{cells}</tr>")
-    return f"<table>{''.join(lines)}</table>"

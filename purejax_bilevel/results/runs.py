@@ -18,9 +18,10 @@ from purejax_bilevel.errors import UserError
 from purejax_bilevel.members import counted
 from purejax_bilevel.results import comparison, plots, statistics
 from purejax_bilevel.results import dataset as datasets
-from purejax_bilevel.results.comparison import Score, score_of
-from purejax_bilevel.results.dataset import SEED, STEP
-from purejax_bilevel.results.report import Reporting, reported_variable, scores_of, words
+from purejax_bilevel.results.analysis import Reporting, curve, reported_variable, scores_of
+from purejax_bilevel.results.dataset import STEP
+from purejax_bilevel.results.report import words
+from purejax_bilevel.results.statistics import Estimate, stratified_bootstrap_interval
 
 CONFIG = "config.yaml"
 MOST_ROWS = 32  # settings shown of one comparison
@@ -99,7 +100,7 @@ class Row:
     number: int  # of the setting
     setting: str
     runs: np.ndarray
-    score: Score
+    score: Estimate
 
 
 def compare(folders: Sequence[Path], path: Path, variable: str = "", over: float = 0.0) -> Table:
@@ -138,7 +139,8 @@ def _settings(result: Result, variable: str, over: float) -> list[Row]:
     lower = statistics.lower_is_better(dataset, variable)
     settings = [words(setting) for setting in statistics.settings_without_tasks(dataset)]
     order = statistics.ranking(statistics.iqm(scores) * (-1 if lower else 1))
-    return [Row(result.name, int(i), settings[i], scores[i], score_of(scores[i])) for i in order]
+    estimates = [stratified_bootstrap_interval(own) for own in scores]
+    return [Row(result.name, int(i), settings[i], scores[i], estimates[i]) for i in order]
 
 
 def _table(settings: Sequence[Sequence[Row]], variable: str, lower: bool) -> Table:
@@ -180,7 +182,8 @@ def _draw(found: Sequence[Result], best: Sequence[Row], variable: str, path: Pat
         entries = []
         for number, (result, row) in enumerate(zip(found, best, strict=True)):
             color, dash = comparison._look(number)
-            interval = statistics.stratified_bootstrap_interval(_series(result, row.number, shown))
+            series = curve(result.dataset, row.number, shown)
+            interval = stratified_bootstrap_interval(np.moveaxis(series, 1, 0))
             steps = result.dataset[STEP].values
             panel.plot(steps, interval.estimate, color=color, linestyle=dash, marker="o" if len(steps) == 1 else None)
             if len(found) <= plots.MANY_BANDS:
@@ -190,14 +193,3 @@ def _draw(found: Sequence[Result], best: Sequence[Row], variable: str, path: Pat
         plots._label(figure, [panel], " or ".join(units), f"{shown.replace('_', ' ')}\nIQM over seeds, 95 % interval")
         plots._legend(figure, [panel], [("", entries)])
         plots._write(figure, path)
-
-
-def _series(result: Result, setting: int, variable: str) -> np.ndarray:
-    """A variable of one setting, `[steps, seeds, tasks]`; NaN for members that failed."""
-    dataset = result.dataset
-    dims = (*datasets.setting_dimensions(dataset), SEED, STEP)
-    array = statistics.require_variable(dataset, variable)
-    array = array.mean([name for name in array.dims if name not in dims]).transpose(*dims)
-    failed = statistics.failed_members(dataset).reshape(array.shape[:-1])
-    values = np.where(failed[..., None], np.nan, array.values)
-    return np.stack([statistics.by_task(dataset, row)[setting] for row in np.moveaxis(values, -1, 0)])

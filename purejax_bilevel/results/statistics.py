@@ -32,7 +32,7 @@ TASKS = ("env_name", "further_envs", "level", "dataset", "mdp", "mdp_file", "gar
 BLOCK = 4_000_000  # numbers held at once by the bootstrap
 
 
-class Interval(NamedTuple):
+class Estimate(NamedTuple):
     """Estimate with its confidence interval; every field has the leading axes of the scores."""
 
     estimate: np.ndarray
@@ -40,6 +40,13 @@ class Interval(NamedTuple):
     high: np.ndarray
     used: np.ndarray  # scores that entered
     excluded: np.ndarray  # scores left out because they are NaN
+
+    def in_words(self) -> str:
+        """Of one cell: four digits, and the interval where there is one."""
+        if not math.isfinite(self.estimate):
+            return "all failed"
+        interval = f" ({self.low:.4g} to {self.high:.4g})" if math.isfinite(self.low) else ""
+        return f"{self.estimate:.4g}{interval}"
 
 
 # ---------------------------------------------------------------- statistics
@@ -87,7 +94,7 @@ def stratified_bootstrap_interval(
     reps: int = 2000,
     confidence: float = 0.95,
     seed: int = 0,
-) -> Interval:
+) -> Estimate:
     """Percentile bootstrap interval of a statistic; runs are resampled within each task.
 
     Args:
@@ -98,7 +105,7 @@ def stratified_bootstrap_interval(
         seed: of the resampling; the same resamples serve all cells.
 
     Returns:
-        Interval with the leading axes. With fewer than two runs in every task nothing is known about the spread: low
+        Estimate with the leading axes. With fewer than two runs in every task nothing is known about the spread: low
         and high are NaN.
     """
     scores = _clean(scores)
@@ -115,12 +122,12 @@ def stratified_bootstrap_interval(
         bounds[:, members] = resample(cells[members], counts, reps, _tails(confidence), generator)
     used = finite.sum(axis=(1, 2))
     fields = (statistic(cells), *bounds, used, finite[0].size - used if len(cells) else used)
-    return Interval(*(np.asarray(field).reshape(leading) for field in fields))
+    return Estimate(*(np.asarray(field).reshape(leading) for field in fields))
 
 
 def probability_of_improvement(
     x: np.ndarray, y: np.ndarray, reps: int = 2000, confidence: float = 0.95, seed: int = 0
-) -> Interval:
+) -> Estimate:
     """Probability that a run of X scores higher than a run of Y on the same task, averaged over tasks; ties count one
     half.
 
@@ -132,7 +139,7 @@ def probability_of_improvement(
         seed: of the resampling.
 
     Returns:
-        Interval; `used` and `excluded` count the scores of X and Y together. Tasks without a score on either side are
+        Estimate; `used` and `excluded` count the scores of X and Y together. Tasks without a score on either side are
         left out.
     """
     x, y = _clean(x), _clean(y)
@@ -152,14 +159,14 @@ def probability_of_improvement(
     excluded = np.asarray(x.size + y.size - used)
     if not estimates:
         unknown = np.asarray(np.nan)
-        return Interval(unknown, unknown, unknown, np.asarray(used), excluded)
+        return Estimate(unknown, unknown, unknown, np.asarray(used), excluded)
     low, high = np.quantile(np.mean(resampled, axis=0), _tails(confidence))
-    return Interval(np.mean(estimates), low, high, np.asarray(used), excluded)
+    return Estimate(np.mean(estimates), low, high, np.asarray(used), excluded)
 
 
 def performance_profile(
     scores: np.ndarray, thresholds: np.ndarray, reps: int = 2000, confidence: float = 0.95, seed: int = 0
-) -> Interval:
+) -> Estimate:
     """Fraction of runs that score above each threshold, averaged over tasks, with pointwise intervals.
 
     Args:
@@ -170,7 +177,7 @@ def performance_profile(
         seed: of the resampling.
 
     Returns:
-        Interval of `[thresholds]`.
+        Estimate of `[thresholds]`.
     """
     scores = _clean(scores)
     if scores.ndim != 2:
@@ -188,9 +195,9 @@ def performance_profile(
     used, excluded = (np.full(thresholds.shape, count) for count in (np.isfinite(scores).sum(), np.isnan(scores).sum()))
     if not fractions:
         unknown = np.full(thresholds.shape, np.nan)
-        return Interval(unknown, unknown, unknown, used, excluded)
+        return Estimate(unknown, unknown, unknown, used, excluded)
     low, high = np.quantile(np.mean(resampled, axis=0), _tails(confidence), axis=0)
-    return Interval(np.mean(fractions, axis=0), low, high, used, excluded)
+    return Estimate(np.mean(fractions, axis=0), low, high, used, excluded)
 
 
 # ---------------------------------------------------------------- resampling

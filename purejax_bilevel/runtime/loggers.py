@@ -14,18 +14,16 @@ has. No row is doubled and none is missing.
 """
 
 import contextlib
-import dataclasses
 import functools
 import json
 import os
 import secrets
 import sys
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -33,6 +31,7 @@ from purejax_bilevel.errors import Interrupted, UserError
 from purejax_bilevel.members import Grid
 from purejax_bilevel.results.dataset import SEED, STEP, as_plain, write_text
 from purejax_bilevel.results.statistics import iqm
+from purejax_bilevel.runtime.sinks import LoggedRun, Sink, TensorBoardSink, WandbSink, first_line, is_synced
 
 WANDB_MODES = ("disabled", "offline", "online")
 WANDB_RUNS = ("member", "setting")
@@ -41,8 +40,6 @@ WANDB_MODE_WORDS = {"dryrun": "offline", "run": "online", **{mode: mode for mode
 DEFAULT_PROJECT = "purejax_bilevel"
 STATE_FILE = "logged.json"
 LOGGED = (STATE_FILE, "tensorboard", "wandb")  # what is written to a folder
-WANDB_FILES = ("run-*.wandb", "logs/debug*.log")  # that an offline run of ours consists of
-EVENTS_SUFFIX = ".purejax_bilevel"  # of the names of our TensorBoard files
 LIVE_RUNS = 32  # with more runs than this, rows are written at the end
 OPEN_RUNS = 4  # runs open at once when written at the end
 
@@ -102,7 +99,7 @@ class Loggers:
         grid: Grid,
         folder: str | Path,
         name: str,
-        config: Any = None,
+        config: Mapping[str, Any] | None = None,
         *,
         wandb_mode: str | None = None,
         wandb_project: str | None = None,
@@ -161,7 +158,7 @@ class Loggers:
         if self.active:
             state = _read_state(self._folder / STATE_FILE) if self._resume else {}
             self._identifier, self._first_step = state.get("identifier", ""), state.get("first_step")
-            if not self._identifier or _is_synced(self._folder, self._identifier):
+            if not self._identifier or is_synced(self._folder, self._identifier):
                 self._identifier = secrets.token_hex(4)
             self._save_state()
             self._sinks = [make(self._identifier) for make in self._make]
@@ -251,7 +248,7 @@ class Loggers:
                 self._write_to(sink, key, steps, columns, finals)
 
     def _write_to(
-        self, sink: "Sink", key: int, steps: np.ndarray, columns: dict[str, np.ndarray], finals: dict[str, float]
+        self, sink: Sink, key: int, steps: np.ndarray, columns: dict[str, np.ndarray], finals: dict[str, float]
     ) -> None:
         place = (sink.name, key)
         if place in self._seen and not ((steps > self._seen[place]).any() or finals):
@@ -273,7 +270,7 @@ class Loggers:
                 sink.close(handle, 0)
 
     @contextlib.contextmanager
-    def _guarded(self, sink: "Sink") -> Iterator[None]:
+    def _guarded(self, sink: Sink) -> Iterator[None]:
         """Lets an experiment go on without a logger that fails, unless it has not worked even once."""
         try:
             yield
@@ -283,7 +280,7 @@ class Loggers:
             if sink in self._sinks:
                 self._sinks.remove(sink)
                 self._note(
-                    f"{sink.name} failed and is switched off ({_first_line(error)}); the results file is complete"
+                    f"{sink.name} failed and is switched off ({first_line(error)}); the results file is complete"
                 )
 
     def _key(self, member: int) -> int:
@@ -295,7 +292,7 @@ class Loggers:
             return key - len(self._grid)
         return key if self._per_setting else None
 
-    def _run(self, key: int) -> "LoggedRun":
+    def _run(self, key: int) -> LoggedRun:
         setting = self._setting(key)
         member = key if setting is None else setting * len(self._grid.seeds)
         settings, words = self._grid.settings(member), self._grid.describe(member)
@@ -371,188 +368,8 @@ def _exit_code(kind: type[BaseException] | None) -> int:
     return 255 if issubclass(kind, KeyboardInterrupt | Interrupted) else 1
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
-
-
-@dataclasses.dataclass(frozen=True)
-class LoggedRun:
-    """What a logger shows as one run: a member or a setting."""
-
-    key: int
-    name: str
-    identifier: str
-    config: dict[str, Any]
-
-
 def _read_state(path: Path) -> dict[str, Any]:
     """What an earlier process wrote about its logs; empty if there is nothing."""
     with contextlib.suppress(OSError, json.JSONDecodeError):
         return json.loads(path.read_text())
     return {}
-
-
-def _offline_runs(folder: Path, identifier: str) -> list[Path]:
-    """wandb's folders of an earlier process of this experiment."""
-    return list(folder.glob(f"wandb/offline-run-*-{identifier}-*"))
-
-
-def _remove(folder: Path, names: Sequence[str]) -> None:
-    """Removes files that a logger wrote, and the folders that are empty then.
-
-    Args:
-        folder: of one run.
-        names: patterns of the files below it.
-    """
-    for name in names:
-        for path in folder.glob(name):
-            path.unlink()
-    below = [path for path in folder.rglob("*") if path.is_dir() and not path.is_symlink()]
-    for path in [*sorted(below, reverse=True), folder]:
-        with contextlib.suppress(OSError):  # it holds what others put there
-            path.rmdir()
-
-
-def _is_synced(folder: Path, identifier: str) -> bool:
-    """Whether some of these runs are on a server already, where files written anew would double their rows."""
-    return any(list(run.glob("*.wandb.synced")) for run in _offline_runs(folder, identifier))
-
-
-# ---------------------------------------------------------------- sinks
-
-
-class Sink(Protocol):
-    """A place that rows are copied to."""
-
-    name: str
-
-    def open(self, run: LoggedRun) -> Any:
-        """Starts or continues a run."""
-
-    def last_step(self, handle: Any) -> int:
-        """Last step that the run holds already, -1 for none."""
-
-    def write(self, handle: Any, steps: np.ndarray, columns: Mapping[str, np.ndarray]) -> None:
-        """Appends rows: `[n]` steps and `[n]` per column."""
-
-    def finals(self, handle: Any, step: int, values: Mapping[str, float]) -> None:
-        """Adds values measured once."""
-
-    def close(self, handle: Any, exit_code: int) -> None:
-        """Ends the run's file or upload; `exit_code` as of a process, 0 for a run that came to its end."""
-
-
-class WandbSink:
-    """One wandb run per run, grouped by experiment.
-
-    Each member being a run, everything that wandb collects about the process beside the rows is switched off: listing
-    the installed packages alone took 0.08 s per run.
-    """
-
-    name = "wandb"
-
-    def __init__(self, mode: str, project: str, group: str, folder: Path, identifier: str) -> None:
-        os.environ.setdefault("WANDB_SILENT", "true")
-        import wandb
-
-        self._wandb: Any = wandb
-        self._mode, self._project, self._group = mode, project, group
-        self._one_at_a_time = threading.Lock()  # inits side by side have mixed up run identifiers
-        self._folder = folder
-        for earlier in _offline_runs(folder, identifier) if mode == "offline" else ():
-            _remove(earlier, WANDB_FILES)
-        if mode == "online":
-            self._check_key()
-        self._settings = wandb.Settings(
-            console="off",
-            disable_code=True,
-            disable_git=True,
-            disable_job_creation=True,
-            save_code=False,
-            silent=True,
-            x_disable_machine_info=True,
-            x_disable_meta=True,
-            x_disable_stats=True,
-            x_save_requirements=False,
-        )
-
-    def _check_key(self) -> None:
-        """Tells at the start, not after hours, that nothing can be uploaded."""
-        try:
-            known = self._wandb.login(prompt=False)
-        except (self._wandb.Error, ValueError) as error:
-            raise UserError(f"wandb_mode is 'online' but wandb refuses ({_first_line(error)}); use offline") from error
-        if not known:
-            raise UserError(
-                "wandb_mode is 'online' but there is no wandb key: set WANDB_API_KEY, run `wandb login`, or use offline"
-            )
-
-    def open(self, run: LoggedRun) -> Any:
-        try:
-            with self._one_at_a_time:
-                return self._wandb.init(
-                    mode=self._mode,
-                    project=self._project,
-                    group=self._group,
-                    name=run.name,
-                    id=run.identifier,
-                    config=run.config,
-                    dir=str(self._folder),
-                    resume="allow" if self._mode == "online" else None,
-                    reinit="create_new",
-                    settings=self._settings,
-                )
-        except self._wandb.Error as error:
-            raise UserError(f"wandb cannot start a run ({_first_line(error)}); use offline") from error
-
-    def last_step(self, handle: Any) -> int:
-        return handle.step - 1  # a run continued online knows what the server has
-
-    def write(self, handle: Any, steps: np.ndarray, columns: Mapping[str, np.ndarray]) -> None:
-        lists = {name: column.tolist() for name, column in columns.items()}
-        for row, step in enumerate(steps.tolist()):
-            handle.log({name: values[row] for name, values in lists.items()}, step=step)
-
-    def finals(self, handle: Any, step: int, values: Mapping[str, float]) -> None:
-        handle.summary.update(dict(values))
-
-    def close(self, handle: Any, exit_code: int) -> None:
-        handle.finish(exit_code=exit_code)
-
-
-class TensorBoardSink:
-    """One folder of TensorBoard events per run, written anew by every process."""
-
-    name = "tensorboard"
-
-    def __init__(self, folder: Path) -> None:
-        try:
-            from tensorboardX.proto.summary_pb2 import Summary
-            from tensorboardX.writer import FileWriter
-        except ImportError as error:
-            raise UserError(
-                "tensorboard needs the package tensorboardX: install the extra with `pip install -e .[tensorboard]`"
-            ) from error
-        self._folder, self._writer, self._summary = folder, FileWriter, Summary
-        for earlier in folder.glob("[0-9]*_*"):
-            _remove(earlier, (f"events.out.tfevents.*{EVENTS_SUFFIX}",))
-
-    def open(self, run: LoggedRun) -> Any:
-        name = f"{run.key:04d}_{run.name}".replace(", ", ",").replace("/", "-")
-        return self._writer(str(self._folder / name[:200]), filename_suffix=EVENTS_SUFFIX)
-
-    def last_step(self, handle: Any) -> int:
-        return -1
-
-    def write(self, handle: Any, steps: np.ndarray, columns: Mapping[str, np.ndarray]) -> None:
-        lists = {name: column.tolist() for name, column in columns.items()}
-        for row, step in enumerate(steps.tolist()):
-            values = [self._summary.Value(tag=name, simple_value=values[row]) for name, values in lists.items()]
-            handle.add_summary(self._summary(value=values), global_step=step)
-
-    def finals(self, handle: Any, step: int, values: Mapping[str, float]) -> None:
-        entries = [self._summary.Value(tag=name, simple_value=value) for name, value in values.items()]
-        handle.add_summary(self._summary(value=entries), global_step=step)
-
-    def close(self, handle: Any, exit_code: int) -> None:
-        handle.close()

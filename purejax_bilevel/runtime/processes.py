@@ -9,30 +9,16 @@ stops can then tell the others why, and they stop with that sentence.
     python train_rl.py --coordinator node1:1234 --num_processes 2 --process_id 1      on another host
     srun python train_rl.py                                                           under Slurm; Open MPI: mpirun
 
-Process 0 listens at the coordinator's address only, where that is its own. With PUREJAX_BILEVEL_JOIN_TOKEN set, the
-same for all, nobody else can take a process's place when they meet.
-
-jax.distributed could find out about Slurm and Open MPI by itself. It takes the number of tasks of Slurm's allocation,
-which a shell in it sees too, for that of a step, and for Open MPI the host of mpirun for that of the first process; and
-when a process is missing it ends with a stack trace. So the variables are read, and the processes meet, here.
-
 With a single process everything here returns what it was given.
 """
 
 import contextlib
-import dataclasses
-import hmac
 import io
-import ipaddress
 import itertools
 import json
 import os
-import re
-import secrets
-import socket
 import time
-import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import jax
@@ -42,16 +28,14 @@ from rich.console import Console
 
 from purejax_bilevel.errors import UserError
 from purejax_bilevel.runtime import devices
+from purejax_bilevel.runtime.meeting import JOIN_SECONDS, bind_address, meet
+from purejax_bilevel.runtime.schedulers import ProcessPlace, started_by
 
-JOIN_SECONDS = 300  # until all processes must have come
 HEARTBEAT_SECONDS = (
     30  # without a sign of life after which jax.distributed takes a process for dead and ends the others
 )
 POLL_MILLISECONDS = 500  # between two looks whether another process has stopped
-FIRST_PORT, PORTS = 61440, 4096  # above those that Linux gives to outgoing connections
 STORE = "purejax_bilevel"
-TOKEN = "PUREJAX_BILEVEL_JOIN_TOKEN"  # who does not know it cannot join; jax.distributed itself asks for none
-LONGEST_LINE = 10_000
 
 T = TypeVar("T")
 Tree = Any
@@ -62,23 +46,6 @@ class Stopped(UserError):
 
 
 # ---------------------------------------------------------------- joining
-
-
-@dataclasses.dataclass(frozen=True)
-class Place:
-    """One process among all.
-
-    Args:
-        coordinator: `host:port` where process 0 listens.
-        num_processes: how many there are.
-        process_id: which one this is.
-        accelerators: numbers of the host's accelerators that it takes; None: all that it sees.
-    """
-
-    coordinator: str
-    num_processes: int
-    process_id: int
-    accelerators: tuple[int, ...] | None = None
 
 
 def join(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> None:
@@ -107,7 +74,7 @@ def join(coordinator: str | None = None, num_processes: int | None = None, proce
     if place is None or place.num_processes == 1:
         devices.check_platforms()
         return
-    _meet(place)
+    meet(place)
     # Slurm's job variables must not fill in what was found here, a proxy must not stand between the processes, and
     # the warning about proxies is then out of place.
     os.environ["no_grpc_proxy"] = place.coordinator.rpartition(":")[0]  # noqa: SIM112
@@ -121,14 +88,14 @@ def join(coordinator: str | None = None, num_processes: int | None = None, proce
             cluster_detection_method="deactivate",
             initialization_timeout=JOIN_SECONDS,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-            coordinator_bind_address=_bind_address(place) if place.process_id == 0 else None,
+            coordinator_bind_address=bind_address(place) if place.process_id == 0 else None,
         )
     except RuntimeError as error:
         raise UserError(f"this process cannot join the others: {str(error).splitlines()[0]}") from error
     devices.available()  # here, where all processes are: jax asks all of them for their devices and waits for answers
 
 
-def _given(coordinator: str | None, num_processes: int | None, process_id: int | None) -> Place | None:
+def _given(coordinator: str | None, num_processes: int | None, process_id: int | None) -> ProcessPlace | None:
     if coordinator is None and num_processes is None and process_id is None:
         return None
     if coordinator is None or num_processes is None or process_id is None:
@@ -140,223 +107,7 @@ def _given(coordinator: str | None, num_processes: int | None, process_id: int |
         raise UserError(f"--num_processes must be at least 1, got {num_processes}.")
     if not 0 <= process_id < num_processes:
         raise UserError(f"--process_id must be from 0 to {num_processes - 1} (num_processes - 1), got {process_id}.")
-    return Place(coordinator, num_processes, process_id)
-
-
-def started_by(environment: Mapping[str, str]) -> Place | None:
-    """What Open MPI or Slurm's srun say about this process; None where it is alone.
-
-    A batch script, an interactive shell in an allocation and a step of one task are alone, whatever the allocation's
-    size. JAX_COORDINATOR_ADDRESS replaces the coordinator found.
-
-    Raises:
-        UserError: there are several processes, but nothing says where the first is, or a variable is no number.
-    """
-    # Open MPI first: within a Slurm job its processes inherit the variables of the step that launched it.
-    if _number(environment, "OMPI_COMM_WORLD_SIZE", 1, 1) > 1:
-        return _open_mpi(environment)
-    # Not SLURM_NTASKS, which is the allocation's: an interactive step has it too.
-    if _number(environment, "SLURM_STEP_NUM_TASKS", 1, 1) > 1:
-        return _slurm(environment)
-    return None
-
-
-def _slurm(environment: Mapping[str, str]) -> Place:
-    step = f"{environment.get('SLURM_JOB_ID')}.{environment.get('SLURM_STEP_ID')}"
-    first = re.match(r"([^,\[]+)(?:\[(\d+)[^\]]*\]([^,]*))?", environment.get("SLURM_STEP_NODELIST", ""))
-    coordinator = environment.get("JAX_COORDINATOR_ADDRESS")
-    if coordinator is None:
-        if first is None:
-            raise UserError("Slurm does not say on which hosts it started (no SLURM_STEP_NODELIST).")
-        coordinator = f"{''.join(filter(None, first.groups()))}:{_port(step)}"
-    count = _number(environment, "SLURM_STEP_NUM_TASKS", 1)
-    local_id, alone = _number(environment, "SLURM_LOCALID"), environment.get("SLURM_STEP_NUM_NODES") == str(count)
-    own = _own_accelerators(environment, local_id, alone)
-    return Place(coordinator, count, _number(environment, "SLURM_PROCID", most=count - 1), own)
-
-
-def _open_mpi(environment: Mapping[str, str]) -> Place:
-    count, local_count = (_number(environment, f"OMPI_COMM_WORLD_{name}", 1) for name in ("SIZE", "LOCAL_SIZE"))
-    launcher = environment.get("OMPI_MCA_orte_hnp_uri", "")  # 3674406912.0;tcp://10.0.0.1,10.1.0.1:36789
-    address = re.search(r"tcp://([^,:]+)", launcher)
-    coordinator = environment.get("JAX_COORDINATOR_ADDRESS")
-    if coordinator is None:
-        if count != local_count and address is None:
-            raise UserError(
-                f"Open MPI started {count} processes on several hosts, but does not say where the first one is: set "
-                "JAX_COORDINATOR_ADDRESS=host:port, with the first host and a free port there (mpirun -x)."
-            )
-        host = "localhost" if address is None or count == local_count else address.group(1)
-        coordinator = f"{host}:{_port(launcher or environment.get('PMIX_NAMESPACE', ''))}"
-    local_id, alone = _number(environment, "OMPI_COMM_WORLD_LOCAL_RANK"), local_count == 1
-    own = _own_accelerators(environment, local_id, alone)
-    return Place(coordinator, count, _number(environment, "OMPI_COMM_WORLD_RANK", most=count - 1), own)
-
-
-def _number(
-    environment: Mapping[str, str], name: str, least: int = 0, default: int | None = None, most: int | None = None
-) -> int:
-    """A whole number that a scheduler has set."""
-    text = environment.get(name, "" if default is None else str(default))
-    if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) < least or (most is not None and int(text) > most):
-        allowed = f"of at least {least}" if most is None else f"from {least} to {most}"
-        raise UserError(f"the scheduler's {name} must be a whole number {allowed}, got {text!r}.")
-    return int(text)
-
-
-def _port(job: str) -> int:
-    """Without asking anybody, the same for all processes of a job and probably another one for another job."""
-    return FIRST_PORT + zlib.crc32(job.encode()) % PORTS
-
-
-def _own_accelerators(environment: Mapping[str, str], local_id: int, alone: bool) -> tuple[int, ...] | None:
-    """Process i of a host takes its accelerator i, unless it is alone there or sees only one."""
-    visible = environment.get("CUDA_VISIBLE_DEVICES")
-    one = visible is not None and "," not in visible
-    return None if alone or one or "JAX_LOCAL_DEVICE_IDS" in environment else (local_id,)
-
-
-# ---------------------------------------------------------------- meeting, before jax.distributed
-
-
-def _meet(place: Place) -> None:
-    """Waits until all processes are here. jax.distributed itself aborts with a stack trace when one is missing."""
-    if place.process_id == 0:
-        _await_others(place)
-    else:
-        _go_to_first(place)
-
-
-def _await_others(place: Place) -> None:
-    deadline = time.monotonic() + JOIN_SECONDS
-    with contextlib.ExitStack() as stack:
-        server = stack.enter_context(_listen(place))
-        arrived: dict[int, socket.socket] = {}
-        problem = ""
-        while not problem and len(arrived) < place.num_processes - 1:
-            server.settimeout(max(deadline - time.monotonic(), 0.001))
-            try:
-                connection, _ = server.accept()
-            except TimeoutError:
-                missing = [str(i) for i in range(1, place.num_processes) if i not in arrived]
-                problem = (
-                    f"of {place.num_processes} processes {len(arrived) + 1} came to {place.coordinator} within "
-                    f"{JOIN_SECONDS} s; process {', '.join(missing)} did not."
-                )
-                break
-            stack.enter_context(connection)
-            connection.settimeout(10)
-            with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # a stranger at the port: none of us
-                other = _welcome(connection)
-                if other is None:
-                    continue
-                problem = _mismatch(place, other, arrived)
-                arrived.setdefault(other.process_id, connection)
-        for connection in arrived.values():
-            with contextlib.suppress(OSError):
-                connection.sendall(f"{problem}\n".encode())
-    if problem:
-        raise UserError(problem)
-
-
-def _welcome(connection: socket.socket) -> Place | None:
-    """Who came; None for one that does not know the token, which is told so and never sent over the network."""
-    nonce = secrets.token_hex(16)
-    connection.sendall(f"{nonce}\n".encode())
-    told = json.loads(connection.makefile().readline(LONGEST_LINE))
-    if hmac.compare_digest(_proof(nonce, told["place"]), str(told["proof"])):
-        return Place(**told["place"])
-    connection.sendall(f"process 0 does not know this process: {TOKEN} must be the same for all.\n".encode())
-    return None
-
-
-def _proof(nonce: str, place: Mapping[str, Any]) -> str:
-    """Of knowing the token; without one, of coming from the same program."""
-    message = json.dumps([nonce, place], sort_keys=True).encode()
-    return hmac.new(os.environ.get(TOKEN, "").encode(), message, "sha256").hexdigest()
-
-
-def _mismatch(place: Place, other: Place, arrived: Mapping[int, Any]) -> str:
-    if other.num_processes != place.num_processes:
-        return (
-            f"process {other.process_id} was told --num_processes {other.num_processes}, process 0 "
-            f"{place.num_processes}; it must be the same."
-        )
-    if other.process_id in arrived:
-        return f"two processes were told --process_id {other.process_id}; each needs its own."
-    return ""
-
-
-def _listen(place: Place) -> socket.socket:
-    host, _, port = _bind_address(place).rpartition(":")
-    try:
-        if host == "[::]" and not socket.has_dualstack_ipv6():
-            return socket.create_server(("", int(port)))
-        family = socket.AF_INET6 if host.startswith("[") else socket.AF_INET
-        return socket.create_server((host.strip("[]"), int(port)), family=family, dualstack_ipv6=host == "[::]")
-    except OSError as error:
-        raise UserError(
-            f"process 0 cannot listen at {place.coordinator} ({error.strerror}); take a free port."
-        ) from error
-
-
-def _bind_address(place: Place) -> str:
-    """Where process 0 listens: the coordinator's address alone, if it is one of this host.
-
-    A host's own name may mean its loopback address on the host itself; others could not come there. Then, and where
-    the address belongs to something in front of this host, it listens at all addresses.
-    """
-    name, _, port = place.coordinator.rpartition(":")
-    name = name.strip("[]")
-    try:
-        found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
-    except OSError:
-        found = []
-    for family, _, _, _, address in found:
-        host = str(address[0])
-        if (_means_loopback(name) or not _means_loopback(host)) and _is_own(family, host):
-            return f"[{host}]:{port}" if family == socket.AF_INET6 else f"{host}:{port}"
-    return f"[::]:{port}"
-
-
-def _is_own(family: int, host: str) -> bool:
-    try:
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            probe.bind((host, 0))
-    except OSError:
-        return False
-    return True
-
-
-def _means_loopback(name: str) -> bool:
-    with contextlib.suppress(ValueError):
-        return ipaddress.ip_address(name).is_loopback
-    return name == "localhost"
-
-
-def _go_to_first(place: Place) -> None:
-    host, _, port = place.coordinator.rpartition(":")
-    deadline = time.monotonic() + JOIN_SECONDS
-    reason = "no answer"
-    while (left := deadline - time.monotonic()) > 0:
-        try:
-            with socket.create_connection((host.strip("[]"), int(port)), timeout=left) as connection:
-                connection.settimeout(left + 5)  # process 0 says who is missing
-                lines, told = connection.makefile(), dataclasses.asdict(place)
-                proof = _proof(lines.readline().strip(), told)
-                connection.sendall(json.dumps({"place": told, "proof": proof}).encode() + b"\n")
-                answer = lines.readline()
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
-            answer = ""
-        if answer == "\n":
-            return
-        if answer:
-            raise UserError(answer.strip())
-        time.sleep(min(0.2, left))  # not there yet, or a connection that ended
-    raise UserError(
-        f"process {place.process_id} cannot reach process 0 at {place.coordinator} within {JOIN_SECONDS} s ({reason})."
-    )
+    return ProcessPlace(coordinator, num_processes, process_id)
 
 
 # ---------------------------------------------------------------- who am I

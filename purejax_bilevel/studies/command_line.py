@@ -137,7 +137,7 @@ def main(config_class: type | Callable[[], type], description: str, given: Seque
 
 def execute(options: Options, config: Any, console: Console) -> int:
     """Trains, writes the run's folder and prints the table; returns the exit status."""
-    from purejax_bilevel.results import report
+    from purejax_bilevel.results import analysis
     from purejax_bilevel.runtime import devices, processes
     from purejax_bilevel.runtime.options import RunOptions
     from purejax_bilevel.studies import folder as folders
@@ -159,7 +159,7 @@ def execute(options: Options, config: Any, console: Console) -> int:
         )
     if not options.quiet and processes.is_first():
         runs.tell(dataset, folder, console)
-    return status_of([dataset], [report.reported_variable(dataset, report.Reporting())])
+    return status_of([dataset], [analysis.reported_variable(dataset, analysis.Reporting())])
 
 
 def named_environment(given: Sequence[str] | None = None) -> str:

@@ -20,6 +20,7 @@ import yaml
 from purejax_bilevel import interrupts
 from purejax_bilevel.configuration import RUN_LENGTH, from_dict, to_dict, validate
 from purejax_bilevel.errors import Interrupted, UserError
+from purejax_bilevel.program import Configuration
 from purejax_bilevel.results import dataset as datasets
 from purejax_bilevel.runtime import checkpoint as checkpoints
 from purejax_bilevel.runtime import loop, processes
@@ -43,7 +44,7 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 class Description(NamedTuple):
     """What a run was told."""
 
-    config: Any  # resolved, but for zeros (`as_told`)
+    config: Configuration  # resolved, but for zeros (`as_told`)
     run: dict[str, int]  # seed and num_seeds
     options: dict[str, Any]  # some of KEPT_OPTIONS
 
@@ -222,7 +223,7 @@ def describe(folder: Path, told: Mapping[str, Any], options: HowToRun, resumed: 
     datasets.write_config(folder, {**told, "options": {"video": video, **kept}}, resumed=resumed)
 
 
-def as_told(config: Any, run: Mapping[str, int]) -> dict[str, Any]:
+def as_told(config: Configuration, run: Mapping[str, int]) -> dict[str, Any]:
     """What `describe` writes of a run: its resolved settings, but 0 where 0 stands for what depends on others.
 
     Args:
@@ -245,7 +246,7 @@ def read_description(folder: Path, config_class: type) -> Description:
         raise UserError(f"--resume {folder}: there is no run in that folder (no {CONFIG}).")
     try:
         saved = yaml.safe_load(path.read_text(encoding="utf-8"))
-        config: Any = validate(from_dict(config_class, saved["config"]))
+        config: Configuration = validate(from_dict(config_class, saved["config"]))
         run = {name: int(saved["run"][name]) for name in ("seed", "num_seeds")}
         return Description(config, run, kept_options(saved.get("options")))
     except OSError as error:
@@ -267,7 +268,7 @@ def kept_options(written: Any) -> dict[str, Any]:
     return options
 
 
-def check_unchanged(folder: Path, config: Any, run: Mapping[str, int]) -> None:
+def check_unchanged(folder: Path, config: Configuration, run: Mapping[str, int]) -> None:
     """Whether a run may go on with these settings: those it began with, and no fewer steps than it has done.
 
     Args:

@@ -13,9 +13,11 @@ import numpy as np
 from purejax_bilevel.configuration import fields, replace, validate
 from purejax_bilevel.errors import UserError
 from purejax_bilevel.members import Axis, Grid, batch_config, format_value
-from purejax_bilevel.program import Part, Program
+from purejax_bilevel.program import Configuration, Part, Program
 from purejax_bilevel.runtime.schedule import Schedule
-from purejax_bilevel.studies.study import Interval, Study, distinct, intervals, random_axis
+from purejax_bilevel.studies.intervals import Interval, intervals, random_axis
+from purejax_bilevel.studies.study import Study
+from purejax_bilevel.studies.values import distinct
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Template:
     """
 
     label: str
-    config: Any
+    config: Configuration
     static: dict[str, Any]
     settings: tuple[dict[str, Any], ...]
 

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from purejax_bilevel.configuration import to_dict, warn
 from purejax_bilevel.members import batch_config, count_members, counted, grid_of
-from purejax_bilevel.program import Part, called_outside
+from purejax_bilevel.program import Configuration, Part, called_outside
 from purejax_bilevel.results import dataset as datasets
 from purejax_bilevel.results import residuals, statistics
 from purejax_bilevel.runtime import artefacts, processes, sizes
@@ -22,7 +22,7 @@ from purejax_bilevel.studies import video as videos
 
 
 def run(
-    config: Any,
+    config: Configuration,
     *,
     num_seeds: int = 1,
     seed: int = 0,
@@ -60,7 +60,9 @@ def run(
         return run_in(place, config, num_seeds=num_seeds, seed=seed, video=video, options=run_options)
 
 
-def run_in(folder: Path, config: Any, *, num_seeds: int, seed: int, video: bool, options: RunOptions) -> xarray.Dataset:
+def run_in(
+    folder: Path, config: Configuration, *, num_seeds: int, seed: int, video: bool, options: RunOptions
+) -> xarray.Dataset:
     """Trains as `run` does, in a folder that this run holds (`folder.opened`)."""
     resolved, seeds = config.resolved(), {"seed": seed, "num_seeds": num_seeds}
     part = make_part(resolved, num_seeds, seed)
@@ -74,7 +76,7 @@ def run_in(folder: Path, config: Any, *, num_seeds: int, seed: int, video: bool,
     return train_part(part, resolved, dataclasses.replace(options, folder=folder), video)
 
 
-def train_part(part: Part, config: Any, options: RunOptions, video: bool = False) -> xarray.Dataset:
+def train_part(part: Part, config: Configuration, options: RunOptions, video: bool = False) -> xarray.Dataset:
     """Trains the members of a part and writes results and figures to the options' folder, if there is one."""
     with sizes.explained():
         outcome = train([part], options, watcher=sizes.Limits())
@@ -92,7 +94,7 @@ def train_part(part: Part, config: Any, options: RunOptions, video: bool = False
     return dataset
 
 
-def make_part(config: Any, num_seeds: int, seed: int) -> Part:
+def make_part(config: Configuration, num_seeds: int, seed: int) -> Part:
     """The program and all members of a resolved configuration.
 
     Raises:
@@ -114,7 +116,7 @@ def write_outputs(dataset: xarray.Dataset, folder: Path) -> None:
     outputs.write_figures(dataset, folder)
 
 
-def save_artefact(part: Part, config: Any, stored: Any, folder: Path) -> None:
+def save_artefact(part: Part, config: Configuration, stored: Any, folder: Path) -> None:
     """Writes what other runs may start from, if the program leaves something and the state is known."""
     program = part.program
     if stored is None:

@@ -12,7 +12,7 @@
       - random: {count: 16, seed: 0, tau: [1e-3, 1e-1]}            # log-uniform; {low, high, scale: linear} otherwise
     seeds: {first: 0, count: 8, select: 4}                         # best settings are chosen on the first 4
     search: {method: grid}               # see Search
-    report: {variable: final_return}     # see Reporting in results/report.py
+    report: {variable: final_return}     # see Reporting in results/analysis.py
 
 Agents of several programs are compared by an own `program` each; settings and axes then go to those that have the
 field, and each program is one compiled call with its own steps. A program of your own is `module:Config`.
@@ -24,72 +24,34 @@ all at length.
 """
 
 import dataclasses
-import functools
 import importlib
-import math
-import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from purejax_bilevel import agents as agent_values
-from purejax_bilevel.configuration import fields, named_object, replace, validate
+from purejax_bilevel.configuration import LARGEST_WHOLE, fields, named_object
 from purejax_bilevel.errors import UserError
-from purejax_bilevel.members import Axis, format_value
+from purejax_bilevel.members import Axis
 from purejax_bilevel.programs import REGISTRY
+from purejax_bilevel.results.analysis import Reporting, reporting
 from purejax_bilevel.results.checks import (
     MOST,
-    as_number,
     choice,
     known_entries,
     load_yaml,
     mapping_of,
-    number_of,
-    plain_copy,
-    text_of,
     whole,
 )
-from purejax_bilevel.results.report import Reporting, reporting
 from purejax_bilevel.runtime.loop import make_seeds
+from purejax_bilevel.studies.intervals import intervals, random_axis
+from purejax_bilevel.studies.values import distinct, settings_of
 
-LARGEST_WHOLE = 2**31 - 1  # 32 bits
 PROGRAM = "program"
 SECTIONS = ("name", PROGRAM, "settings", "agents", "axes", "seeds", "search", "report")
 
 
 # ---------------------------------------------------------------- what a sweep file says
-
-
-@dataclasses.dataclass(frozen=True)
-class Interval:
-    """Range of a hyper-parameter that is drawn or searched, logarithmic unless `scale` is linear."""
-
-    name: str
-    low: float
-    high: float
-    scale: str = "log"
-    whole: bool = False
-
-    def at(self, position: float) -> float | int:
-        """Value at a position from 0 (low) to 1 (high); positions outside count as the nearest end."""
-        share = min(max(float(position), 0.0), 1.0)
-        if share in (0.0, 1.0):  # exactly
-            value = (self.low, self.high)[int(share)]
-        elif self.scale == "log":
-            value = math.exp((1 - share) * math.log(self.low) + share * math.log(self.high))
-        else:
-            value = (1 - share) * self.low + share * self.high
-        value = min(max(value, self.low), self.high)
-        return round(value) if self.whole else value
-
-    def position(self, value: float) -> float:
-        """The inverse of `at`; the middle for a value outside."""
-        if not self.low <= value <= self.high:
-            return 0.5
-        low, high, value = (math.log(x) if self.scale == "log" else x for x in (self.low, self.high, value))
-        return (value - low) / (high - low)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,12 +176,12 @@ def parse(description: Mapping[str, Any]) -> Study:
         UserError: an unknown entry or a value that is not allowed, in one sentence.
     """
     given = known_entries(description, SECTIONS, "a sweep file")
-    programs = _programs(given)
+    programs = programs_of(given)
     if len(set(programs.values())) > 1:
         return _families(given, programs)
     program = next(iter(programs.values())) if programs else program_name(given.get("program"))
     cls = config_class(program)
-    settings = _settings(cls, given.get("settings"), "settings")
+    settings = settings_of(cls, given.get("settings"), "settings")
     agents = _agents(cls, given.get("agents"), settings)
     axes = _axes(cls, given.get("axes"))
     swept = [name for axis in axes for name in axis.names]
@@ -237,7 +199,7 @@ def parse(description: Mapping[str, Any]) -> Study:
     return Study(name, program, settings, agents, axes, seeds, search, report, dict(description))
 
 
-def _programs(given: Mapping[str, Any]) -> dict[str, str]:
+def programs_of(given: Mapping[str, Any]) -> dict[str, str]:
     """The program of each agent, where agents are listed with settings of their own."""
     agents = given.get("agents")
     if not isinstance(agents, dict):
@@ -296,119 +258,7 @@ def _axes_of(axes: Any, known: set[str]) -> Any:
     return own
 
 
-def override(description: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Applies `field=value` to the content of a sweep file.
-
-    A value takes the place of the one that the file states, be it in the settings, an axis or an agent; a field that it
-    does not state becomes a setting of all agents. `agents` chooses agents; `search.x`, `report.x` and `seeds.x` change
-    these sections.
-
-    Raises:
-        UserError: no such field, one that varies together with others, or the content itself is wrong.
-    """
-    parse(description)
-    result = {key: plain_copy(value) for key, value in description.items()}
-    programs = set(_programs(result).values()) or {result[PROGRAM]}
-    known = {field.name for program in programs for field in fields(config_class(program))}
-    for name, value in changes.items():
-        section, _, entry = name.partition(".")
-        if entry and section in ("search", "report", "seeds"):
-            before = result.get(section) or {}
-            before = {"count": before} if section == "seeds" and isinstance(before, int) else before
-            result[section] = {**before, entry: value}
-        elif name == "agents":
-            result["agents"] = _chosen_agents(result.get("agents"), value)
-        elif name in known:
-            _override_field(result, name, value)
-        else:
-            raise UserError(f"{name}={value!r} is no setting of the program {', '.join(sorted(programs))}.")
-    return result
-
-
-def _chosen_agents(given: Any, chosen: Any) -> dict[str, Any]:
-    stated = {label: {} for label in given} if isinstance(given, list) else dict(given or {})
-    labels = [str(label) for label in (chosen if isinstance(chosen, list) else [chosen])]
-    return {label: stated.get(label, {}) for label in labels}
-
-
-def _override_field(description: dict[str, Any], name: str, value: Any) -> None:
-    stated = False
-    for axes in description.get("axes") or []:
-        for kind, content in (axes or {}).items():
-            if name not in (content or {}):
-                continue
-            if kind != "grid":
-                raise UserError(
-                    f"{name} varies together with others ({kind}) in this sweep: edit the sweep file instead."
-                )
-            stated = True
-            if isinstance(value, list):
-                content[name] = value
-            else:
-                del content[name]
-                description["settings"] = {**(description.get("settings") or {}), name: value}
-    description["axes"] = [axes for axes in description.get("axes") or [] if axes and any(axes.values())]
-    agents = description.get("agents")
-    for own in agents.values() if isinstance(agents, dict) else []:
-        if own and name in own:
-            own[name], stated = value, True
-    if not stated or name in (description.get("settings") or {}):
-        description["settings"] = {**(description.get("settings") or {}), name: value}
-
-
 # ---------------------------------------------------------------- checks of a sweep file
-
-
-def _settings(cls: type, given: Any, where: str) -> dict[str, Any]:
-    """Values by field, in the fields' own types."""
-    visible = [field.name for field in fields(cls) if not field.metadata.get("hidden")]
-    mapping = known_entries(given, visible, where)
-    return {name: _checked(cls, name, value) for name, value in mapping.items()}
-
-
-def _checked(cls: type, name: str, value: Any) -> Any:
-    """A value, or each of a list, as its field declares it; None is what fields without a default hold."""
-    if isinstance(value, list | tuple):
-        if not value:
-            raise UserError(f"{name} needs at least one value.")
-        if any(isinstance(entry, list | tuple) for entry in value):
-            raise UserError(f"{name} must be a value or a list of values, got {value!r}.")
-        return [_checked_value(cls, name, entry) for entry in value]
-    default = next(field.default for field in fields(cls) if field.name == name)
-    return None if value is None and default is None else _checked_value(cls, name, value)
-
-
-def _checked_value(cls: type, name: str, value: Any) -> Any:
-    value = _typed(cls, name, value)
-    if typing.get_type_hints(cls)[name] is str and value != "":  # `validate` leaves texts to the program
-        text_of(value, name)
-    elif isinstance(value, int) and abs(value) > LARGEST_WHOLE:
-        raise UserError(f"{name} must fit 32 bits, got {value}.")
-    validate(replace(_valid(cls), **{name: value}))
-    return value
-
-
-@functools.cache
-def _valid(cls: type) -> Any:
-    """Some configuration in which everything is allowed, to check single values in."""
-    try:
-        return cls().resolved()
-    except UserError:  # it needs what only a user has, such as a dataset
-        known = agent_values.registry(cls)
-        return cls() if known is None else known.tuned(cls())
-
-
-def _typed(cls: type, name: str, value: Any) -> Any:
-    hint = typing.get_type_hints(cls)[name]
-    kinds = {hint, *typing.get_args(hint)}
-    if name == agent_values.FIELD and isinstance(value, str):
-        return agent_values.spelled(value)
-    if isinstance(value, bool) or not kinds & {int, float}:
-        return value
-    found = as_number(value)
-    if isinstance(found, float) and float not in kinds and found.is_integer():
-        return int(found)
-    return float(found) if isinstance(found, int) and float in kinds else found
 
 
 def _agents(cls: type, given: Any, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -422,7 +272,7 @@ def _agents(cls: type, given: Any, settings: dict[str, Any]) -> dict[str, dict[s
     named = any(field.name == agent_values.FIELD for field in fields(cls))  # else a label is nothing but a label
     for label, own in mapping_of(given, "agents").items():
         own = {name: value for name, value in mapping_of(own, f"agents: {label}").items() if name != PROGRAM}
-        stated = _settings(cls, own, f"agents: {label}")
+        stated = settings_of(cls, own, f"agents: {label}")
         agents[label] = {agent_values.FIELD: agent_values.spelled(label), **stated} if named else stated
     if not agents:
         raise UserError("agents must name at least one agent.")
@@ -443,12 +293,12 @@ def _axes(cls: type, given: Any) -> tuple[Axis, ...]:
 
 
 def _grid_axes(cls: type, content: Any) -> list[Axis]:
-    values = _settings(cls, content, "axes: grid")
+    values = settings_of(cls, content, "axes: grid")
     return [Axis((name,), tuple((value,) for value in distinct(name, value))) for name, value in values.items()]
 
 
 def _zip_axes(cls: type, content: Any) -> list[Axis]:
-    values = _settings(cls, content, "axes: zip")
+    values = settings_of(cls, content, "axes: zip")
     columns = [value if isinstance(value, list) else [value] for value in values.values()]
     lengths = [len(column) for column in columns]
     if len(set(lengths)) != 1:
@@ -465,43 +315,6 @@ def _random_axes(cls: type, content: Any) -> list[Axis]:
     if not space:
         raise UserError("axes: random needs at least one name with [low, high].")
     return [random_axis(space, count, seed)]
-
-
-def random_axis(space: Sequence[Interval], count: int, seed: int) -> Axis:
-    """`count` settings, each value drawn uniformly on its interval's scale."""
-    positions = np.random.default_rng(seed).random((count, len(space)))
-    points = tuple(
-        tuple(interval.at(position) for interval, position in zip(space, row, strict=True)) for row in positions
-    )
-    return Axis(tuple(interval.name for interval in space), points)
-
-
-def intervals(cls: type, content: Any, where: str) -> tuple[Interval, ...]:
-    """Intervals of traced numbers: name to [low, high] or {low, high, scale}."""
-    hints = typing.get_type_hints(cls)
-    allowed = [
-        field.name
-        for field in fields(cls, is_traced=True)
-        if {hints[field.name], *typing.get_args(hints[field.name])} & {int, float}
-    ]
-    found = []
-    for name, value in known_entries(content, allowed, where).items():
-        bounds = (
-            dict(zip(("low", "high"), value, strict=False)) if isinstance(value, list) and len(value) == 2 else value
-        )
-        if not isinstance(bounds, Mapping):
-            raise UserError(f"{where}: {name} must be [low, high] or {{low, high, scale}}, got {value!r}.")
-        bounds = known_entries(bounds, ("low", "high", "scale"), f"{where}: {name}")
-        low, high = (number_of(bounds.get(end), f"{where}: {name}: {end}") for end in ("low", "high"))
-        scale = choice(bounds.get("scale", "log"), ("log", "linear"), f"{where}: {name}: scale")
-        if low >= high or (scale == "log" and low <= 0):
-            needed = "0 < low < high" if scale == "log" else "low < high"
-            raise UserError(f"{where}: {name} needs {needed}, got [{format_value(low)}, {format_value(high)}].")
-        is_whole = float not in {hints[name], *typing.get_args(hints[name])}
-        for end in (low, high):
-            _checked_value(cls, name, round(end) if is_whole else end)
-        found.append(Interval(name, low, high, scale, is_whole))
-    return tuple(found)
 
 
 def _seeds(given: Any) -> Seeds:
@@ -541,10 +354,3 @@ def _search(cls: type, given: Any) -> Search:
         raise UserError("halving goes with the search methods grid and random, not with es.")
     intervals(cls, search.space, "search: space")
     return search
-
-
-def distinct(name: str, value: Any) -> list:
-    values = value if isinstance(value, list) else [value]
-    if len({repr(entry) for entry in values}) < len(values):
-        raise UserError(f"{name} was given the same value twice: {', '.join(map(str, values))}.")
-    return values

@@ -25,9 +25,15 @@ from purejax_bilevel.configuration import fields, warn
 from purejax_bilevel.errors import UserError
 from purejax_bilevel.members import bytes_in_words, check_count, counted
 from purejax_bilevel.program import Part
+from purejax_bilevel.results import analysis, report, residuals
 from purejax_bilevel.results import dataset as datasets
-from purejax_bilevel.results import report, residuals
-from purejax_bilevel.results.statistics import SettingRow, by_task, lower_is_better, render_table
+from purejax_bilevel.results.statistics import (
+    SettingRow,
+    by_task,
+    lower_is_better,
+    render_table,
+    stratified_bootstrap_interval,
+)
 from purejax_bilevel.runtime import checkpoint as checkpoints
 from purejax_bilevel.runtime import devices, loop, processes, sizes
 from purejax_bilevel.runtime.compiled import CompiledProgram
@@ -36,24 +42,25 @@ from purejax_bilevel.runtime.options import RunOptions
 from purejax_bilevel.runtime.progress import duration
 from purejax_bilevel.runtime.schedule import num_rows
 from purejax_bilevel.studies import folder as folders
+from purejax_bilevel.studies import rounds
 from purejax_bilevel.studies import run as runs
 from purejax_bilevel.studies import search as searches
 from purejax_bilevel.studies import video as videos
+from purejax_bilevel.studies.arguments import Options
 from purejax_bilevel.studies.command_line import how_to_run
 from purejax_bilevel.studies.plan import SweptAgent, make_agents
 from purejax_bilevel.studies.study import Study
-from purejax_bilevel.studies.sweep_command import SweepOptions
 
 PROGRAMS_FOLDER = "programs"  # of a sweep of several programs: the checkpoint of each
 OWN_NAMES = (
-    *(folders.CONFIG, *datasets.ABOUT, checkpoints.FILE_NAME, searches.ROUNDS, PROGRAMS_FOLDER),
+    *(folders.CONFIG, *datasets.ABOUT, checkpoints.FILE_NAME, folders.ROUNDS, PROGRAMS_FOLDER),
     *(report.HTML, report.MARKDOWN, report.FIGURES, report.HISTORY, *LOGGED),
 )  # in the folder of a sweep, where each agent has a folder of its own
 
 # ---------------------------------------------------------------- the sweep
 
 
-def run(study: Study, options: SweepOptions, console: Console) -> list[xarray.Dataset]:
+def run(study: Study, options: Options, console: Console) -> list[xarray.Dataset]:
     """Runs a sweep to its end; returns the results of each agent. Of several processes, process 0 writes everything.
 
     Raises:
@@ -77,7 +84,7 @@ def run(study: Study, options: SweepOptions, console: Console) -> list[xarray.Da
 
 
 def _run_in(
-    folder: Path, study: Study, agents: Sequence[SweptAgent], options: SweepOptions, console: Console
+    folder: Path, study: Study, agents: Sequence[SweptAgent], options: Options, console: Console
 ) -> list[xarray.Dataset]:
     resume = options.resume is not None
     if processes.is_first():
@@ -131,8 +138,8 @@ def check_report(study: Study, agents: Sequence[SweptAgent]) -> None:
             raise UserError(f"report: the program measures no {name!r}; it measures {', '.join(sorted(measured))}.")
     visible = {field.name for field in fields(study.config_class)}
     for figure in study.report.figures:
-        if (kind := figure["kind"]) in report.OWN_FIGURES:
-            known = importlib.import_module(report.OWN_FIGURES[kind]).FIGURES
+        if (kind := figure["kind"]) in analysis.OWN_FIGURES:
+            known = importlib.import_module(analysis.OWN_FIGURES[kind]).FIGURES
             if study.program != kind or figure["figure"] not in known:
                 raise UserError(
                     f"report: the figure {figure['figure']!r} of kind {kind} must be one of {', '.join(known)}, "
@@ -144,7 +151,7 @@ def check_report(study: Study, agents: Sequence[SweptAgent]) -> None:
 
 def _check_one_score(study: Study, agents: Sequence[SweptAgent]) -> None:
     """Agents of several programs are compared by something that all of them measure."""
-    found = {searches.selecting(study, agent.templates[0].config.program())[0] for agent in agents}
+    found = {rounds.selecting(study, agent.templates[0].config.program())[0] for agent in agents}
     if len(found) > 1:
         raise UserError(
             f"report: the programs have other scores ({', '.join(sorted(found))}); name a variable that all measure."
@@ -249,7 +256,7 @@ def _check_video(study: Study, agents: Sequence[SweptAgent]) -> None:
 
 
 def _write_videos(
-    agents: Sequence[SweptAgent], trained: Trained, results: Sequence[report.AgentResult], files: Sequence[Path]
+    agents: Sequence[SweptAgent], trained: Trained, results: Sequence[analysis.AgentResult], files: Sequence[Path]
 ) -> None:
     """The median member of each agent's best setting."""
     spans = trained.spans()
@@ -287,7 +294,7 @@ def _in_rounds(
             [finding.bytes_per_member],
             finding.stage_of,
         )
-        dataset = _dataset(study, agent, part, outcome, plan, {report.SELECTION: finding.selection})
+        dataset = _dataset(study, agent, part, outcome, plan, {analysis.SELECTION: finding.selection})
         if processes.is_first():
             _log_finalists(dataset, part, outcome, options)
         datasets.append(dataset)
@@ -297,7 +304,7 @@ def _in_rounds(
 def _dataset(
     study: Study, agent: SweptAgent, part: Part, outcome: loop.Outcome, plan: "Plan", extra: dict[str, np.ndarray]
 ) -> xarray.Dataset:
-    by, over = searches.selecting(study, part.program)
+    by, over = rounds.selecting(study, part.program)
     attrs = {
         "agent": agent.label,
         "selected_by": by,
@@ -313,7 +320,7 @@ def _dataset(
     dataset = loop.to_dataset(part, outcome, 0, agent.templates[0].config, attrs)
     dimensions = (*(axis.dimension for axis in part.grid.axes), datasets.SEED)
     for name, array in extra.items():
-        better = "lower" if searches.lower_is_better(part.program, by) else "higher"
+        better = "lower" if rounds.better_when_lower(part.program, by) else "higher"
         dataset[name] = (
             dimensions,
             array.reshape(part.grid.shape),
@@ -349,19 +356,21 @@ def _log_finalists(dataset: xarray.Dataset, part: Part, outcome: loop.Outcome, o
 
 def _print_summary(
     study: Study,
-    found: Sequence[report.AgentResult],
+    found: Sequence[analysis.AgentResult],
     datasets: Sequence[xarray.Dataset],
     console: Console,
     folder: Path,
 ) -> None:
     rows = []
     for agent in found:
-        score, runs = report.score_of(agent.best_runs), agent.best_runs
+        score, runs = stratified_bootstrap_interval(agent.best_runs), agent.best_runs
         named = {"agent": agent.label, "best setting": report.words(agent.settings[agent.best])}
         used = int(np.isfinite(runs).sum())
-        rows.append(SettingRow(named, (), score.iqm, score.low, score.high, used, len(runs) - used))
+        rows.append(
+            SettingRow(named, (), float(score.estimate), float(score.low), float(score.high), used, len(runs) - used)
+        )
     about = datasets[0].attrs
-    variable = report.reported_variable(datasets[0], study.report)
+    variable = analysis.reported_variable(datasets[0], study.report)
     render_table(rows, Console(), variable.replace("_", " "), lower_is_better(datasets[0], variable))
     failed = sum(int(np.isnan(agent.scores).sum()) for agent in found)
     note = f"; {counted(failed, 'member')} failed" if failed else ""

@@ -62,7 +62,7 @@ def main(given: Sequence[str] | None = None) -> int:
 
     def work(console: Console) -> int:
         options, study = read_arguments(words)
-        from purejax_bilevel.results.report import reported_variable
+        from purejax_bilevel.results.analysis import reported_variable
         from purejax_bilevel.studies import sweep
 
         found = sweep.run(study, options, console)
@@ -89,7 +89,8 @@ def read_arguments(given: Sequence[str]) -> tuple[SweepOptions, "Study"]:
 
 
 def _study_of(sweep: str, scale: str, changes: Mapping[str, Any]) -> "Study":
-    from purejax_bilevel.studies.study import override, parse, read
+    from purejax_bilevel.studies.overrides import override
+    from purejax_bilevel.studies.study import parse, read
 
     if not sweep:
         raise UserError(f"name a sweep file or a preset: {', '.join(PRESETS)}.")
@@ -162,7 +163,8 @@ def _value(text: str, name: str) -> Any:
 def _resumed(folder: Path, sweep: str, changes: Mapping[str, Any]) -> tuple["Study", dict[str, Any]]:
     """The study of a folder, which goes on unchanged, and the options that it was given."""
     from purejax_bilevel.studies.folder import CONFIG, kept_options
-    from purejax_bilevel.studies.study import override, parse
+    from purejax_bilevel.studies.overrides import override
+    from purejax_bilevel.studies.study import parse
 
     path = folder / CONFIG
     if not path.is_file():

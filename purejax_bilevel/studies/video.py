@@ -58,7 +58,7 @@ def write_video(part: Part, state: Any, member: int, step: int, path: Path) -> P
     observations, alive = jax.jit(episode)(own_state, own_config, np.int32(step - 1))
     observations = np.asarray(observations)[np.asarray(alive)]
     stride = math.ceil(len(observations) / MOST_FRAMES)
-    draw = _drawing(str(part.config.env_name))
+    draw = _drawing(str(getattr(part.config, "env_name", "")))
     title = part.grid.describe(member)
     frames = []
     for i in range(0, len(observations), stride):

@@ -10,7 +10,6 @@ step in MFLOP, and their rate as a share of a 1024 x 1024 product's on one core.
 import argparse
 import itertools
 import time
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +37,7 @@ def main() -> None:
         measure(config, options.members, options.steps, options.repeats)
 
 
-def measure(config: Any, members: int, steps: int, repeats: int) -> None:
+def measure(config: Config, members: int, steps: int, repeats: int) -> None:
     part = runs.make_part(config, members, 0)
     mesh = devices.make_mesh(members)
     program = CompiledProgram([part], mesh, devices.default_member_batch(mesh))
@@ -64,7 +63,7 @@ def measure(config: Any, members: int, steps: int, repeats: int) -> None:
     )
 
 
-def step_flops(config: Any) -> float:
+def step_flops(config: Config) -> float:
     """Matrix products of one time step of funcbo."""
     sizes = (config.input_dim, *[config.hidden_dim] * regression_agents.NUM_LAYERS, config.output_dim)
     products = [2.0 * a * b * config.batch_size for a, b in itertools.pairwise(sizes)]

@@ -44,7 +44,7 @@ def mode_of(golden: Entries) -> modes.Mode:
     kinds = [modes.Kind(1, 0.0, 0.0, 0.0)] * (int(golden["max_object_types"]) - 1)
     kinds.append(modes.Kind(int(golden["max_objects"]) - len(kinds), 0.0, 0.0, 0.0))
     side = int(golden["max_grid_size"])
-    return modes.Mode((modes.Setting((side, side), (1, 1), (), tuple(kinds)),), bool(golden["tabular"]))
+    return modes.Mode((modes.LevelRange((side, side), (1, 1), (), tuple(kinds)),), bool(golden["tabular"]))
 
 
 def levels_of(golden: Entries, prefix: str = "") -> levels.Level:

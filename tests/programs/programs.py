@@ -11,18 +11,19 @@ import numpy as np
 import pytest
 
 from purejax_bilevel.configuration import replace
+from purejax_bilevel.program import Configuration
 from purejax_bilevel.runtime import loop
 from purejax_bilevel.runtime.compiled import CompiledProgram
 from purejax_bilevel.studies import run as runs
 
 
-def train(config: Any, num_seeds: int = 2, seed: int = 0, **options: Any) -> tuple[Any, loop.Outcome]:
+def train(config: Configuration, num_seeds: int = 2, seed: int = 0, **options: Any) -> tuple[Any, loop.Outcome]:
     """A quiet run: its members and what came out."""
     part = runs.make_part(config.resolved(), num_seeds, seed)
     return part, loop.train([part], loop.RunOptions(quiet=True, **options))
 
 
-def step(program: Any, state: Any, config: Any, t: Any) -> tuple[Any, dict[str, Any]]:
+def step(program: Any, state: Any, config: Configuration, t: Any) -> tuple[Any, dict[str, Any]]:
     """Step `t` of a program, before or after the end of its warm-up; metrics that it leaves out have count 0."""
     stage = program.stages[0]
     learn = lambda state: program.update(state, config, t)  # noqa: E731
@@ -54,7 +55,7 @@ def initial_learners(part: Any) -> Any:
     return start.learner
 
 
-def recorded(config: Any, steps: int, limit: int) -> tuple[Any, Any, Any, dict[str, Any]]:
+def recorded(config: Configuration, steps: int, limit: int) -> tuple[Any, Any, Any, dict[str, Any]]:
     """The first steps of a member alone, in an environment with that time limit: configuration, program, state after
     them, metrics of each."""
     config = config.resolved()
@@ -71,7 +72,7 @@ def recorded(config: Any, steps: int, limit: int) -> tuple[Any, Any, Any, dict[s
     return config, program, *run()
 
 
-def own_run(config: Any, part: Any, member: int) -> loop.Outcome:
+def own_run(config: Configuration, part: Any, member: int) -> loop.Outcome:
     """One member of a grid, trained again alone on one device, in arrays of its own size."""
     setting = part.grid.settings(member)
     seed = setting.pop("seed")
@@ -83,7 +84,9 @@ def mostly(names: Iterable[Any], slow: Collection[Any]) -> list[Any]:
     return [pytest.param(name, marks=pytest.mark.slow) if name in slow else name for name in names]
 
 
-def check_resume_is_bitwise(config: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, resumed_on: int = 2) -> None:
+def check_resume_is_bitwise(
+    config: Configuration, folder: Path, monkeypatch: pytest.MonkeyPatch, resumed_on: int = 2
+) -> None:
     """A run of 60 steps on 3 devices broken off at 30, between two evaluations, and continued on another number."""
     _, whole = train(config, devices=2)
     assert len(whole.failed[0]) > 3  # so that a device has one member or more
@@ -107,7 +110,7 @@ def check_resume_is_bitwise(config: Any, folder: Path, monkeypatch: pytest.Monke
         np.testing.assert_array_equal(outcome.rows[0][name], array)
 
 
-def count_conds(config: Any, num_seeds: int, member_batch: int | None, mesh: Any) -> int:
+def count_conds(config: Configuration, num_seeds: int, member_batch: int | None, mesh: Any) -> int:
     """Number of real branches in the program of a run."""
     part = runs.make_part(config.resolved(), num_seeds, 0)
     program = CompiledProgram([part], mesh, member_batch)

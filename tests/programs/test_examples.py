@@ -15,7 +15,7 @@ from rich.console import Console
 from purejax_bilevel import run
 from purejax_bilevel.configuration import replace
 from purejax_bilevel.errors import UserError
-from purejax_bilevel.program import alone
+from purejax_bilevel.program import Configuration, alone
 from purejax_bilevel.results import dataset as datasets
 from purejax_bilevel.runtime import artefacts, checkpoint, compiled, devices, loop
 from purejax_bilevel.studies import run as runs
@@ -42,7 +42,7 @@ def test_the_page_shows_the_example(path: Path):
 # --- a population -----------------------------------------------------------------------------------------------------
 
 
-def meta(num_devices: int | None, config: Any = None, seeds: int = 1, **options: Any) -> loop.Outcome:
+def meta(num_devices: int | None, config: Configuration | None = None, seeds: int = 1, **options: Any) -> loop.Outcome:
     return programs.train(config or population.Config(), seeds, devices=num_devices, **options)[1]
 
 

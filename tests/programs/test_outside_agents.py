@@ -13,6 +13,7 @@ from purejax_bilevel import ContinuousConfig, RegressionConfig, RLConfig, Tabula
 from purejax_bilevel.agents import registry
 from purejax_bilevel.configuration import replace
 from purejax_bilevel.errors import UserError
+from purejax_bilevel.program import Configuration
 from purejax_bilevel.programs.control import agents
 from purejax_bilevel.results import dataset as datasets
 from purejax_bilevel.studies import command_line, plan, study, sweep_command
@@ -269,7 +270,7 @@ def test_a_sweep_runs_it(tmp_path: Path):
     ],
     ids=["continuous", "tabular"],
 )
-def test_the_other_programs_train_it(config: Any):
+def test_the_other_programs_train_it(config: Configuration):
     found = runs.run(config, num_seeds=2, quiet=True)
     assert not found.failed.values.any()
     assert (found.model_gradient_norm.values > 0).any()

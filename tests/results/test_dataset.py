@@ -1,6 +1,5 @@
 """Results: every number is found again under its setting, seed and step, also after a trip through the file."""
 
-import dataclasses
 import itertools
 import json
 import multiprocessing
@@ -190,16 +189,11 @@ def test_arrays_that_do_not_fit_are_refused():
         datasets.build_dataset(Grid(twice, (0,)), [], {}, {}, {})
 
 
-@dataclasses.dataclass
-class Config:
-    lr: tuple[float, ...] = (1e-3, 3e-4)
-    width: np.ndarray = dataclasses.field(default_factory=lambda: np.asarray([3, 4]))
-    agent_type: str = "omd"
-    clip: float | None = None
+CONFIG = {"lr": (1e-3, 3e-4), "width": np.asarray([3, 4]), "agent_type": "omd", "clip": None}
 
 
 def test_config_command_and_versions_are_written(tmp_path):
-    datasets.write_config(tmp_path, Config(), ["/somewhere/bin/python3.11", "/somewhere/train_rl.py", "--name", "a b"])
+    datasets.write_config(tmp_path, CONFIG, ["/somewhere/bin/python3.11", "/somewhere/train_rl.py", "--name", "a b"])
     config = yaml.safe_load((tmp_path / "config.yaml").read_text())
     assert config == {"lr": [1e-3, 3e-4], "width": [3, 4], "agent_type": "omd", "clip": None}
     first = (tmp_path / "command.txt").read_text()
@@ -207,17 +201,17 @@ def test_config_command_and_versions_are_written(tmp_path):
     versions = json.loads((tmp_path / "versions.json").read_text())
     assert versions["python"] == ".".join(map(str, sys.version_info[:3]))
     assert {"jax", "jaxlib", "numpy", "device", "platform"} <= set(versions)
-    datasets.write_config(tmp_path, Config(), "python train_rl.py --resume x", resumed=True)
+    datasets.write_config(tmp_path, CONFIG, ["python", "train_rl.py", "--resume", "x"], resumed=True)
     assert (tmp_path / "command.txt").read_text() == first + "python train_rl.py --resume x\n"
 
 
 def test_a_name_that_is_no_text_is_written_down(tmp_path):
-    datasets.write_config(tmp_path, Config(), ["python", "train_rl.py", "--output_dir", os.fsdecode(b"runs/\xff")])
+    datasets.write_config(tmp_path, CONFIG, ["python", "train_rl.py", "--output_dir", os.fsdecode(b"runs/\xff")])
     assert (tmp_path / "command.txt").read_text() == r"python train_rl.py --output_dir 'runs/\udcff'" + "\n"
 
 
 def test_no_folder_of_this_machine_is_written(tmp_path):
-    datasets.write_config(tmp_path, Config())
+    datasets.write_config(tmp_path, CONFIG)
     text = "".join(path.read_text() for path in tmp_path.iterdir())
     assert sys.prefix not in text
     assert sys.executable not in text

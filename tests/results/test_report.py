@@ -16,11 +16,11 @@ from matplotlib.image import imread
 from matplotlib.text import Text
 
 from purejax_bilevel.members import Axis, Grid
-from purejax_bilevel.results import comparison, outputs, plots, report, statistics
+from purejax_bilevel.results import analysis, comparison, outputs, plots, report, statistics
 from purejax_bilevel.results import dataset as datasets
 from purejax_bilevel.results.__main__ import main
-from purejax_bilevel.results.comparison import Line, Score
-from purejax_bilevel.results.report import Reporting, reporting
+from purejax_bilevel.results.analysis import Reporting, Sensitivity, reporting
+from purejax_bilevel.results.statistics import Estimate
 
 STEPS = np.array([10, 20, 30, 40])
 SEEDS = (0, 1, 2, 3, 4, 5)
@@ -63,8 +63,8 @@ def make(levels: np.ndarray, axes: tuple[Axis, ...] = (LR,), failed: tuple = (),
     return datasets.build_dataset(grid, STEPS, series, finals, about, described)
 
 
-def analyse(dataset, **changes: Any) -> report.AgentResult:
-    return report.analyse("omd", dataset, [0, 1, 2], Reporting(**changes))
+def analyse(dataset, **changes: Any) -> analysis.AgentResult:
+    return analysis.analyse("omd", dataset, [0, 1, 2], Reporting(**changes))
 
 
 # The second setting wins on the choosing seeds, the first on the others.
@@ -80,11 +80,11 @@ def test_the_best_setting_is_chosen_on_seeds_that_are_not_reported():
 
 def test_what_is_measured_at_the_end_is_reported_whatever_its_dimensions():
     dataset = make(CROSSED)
-    assert report.reported_variable(dataset, Reporting()) == "final_return"
+    assert analysis.reported_variable(dataset, Reporting()) == "final_return"
     levels = dataset.rename(episode="level")
-    levels[report.SELECTION] = levels["final_return"].isel(level=0)
-    assert report.reported_variable(levels, Reporting()) == "final_return"
-    assert report.reported_variable(dataset.drop_vars("final_return"), Reporting()) == "evaluation_return"
+    levels[analysis.SELECTION] = levels["final_return"].isel(level=0)
+    assert analysis.reported_variable(levels, Reporting()) == "final_return"
+    assert analysis.reported_variable(dataset.drop_vars("final_return"), Reporting()) == "evaluation_return"
 
 
 def test_one_setting_is_reported_on_all_seeds():
@@ -117,7 +117,7 @@ def test_a_setting_that_failed_while_choosing_loses():
 
 def test_a_search_has_chosen_already():
     dataset = make(CROSSED)
-    dataset[report.SELECTION] = (("lr", "seed"), np.repeat([[3.0], [1.0]], 6, 1), {"better": "lower"})
+    dataset[analysis.SELECTION] = (("lr", "seed"), np.repeat([[3.0], [1.0]], 6, 1), {"better": "lower"})
     agent = analyse(dataset)
     assert agent.best == 1
     np.testing.assert_array_equal(agent.best_runs[:, 0], CROSSED[1])
@@ -143,19 +143,19 @@ def test_sensitivity_takes_the_best_of_the_others():
     levels[0, :, :3], levels[0, :, 3:] = np.array([[1], [9], [2]]), np.array([[5], [6], [7]])
     levels[1, :, :3], levels[1, :, 3:] = np.array([[3], [2], [8]]), np.array([[1], [2], [3]])
     agent = analyse(make(levels, (LR, TAU)))
-    line = report.along(agent, "lr")
+    line = analysis.along(agent, "lr")
     assert line.values == (1e-3, 1e-2)
-    assert [score.iqm for score in line.scores] == [6.0, 3.0]
-    assert [score.iqm for score in report.along(agent, "tau").scores] == [1.0, 6.0, 3.0]
-    assert report.along(agent, "beta").values == ()
+    assert [score.estimate for score in line.scores] == [6.0, 3.0]
+    assert [score.estimate for score in analysis.along(agent, "tau").scores] == [1.0, 6.0, 3.0]
+    assert analysis.along(agent, "beta").values == ()
     # As in the table: the seeds that did not choose.
-    alone = report.along(analyse(make(CROSSED)), "lr")
-    assert [score.iqm for score in alone.scores] == [float(statistics.iqm(row[3:])) for row in CROSSED]
+    alone = analysis.along(analyse(make(CROSSED)), "lr")
+    assert [score.estimate for score in alone.scores] == [float(statistics.iqm(row[3:])) for row in CROSSED]
 
 
 def test_settings_of_a_random_search_are_all_shown():
     axis = Axis(("lr", "tau"), ((0.1, 0.5), (0.2, 0.5)))
-    line = report.along(analyse(make(CROSSED, (axis,))), "lr")
+    line = analysis.along(analyse(make(CROSSED, (axis,))), "lr")
     assert (line.values, line.joined) == ((0.1, 0.2), False)
 
 
@@ -350,11 +350,11 @@ def drawn(monkeypatch) -> list:
 
 def test_sensitivity_shows_every_kind_of_line(monkeypatch, tmp_path):
     figures = drawn(monkeypatch)
-    good, bad = Score(3.0, 2.0, 4.0), Score(np.nan, np.nan, np.nan)
+    good, bad, high = (Estimate(*np.array([*ends, 1, 0])) for ends in ((3.0, 2.0, 4.0), [np.nan] * 3, (5.0, 4.0, 6.0)))
     lines = [
-        Line("omd", (0.001, 0.1, 0.01), (good, bad, Score(5.0, 4.0, 6.0))),
-        Line("level", (), (good,)),
-        Line("mle", (0.1, 0.001), (good, good)),
+        Sensitivity("omd", (0.001, 0.1, 0.01), (good, bad, high)),
+        Sensitivity("level", (), (good,)),
+        Sensitivity("mle", (0.1, 0.001), (good, good)),
     ]
     comparison.sensitivity(lines, "lr", "return", tmp_path / "a.png", "My title")
     (panel,) = figures[0].axes
@@ -365,7 +365,9 @@ def test_sensitivity_shows_every_kind_of_line(monkeypatch, tmp_path):
     assert [line.get_xdata().tolist() for line in crosses] == [[0.1]]
     labels = [text.get_text() for text in panel.get_legend().get_texts()]
     assert labels == ["omd", "level (does not vary)", "mle"]
-    comparison.sensitivity([Line("omd", ("none", "window"), (good, good))], "smoothing", "return", tmp_path / "b.png")
+    comparison.sensitivity(
+        [Sensitivity("omd", ("none", "window"), (good, good))], "smoothing", "return", tmp_path / "b.png"
+    )
     assert [tick.get_text() for tick in figures[1].axes[0].get_xticklabels()] == ["none", "window"]
 
 
@@ -421,18 +423,20 @@ def test_the_report_of_a_sweep_is_made_again_without_jax(tmp_path):
     assert len((tmp_path / report.HTML).read_text()) > 0.5 * len(page)
 
 
-@pytest.mark.parametrize("family", ["control", "regression", "tabular"])
-def test_declarations_are_read_without_jax(family):
+def test_declarations_are_read_without_jax():
+    families = ("control", "learned_optimizers", "meta_objectives", "regression", "tabular")
     code = (
-        "import sys; sys.modules['jax'] = sys.modules['jaxlib'] = None\n"
-        f"from purejax_bilevel.programs.{family} import settings\n"
+        "import importlib, sys; sys.modules['jax'] = sys.modules['jaxlib'] = None\n"
         "from purejax_bilevel.configuration import fields\n"
-        "groups = [x for x in vars(settings).values() if hasattr(x, '__dataclass_fields__')]\n"
-        "print(sum(field.metadata['traced'] for group in groups for field in fields(group)))"
+        f"for family in {families}:\n"
+        "    settings = vars(importlib.import_module(f'purejax_bilevel.programs.{family}.settings'))\n"
+        "    groups = [x for x in settings.values() if hasattr(x, '__dataclass_fields__')]\n"
+        "    print(sum(field.metadata['traced'] for group in groups for field in fields(group)))"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
-    assert int(found.stdout) > 5
+    assert all(int(count) > 5 for count in found.stdout.split())
+    assert len(found.stdout.split()) == len(families)
 
 
 def test_table_and_curves_of_a_run_are_made_again_without_jax(tmp_path):

@@ -12,7 +12,7 @@ from purejax_bilevel.errors import UserError
 from purejax_bilevel.members import Axis, Grid
 from purejax_bilevel.results import dataset as datasets
 from purejax_bilevel.results import statistics
-from purejax_bilevel.results.statistics import Interval
+from purejax_bilevel.results.statistics import Estimate
 
 RANDOM = np.random.default_rng(0)
 
@@ -301,4 +301,4 @@ def test_long_table_shows_the_best():
 
 
 def test_interval_type_is_public():
-    assert isinstance(statistics.stratified_bootstrap_interval(np.arange(4.0)), Interval)
+    assert isinstance(statistics.stratified_bootstrap_interval(np.arange(4.0)), Estimate)

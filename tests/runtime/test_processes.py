@@ -26,8 +26,8 @@ from jax._src.lib import _jax
 import train_rl
 from purejax_bilevel.errors import UserError
 from purejax_bilevel.results import dataset as datasets
-from purejax_bilevel.runtime import checkpoint, devices, loop, processes
-from purejax_bilevel.runtime.processes import Place
+from purejax_bilevel.runtime import checkpoint, devices, loop, meeting, processes, schedulers
+from purejax_bilevel.runtime.schedulers import ProcessPlace
 from purejax_bilevel.studies import command_line, sweep_command
 from purejax_bilevel.studies import run as runs
 
@@ -62,14 +62,14 @@ def free_port() -> int:
 
 
 def test_slurm_says_who_is_who():
-    place = processes.started_by(SLURM)
-    assert place == Place(place.coordinator, 8, 5, (1,))
+    place = schedulers.started_by(SLURM)
+    assert place == ProcessPlace(place.coordinator, 8, 5, (1,))
     assert re.fullmatch(r"gpu07:6[1-5]\d{3}", place.coordinator)
-    assert processes.started_by(SLURM | {"SLURM_PROCID": "0"}).coordinator == place.coordinator
-    assert processes.started_by(SLURM | {"SLURM_STEP_ID": "1"}).coordinator != place.coordinator
+    assert schedulers.started_by(SLURM | {"SLURM_PROCID": "0"}).coordinator == place.coordinator
+    assert schedulers.started_by(SLURM | {"SLURM_STEP_ID": "1"}).coordinator != place.coordinator
     for nodes, first in (("alone", "alone"), ("a1,b[2-3]", "a1"), ("n[1-3]-ib,m", "n1-ib"), ("x[001,007]", "x001")):
-        assert processes.started_by(SLURM | {"SLURM_STEP_NODELIST": nodes}).coordinator.startswith(f"{first}:"), nodes
-    named = processes.started_by(SLURM | {"JAX_COORDINATOR_ADDRESS": "n1:5"})
+        assert schedulers.started_by(SLURM | {"SLURM_STEP_NODELIST": nodes}).coordinator.startswith(f"{first}:"), nodes
+    named = schedulers.started_by(SLURM | {"JAX_COORDINATOR_ADDRESS": "n1:5"})
     assert named.coordinator == "n1:5"
 
 
@@ -82,8 +82,8 @@ def test_slurm_says_who_is_who():
     ],
 )
 def test_a_process_takes_all_accelerators_that_are_its_own(changes):
-    assert processes.started_by(SLURM | {"CUDA_VISIBLE_DEVICES": "0,1,2,3"}).accelerators == (1,)
-    assert processes.started_by(SLURM | changes).accelerators is None
+    assert schedulers.started_by(SLURM | {"CUDA_VISIBLE_DEVICES": "0,1,2,3"}).accelerators == (1,)
+    assert schedulers.started_by(SLURM | changes).accelerators is None
 
 
 @pytest.mark.parametrize(
@@ -96,18 +96,18 @@ def test_a_process_takes_all_accelerators_that_are_its_own(changes):
     ],
 )
 def test_a_single_task_waits_for_nobody(environment):
-    assert processes.started_by(environment) is None
+    assert schedulers.started_by(environment) is None
 
 
 def test_open_mpi_says_who_is_who():
-    place = processes.started_by(SLURM | OPEN_MPI)  # mpirun within a Slurm job
-    assert place == Place(place.coordinator, 4, 3, (1,))
+    place = schedulers.started_by(SLURM | OPEN_MPI)  # mpirun within a Slurm job
+    assert place == ProcessPlace(place.coordinator, 4, 3, (1,))
     assert re.fullmatch(r"10\.0\.0\.1:6[1-5]\d{3}", place.coordinator)
     version_5 = {name: value for name, value in OPEN_MPI.items() if "orte" not in name} | {"PMIX_NAMESPACE": "p-1@1"}
-    local = processes.started_by(version_5 | {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"})
+    local = schedulers.started_by(version_5 | {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"})
     assert local.coordinator.startswith("localhost:")
     with pytest.raises(UserError, match="does not say where the first one is: set JAX_COORDINATOR_ADDRESS"):
-        processes.started_by(version_5)
+        schedulers.started_by(version_5)
 
 
 @pytest.mark.parametrize(
@@ -145,19 +145,19 @@ def test_wrong_places_get_one_sentence(words, sentence, capsys):
 )
 def test_wrong_variables_of_a_scheduler_are_named(environment, sentence):
     with pytest.raises(UserError, match=sentence):
-        processes.started_by(environment)
+        schedulers.started_by(environment)
 
 
 # ---------------------------------------------------------------- meeting
 
 
-def meet(monkeypatch, seconds: float, *places: Place) -> list[str]:
+def meet(monkeypatch, seconds: float, *places: ProcessPlace) -> list[str]:
     """What each process is told when all start at once; "" for those that may go on."""
-    monkeypatch.setattr(processes, "JOIN_SECONDS", seconds)
+    monkeypatch.setattr(meeting, "JOIN_SECONDS", seconds)
 
-    def attempt(place: Place) -> str:
+    def attempt(place: ProcessPlace) -> str:
         try:
-            processes._meet(place)
+            meeting.meet(place)
         except UserError as error:
             return str(error)
         return ""
@@ -168,7 +168,7 @@ def meet(monkeypatch, seconds: float, *places: Place) -> list[str]:
 
 def test_processes_meet(monkeypatch):
     address = f"localhost:{free_port()}"
-    assert meet(monkeypatch, 30, *(Place(address, 3, i) for i in (2, 1, 0))) == ["", "", ""]
+    assert meet(monkeypatch, 30, *(ProcessPlace(address, 3, i) for i in (2, 1, 0))) == ["", "", ""]
 
 
 def test_strangers_at_the_port_are_ignored(monkeypatch):
@@ -180,22 +180,22 @@ def test_strangers_at_the_port_are_ignored(monkeypatch):
                 connection.sendall(content)
 
     with ThreadPoolExecutor(1) as pool:
-        first = pool.submit(meet, monkeypatch, 30, Place(f"localhost:{port}", 2, 0))
+        first = pool.submit(meet, monkeypatch, 30, ProcessPlace(f"localhost:{port}", 2, 0))
         time.sleep(0.3)
         knock()
-        assert meet(monkeypatch, 30, Place(f"localhost:{port}", 2, 1)) == [""]
+        assert meet(monkeypatch, 30, ProcessPlace(f"localhost:{port}", 2, 1)) == [""]
         assert first.result() == [""]
 
 
 def test_who_is_missing_is_named(monkeypatch):
     address = f"localhost:{free_port()}"
-    told = meet(monkeypatch, 1, Place(address, 4, 0), Place(address, 4, 2))
+    told = meet(monkeypatch, 1, ProcessPlace(address, 4, 0), ProcessPlace(address, 4, 2))
     assert set(told) == {f"of 4 processes 2 came to {address} within 1 s; process 1, 3 did not."}
 
 
 def test_an_unreachable_coordinator_is_named(monkeypatch):
     address = f"localhost:{free_port()}"
-    (told,) = meet(monkeypatch, 1, Place(address, 2, 1))
+    (told,) = meet(monkeypatch, 1, ProcessPlace(address, 2, 1))
     assert told.startswith(f"process 1 cannot reach process 0 at {address} within 1 s (")
 
 
@@ -208,44 +208,44 @@ def test_an_unreachable_coordinator_is_named(monkeypatch):
 )
 def test_processes_that_do_not_belong_together_are_told(monkeypatch, others, sentence):
     address = f"localhost:{free_port()}"
-    told = meet(monkeypatch, 2, Place(address, 3, 0), *(Place(address, *other) for other in others))
+    told = meet(monkeypatch, 2, ProcessPlace(address, 3, 0), *(ProcessPlace(address, *other) for other in others))
     assert sentence in told[0]
     assert sentence in told[1:]
 
 
 def test_only_the_coordinators_address_is_listened_at(monkeypatch):
     for host in ("localhost", "127.0.0.1", "127.0.0.2"):
-        with processes._listen(Place(f"{host}:{free_port()}", 2, 0)) as server:
-            assert processes._means_loopback(server.getsockname()[0]), host
+        with meeting._listen(ProcessPlace(f"{host}:{free_port()}", 2, 0)) as server:
+            assert meeting._means_loopback(server.getsockname()[0]), host
     answers = {"own": "127.0.1.1", "proxy": "192.0.2.1"}  # as in Debian's /etc/hosts; an address of nobody
     look_up = lambda name, *_, **__: [(socket.AF_INET, socket.SOCK_STREAM, 0, "", (answers[name], 0))]  # noqa: E731
     monkeypatch.setattr(socket, "getaddrinfo", look_up)
-    assert [processes._bind_address(Place(f"{name}:7", 2, 0)) for name in answers] == ["[::]:7", "[::]:7"]
-    monkeypatch.setattr(processes, "_means_loopback", lambda name: False)
-    assert processes._bind_address(Place("own:7", 2, 0)) == "127.0.1.1:7"
+    assert [meeting.bind_address(ProcessPlace(f"{name}:7", 2, 0)) for name in answers] == ["[::]:7", "[::]:7"]
+    monkeypatch.setattr(meeting, "_means_loopback", lambda name: False)
+    assert meeting.bind_address(ProcessPlace("own:7", 2, 0)) == "127.0.1.1:7"
 
 
 def test_who_does_not_know_the_token_cannot_join(monkeypatch):
     address = f"localhost:{free_port()}"
     script = (
-        "from purejax_bilevel.runtime import processes\n"
-        "processes.JOIN_SECONDS = 60\n"
+        "from purejax_bilevel.runtime import meeting, schedulers\n"
+        "meeting.JOIN_SECONDS = 60\n"
         "try:\n"
-        f"    processes._meet(processes.Place({address!r}, 2, 1))\n"
+        f"    meeting.meet(schedulers.ProcessPlace({address!r}, 2, 1))\n"
         "except ValueError as error:\n"
         "    print(error)"
     )
 
     def other(token: str) -> str:
-        environment = os.environ | {processes.TOKEN: token}
+        environment = os.environ | {meeting.TOKEN: token}
         found = subprocess.run(
             [sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, env=environment
         )
         return found.stdout
 
-    monkeypatch.setenv(processes.TOKEN, "of all")
+    monkeypatch.setenv(meeting.TOKEN, "of all")
     with ThreadPoolExecutor(1) as pool:
-        first = pool.submit(meet, monkeypatch, 60, Place(address, 2, 0))
+        first = pool.submit(meet, monkeypatch, 60, ProcessPlace(address, 2, 0))
         told = "process 0 does not know this process: PUREJAX_BILEVEL_JOIN_TOKEN must be the same for all.\n"
         assert other("of nobody") == told
         assert other("of all") == ""
@@ -254,7 +254,7 @@ def test_who_does_not_know_the_token_cannot_join(monkeypatch):
 
 def test_a_taken_port_is_named(monkeypatch):
     with socket.create_server(("", 0)) as server:
-        (told,) = meet(monkeypatch, 1, Place(f"localhost:{server.getsockname()[1]}", 2, 0))
+        (told,) = meet(monkeypatch, 1, ProcessPlace(f"localhost:{server.getsockname()[1]}", 2, 0))
     assert "process 0 cannot listen at localhost:" in told
 
 

@@ -210,13 +210,13 @@ def test_sigterm_before_the_loop_is_an_interrupt():
 
 def test_cleaning_up_after_a_search_leaves_what_is_not_its_own(tmp_path: Path):
     for name in ("rung-1", "finals-1"):
-        (tmp_path / search.ROUNDS / name).mkdir(parents=True)
-        (tmp_path / search.ROUNDS / name / search.SCORES).write_text("")
-        (tmp_path / search.ROUNDS / name / checkpoint.FILE_NAME).write_text("")
-    note = tmp_path / search.ROUNDS / "finals-1" / "note.txt"
+        (tmp_path / folder.ROUNDS / name).mkdir(parents=True)
+        (tmp_path / folder.ROUNDS / name / folder.SCORES).write_text("")
+        (tmp_path / folder.ROUNDS / name / checkpoint.FILE_NAME).write_text("")
+    note = tmp_path / folder.ROUNDS / "finals-1" / "note.txt"
     note.write_text("mine")
     search.clean(tmp_path)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [note]
     note.unlink()
     search.clean(tmp_path)
-    assert not (tmp_path / search.ROUNDS).exists()
+    assert not (tmp_path / folder.ROUNDS).exists()

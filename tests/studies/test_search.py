@@ -11,13 +11,17 @@ import yaml
 
 from purejax_bilevel.errors import UserError
 from purejax_bilevel.results import dataset as datasets
+from purejax_bilevel.results.report import HISTORY
 from purejax_bilevel.runtime import compiled, loop
 from purejax_bilevel.runtime.loggers import Loggers
 from purejax_bilevel.studies import run as runs
-from purejax_bilevel.studies import search, sweep_command
+from purejax_bilevel.studies import sweep_command
+from purejax_bilevel.studies.evolving import SettingStrategy
+from purejax_bilevel.studies.folder import ROUNDS
+from purejax_bilevel.studies.halving import rung_ends
+from purejax_bilevel.studies.intervals import Interval
 from purejax_bilevel.studies.plan import make_agents
-from purejax_bilevel.studies.search import Evolution, rung_ends
-from purejax_bilevel.studies.study import Interval, Search, parse
+from purejax_bilevel.studies.study import Search, parse
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
@@ -46,7 +50,7 @@ def run(folder: Path, description: dict[str, Any], *arguments: str, name: str = 
 
 
 def history(folder: Path) -> list[dict[str, Any]]:
-    return [{**entry, "seconds": 0} for entry in json.loads((folder / search.HISTORY).read_text())]
+    return [{**entry, "seconds": 0} for entry in json.loads((folder / HISTORY).read_text())]
 
 
 @pytest.mark.parametrize("algorithm", ["cma_es", "open_es"])
@@ -63,7 +67,7 @@ def test_an_evolution_strategy_finds_the_best_setting(toy, tmp_path, algorithm):
     assert {member["seed"] for entry in rounds for part in entry["parts"] for member in part["members"]} == {0, 1}
     asked = [[member["lr"] for member in entry["parts"][0]["members"]] for entry in rounds]
     assert np.std(np.log(asked[-1])) < np.std(np.log(asked[0]))
-    assert not (folder / search.ROUNDS).exists()
+    assert not (folder / ROUNDS).exists()
 
 
 def test_sub_programs_have_searches_of_their_own(toy, tmp_path):
@@ -254,7 +258,8 @@ def test_rungs_end_at_evaluations():
 @pytest.mark.parametrize("algorithm", ["cma_es", "open_es"])
 def test_failed_settings_do_not_break_an_evolution_strategy(algorithm):
     space = (Interval("lr", 1e-4, 1.0), Interval("width", 1, 9, "linear", whole=True))
-    strategy = Evolution(Search(method="es", algorithm=algorithm, population=6), space, {"lr": 1e-2, "width": 3}, 0)
+    search = Search(method="es", algorithm=algorithm, population=6)
+    strategy = SettingStrategy(search, space, {"lr": 1e-2, "width": 3}, 0)
     for failed in ([0], range(6), [1, 2]):
         settings = strategy.ask()
         assert all(1e-4 <= s["lr"] <= 1.0 and s["width"] in range(1, 10) for s in settings)
@@ -266,7 +271,7 @@ def test_failed_settings_do_not_break_an_evolution_strategy(algorithm):
 
 def test_equal_searches_ask_the_same():
     def asked(seed: int, number: int) -> list:
-        return Evolution(Search(method="es", seed=seed), (Interval("lr", 1e-4, 1.0),), {"lr": 1e-2}, number).ask()
+        return SettingStrategy(Search(method="es", seed=seed), (Interval("lr", 1e-4, 1.0),), {"lr": 1e-2}, number).ask()
 
     assert asked(0, 0) == asked(0, 0)
     assert asked(0, 0) != asked(1, 0)

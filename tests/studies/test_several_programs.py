@@ -9,6 +9,7 @@ import yaml
 
 from purejax_bilevel.configuration import POSITIVE, at_least, configuration, static, traced
 from purejax_bilevel.errors import UserError
+from purejax_bilevel.program import Configuration
 from purejax_bilevel.results import dataset as datasets
 from purejax_bilevel.runtime import artefacts, compiled
 from purejax_bilevel.studies import study, sweep_command
@@ -32,7 +33,7 @@ class Longer:
 class LongerToy(toys.Toy):
     step_unit = "episodes"
 
-    def __init__(self, config: Any):
+    def __init__(self, config: Configuration):
         super().__init__(toys.Config(num_train_steps=config.episodes, eval_frequency=10))
 
     def init(self, key: Any, config: Longer, shared: tuple = ()) -> Any:

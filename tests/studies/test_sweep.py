@@ -12,14 +12,16 @@ from rich.console import Console
 from purejax_bilevel import programs
 from purejax_bilevel.configuration import configuration, fields, static
 from purejax_bilevel.errors import UserError
+from purejax_bilevel.results import analysis, statistics
 from purejax_bilevel.results import dataset as datasets
-from purejax_bilevel.results import report, statistics
 from purejax_bilevel.results.statistics import TASKS
 from purejax_bilevel.runtime import compiled, loop
 from purejax_bilevel.studies import presets, study, sweep, sweep_command
 from purejax_bilevel.studies import run as runs
+from purejax_bilevel.studies.intervals import Interval
+from purejax_bilevel.studies.overrides import override
 from purejax_bilevel.studies.plan import make_agents
-from purejax_bilevel.studies.study import Interval, override, parse
+from purejax_bilevel.studies.study import parse
 from tests import toy as toys
 
 TOY: dict[str, Any] = {
@@ -188,7 +190,7 @@ def test_a_task_of_an_own_program_is_no_setting(tmp_path):
     dataset = datasets.load(tmp_path / "sweep" / "left")
     assert statistics.settings_without_tasks(dataset) == [{"lr": 1e-3}, {"lr": 0.01}]
     assert statistics.tasks_of(dataset) == [{"level": "hard"}, {"level": "easy"}]
-    found = report.analyse("left", dataset, [0, 1], report.Reporting())
+    found = analysis.analyse("left", dataset, [0, 1], analysis.Reporting())
     assert found.settings[found.best] == {"lr": 0.01}
     with pytest.raises(UserError, match="give it in grid, not in zip"):
         make_agents(parse({**own, "axes": [{"zip": {"level": ["hard", "easy"], "lr": [0.1, 0.2]}}]}))

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from purejax_bilevel.errors import UserError
-from purejax_bilevel.studies import plan, presets, study, sweep, sweep_command
+from purejax_bilevel.studies import overrides, plan, presets, study, sweep, sweep_command
 
 REPLACEMENTS: tuple[Any, ...] = (
     None, "text", True, -1, 0.5, 10**30, 10**400, float("inf"), [], [[1, 2], [3]], [None], {}, {"omd": 1}, [{"a": 1}],
@@ -50,7 +50,7 @@ def replaced(value: Any, path: tuple, new: Any) -> Any:
 def outcome(description: Any, changes: dict[str, Any]) -> str:
     """`read`, or the sentence that refuses the file; anything else raises."""
     try:
-        checked = study.parse(study.override(description, changes) if changes else description)
+        checked = study.parse(overrides.override(description, changes) if changes else description)
         sweep.check_report(checked, plan.make_agents(checked))
     except UserError as error:
         return str(error)

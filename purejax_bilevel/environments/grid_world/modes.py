@@ -30,7 +30,7 @@ class Kind:
 
 
 @dataclasses.dataclass(frozen=True)
-class Setting:
+class LevelRange:
     """How one level is drawn.
 
     Args:
@@ -68,7 +68,7 @@ class Mode:
         lifetime: updates that an agent of meta-training lives; its logarithm is uniform, then it is rounded.
     """
 
-    settings: tuple[Setting, ...]
+    settings: tuple[LevelRange, ...]
     tabular: bool = True
     lifetime: Range = (2500, 2500)
 
@@ -90,8 +90,8 @@ class Mode:
         return max(setting.steps[1] for setting in self.settings)
 
 
-def _fixed(grid: int, steps: int, kinds: tuple[Kind, ...], walls: tuple[int, ...] = ()) -> Setting:
-    return Setting((grid, grid), (steps, steps), walls, kinds)
+def _fixed(grid: int, steps: int, kinds: tuple[Kind, ...], walls: tuple[int, ...] = ()) -> LevelRange:
+    return LevelRange((grid, grid), (steps, steps), walls, kinds)
 
 
 def _line(grid: int, gaps: Range, row: int | None = None, column: int | None = None) -> set[int]:
@@ -113,11 +113,11 @@ _LONG_DENSE = _fixed(
 )
 _TABULAR = {"dense": _DENSE, "sparse": _SPARSE, "long": _LONG, "longer": _LONGER, "long_dense": _LONG_DENSE}
 
-_SMALL = Setting((4, 6), (20, 100), 7, objects=(1, 3))
-_MEDIUM = Setting((6, 8), (100, 250), 10, objects=(2, 4))
-_LARGE = Setting((8, 10), (250, 750), 15, objects=(2, 5))
-_ALL = Setting((4, 10), (20, 750), 15, objects=(1, 5))
-_DEBUG = Setting((3, 4), (5, 10), 4, objects=(1, 2))
+_SMALL = LevelRange((4, 6), (20, 100), 7, objects=(1, 3))
+_MEDIUM = LevelRange((6, 8), (100, 250), 10, objects=(2, 4))
+_LARGE = LevelRange((8, 10), (250, 750), 15, objects=(2, 5))
+_ALL = LevelRange((4, 10), (20, 750), 15, objects=(1, 5))
+_DEBUG = LevelRange((3, 4), (5, 10), 4, objects=(1, 2))
 
 _RANDOM = {
     "rand_dense": _DENSE,
@@ -129,7 +129,7 @@ _RANDOM = {
 }
 _TINY = _fixed(3, 50, (Kind(2, 1.0, 0.0, 1.0),))
 _MAZES = {
-    name: Setting((mazes.SIZE, mazes.SIZE), (25, 50), walls, objects=(3, 3), rewards=(0.0, 1.0))
+    name: LevelRange((mazes.SIZE, mazes.SIZE), (25, 50), walls, objects=(3, 3), rewards=(0.0, 1.0))
     for name, walls in mazes.WALLS.items()
 }
 

@@ -538,7 +538,7 @@ class DiscreteAgent(Agent):
 
 
 SMOOTHED = ("smoothing", "smoothing_window", "beta")
-SOLVED = ("with_inv_jac", "damping", "solver_steps", "neumann_step_size")
+SOLVER = ("with_inv_jac", "damping", "solver_steps", "neumann_step_size")
 DUAL = ("num_dual_Q_steps", "dual_lr")
 INNER = ("no_warm", "warm_opt")
 PREDICTIVE = ("num_T_steps",)
@@ -552,7 +552,7 @@ AGENTS = Agents(
             text="implicit differentiation of the inner problem's optimality in the Q-function's parameters",
             step=bilevel_agent(hypergradient_omd),
             defaults={"lr": 1e-3, "inner_lr": 5e-4, "tau": 0.02},
-            settings=(*SOLVED, *SMOOTHED, *INNER),
+            settings=(*SOLVER, *SMOOTHED, *INNER),
         ),
         DiscreteAgent(
             name="funcbo",

@@ -14,7 +14,6 @@ The agent is an argument; nothing else in this file depends on which one it is.
 import functools
 from typing import Any, Literal, Self
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 
@@ -32,13 +31,10 @@ from purejax_bilevel.configuration import (
 )
 from purejax_bilevel.environments import non_stationary
 from purejax_bilevel.errors import UserError
-from purejax_bilevel.program import Measure, Metrics, Program, Stage, Tree
+from purejax_bilevel.program import Metrics, Tree
 from purejax_bilevel.programs.control import agents, rollouts
+from purejax_bilevel.programs.control.acting import ACT, ENVIRONMENT, INIT, LEARN, Acting, State
 from purejax_bilevel.programs.control.settings import Evaluation, Inner, QLearning, Replay, Schedule, SoftQ, Task
-
-# Named streams of random numbers; a constant each, so that adding one moves no other.
-INIT, STEP, EVALUATE, VIDEO = range(4)  # of a member
-ACT, ENVIRONMENT, LEARN = range(3)  # of a step
 
 
 @configuration
@@ -120,41 +116,12 @@ def _check_together(config: Config) -> None:
     environments.make(config.env_name)
 
 
-class State(flax.struct.PyTreeNode):
-    """Everything a member carries from step to step."""
-
-    # constant
-    key: jax.Array
-    # acting
-    obs: jax.Array
-    environment: Any
-    episode_return: jax.Array
-    # data
-    storage: jax.Array
-    # learning
-    learner: agents.Learner
-
-
-class ModelBased(Program):
+class ModelBased(Acting[Config]):
     """The program: three pure functions of a member's configuration, sharing the environment and the agent.
 
     Args:
         config: resolved configuration; only its static fields matter here.
     """
-
-    headline = "evaluation_return"
-    step_unit = "environment steps"
-    measures = (
-        Measure("evaluation_return", "return of evaluation episodes", better="higher"),
-        Measure("training_return", "return of the episodes finished in training", better="higher"),
-        Measure("model_loss", "outer loss"),
-        Measure("q_loss", "inner loss"),
-        Measure("model_gradient_norm", "norm of the model's gradient"),
-        Measure("q_gradient_norm", "norm of the inner gradient"),
-        Measure("model_error", "mean squared error of the predicted next observation"),
-        Measure("solver_residual", "relative residual of the linear solver"),
-        Measure("final_return", "return of the last evaluation", better="higher", dims=("episode",), when="end"),
-    )
 
     def __init__(self, config: Config):
         self.task = environments.make(config.env_name)
@@ -162,16 +129,7 @@ class ModelBased(Program):
         if config.non_stationary != "plain":
             self.environment = non_stationary.RewardInterval(self.environment)
         self.agent = agents.AGENTS[config.agent_type]
-        self.stages = (
-            Stage(
-                config.num_train_steps,
-                config.eval_frequency,
-                self.update,
-                self.evaluate,
-                warm_up=config.init_steps,
-                collect=self.collect,
-            ),
-        )
+        super().__init__(config)
 
     def init(self, key: jax.Array, config: Config, shared: Tree = ()) -> State:
         """State of a member before its first step; the key becomes the member's own."""
@@ -187,10 +145,6 @@ class ModelBased(Program):
             learner=self.agent.init(config, init_key, task.obs_dim, task.num_actions),
         )
 
-    def collect(self, state: State, config: Config, t: jax.Array, shared: Tree = ()) -> tuple[State, Metrics]:
-        """One environment step with a uniform action; arguments as for `update`."""
-        return self._interact(state, config, t, self._key(state, t))
-
     def update(self, state: State, config: Config, t: jax.Array, shared: Tree = ()) -> tuple[State, Metrics]:
         """One environment step and one outer step.
 
@@ -204,9 +158,6 @@ class ModelBased(Program):
         draw = lambda key: self._draw(state.storage, config, t, key)  # noqa: E731
         learner, losses = self.agent.step(config, state.learner, draw, jax.random.fold_in(key, LEARN), t)
         return state.replace(learner=learner), metrics | agents.measured(losses)
-
-    def _key(self, state: State, t: jax.Array) -> jax.Array:
-        return jax.random.fold_in(jax.random.fold_in(state.key, STEP), t)
 
     def _interact(self, state: State, config: Config, t: jax.Array, key: jax.Array) -> tuple[State, Metrics]:
         policy_key, explore_key, uniform_key = jax.random.split(jax.random.fold_in(key, ACT), 3)
@@ -249,28 +200,6 @@ class ModelBased(Program):
         if config.non_stationary == "drift":
             position = non_stationary.drift_position(t, config.transition_steps, config.plateau_steps)
         return non_stationary.interval_params(self.task.params, position)
-
-    def evaluate(
-        self, state: State, config: Config, t: jax.Array, is_last: jax.Array, shared: Tree = ()
-    ) -> dict[str, jax.Array]:
-        """Plays episodes with the policy of step `t`, without exploration, in the environment as it is at that step.
-
-        Returns:
-            `evaluation_return` (mean), `final_return` `[episodes]` (NaN for those not played before the last
-            evaluation).
-        """
-        key = jax.random.fold_in(jax.random.fold_in(state.key, EVALUATE), t)
-        episodes = (config.eval_episodes, config.final_eval_episodes)
-        return rollouts.evaluate(*self._rollout(state, config, t), key, *episodes, is_last)
-
-    def episode(self, state: State, config: Config, t: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """One episode of the policy of step `t`, for a video.
-
-        Returns:
-            Observations `[max_steps, obs]` and whether the episode was still going on `[max_steps]`.
-        """
-        key = jax.random.fold_in(jax.random.fold_in(state.key, VIDEO), t)
-        return rollouts.episode(*self._rollout(state, config, t), key)
 
     def _rollout(self, state: State, config: Config, t: jax.Array) -> tuple[Any, Any, int, rollouts.Policy]:
         policy = functools.partial(act, config, state.learner.q)

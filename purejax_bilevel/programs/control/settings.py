@@ -179,7 +179,7 @@ class Copies(Schedule):
 
 
 @configuration
-class Policy:
+class PolicyLearning:
     """The policy, its temperature and their optimisers."""
 
     policy_lr: float = traced(3e-4, "Adam rate of the policy", POSITIVE, "policy")
@@ -201,7 +201,7 @@ class Policy:
 
 
 @configuration
-class SoftActorCritic(Policy, Learning):
+class SoftActorCritic(PolicyLearning, Learning):
     """All that agents for continuous actions learn by."""
 
     separate_noise: bool = static(

@@ -15,15 +15,23 @@ The agent is an argument; nothing else in this file depends on which one it is.
 
 from typing import Any, Self
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 
 from purejax_bilevel import environments, networks, replay
-from purejax_bilevel.configuration import at_least, changed, configuration, replace, validate, warn_if_idle
+from purejax_bilevel.configuration import (
+    LARGEST_WHOLE,
+    at_least,
+    changed,
+    configuration,
+    replace,
+    validate,
+    warn_if_idle,
+)
 from purejax_bilevel.errors import UserError
-from purejax_bilevel.program import Measure, Metrics, Program, Stage, Tree
+from purejax_bilevel.program import Measure, Metrics, Tree
 from purejax_bilevel.programs.control import agents, policies, rollouts, soft_actor_critic_agents
+from purejax_bilevel.programs.control.acting import ACT, ENVIRONMENT, INIT, LEARN, Acting, State
 from purejax_bilevel.programs.control.settings import (
     Copies,
     Evaluation,
@@ -37,12 +45,7 @@ from purejax_bilevel.programs.control.settings import (
     WarmStart,
 )
 
-# Named streams of random numbers; a constant each, so that adding one moves no other.
-INIT, STEP, EVALUATE, VIDEO = range(4)  # of a member
-ACT, ENVIRONMENT, LEARN = range(3)  # of a step
-
 LARGEST_CAPACITY = 1_000_000  # transitions stored unless told otherwise
-LARGEST_COUNT = 2**31 - 1  # steps are counted in 32 bits
 
 
 @configuration
@@ -117,10 +120,10 @@ def _check_together(config: Config) -> None:
     if config.capacity < config.batch_size and config.num_train_steps > config.init_steps:
         raise UserError(f"--capacity {config.capacity} is smaller than --batch_size {config.batch_size}.")
     per_step = max(config.num_envs, config.updates_per_step)
-    if config.num_train_steps * per_step > LARGEST_COUNT:
+    if config.num_train_steps * per_step > LARGEST_WHOLE:
         raise UserError(
             f"--num_train_steps {config.num_train_steps} with {config.num_envs} environments and "
-            f"{config.updates_per_step} updates per step is more than can be counted ({LARGEST_COUNT})."
+            f"{config.updates_per_step} updates per step is more than can be counted ({LARGEST_WHOLE})."
         )
     soft_actor_critic_agents.AGENTS.check_settings(config)
     _make_task(config)
@@ -144,59 +147,25 @@ def _is_discrete(name: str) -> bool:
     return True
 
 
-class State(flax.struct.PyTreeNode):
-    """Everything a member carries from step to step."""
-
-    # constant
-    key: jax.Array
-    # acting, one of each for every copy of the environment
-    obs: jax.Array
-    environment: Any
-    episode_return: jax.Array
-    # data
-    storage: jax.Array
-    # learning
-    learner: soft_actor_critic_agents.Learner
-
-
-class ActorCritic(Program):
+class ActorCritic(Acting[Config]):
     """The program: three pure functions of a member's configuration, sharing the environment and the agent.
 
     Args:
         config: resolved configuration; only its static fields matter here.
     """
 
-    headline = "evaluation_return"
-    step_unit = "environment steps"
     measures = (
-        Measure("evaluation_return", "return of evaluation episodes", better="higher"),
-        Measure("training_return", "return of the episodes finished in training", better="higher"),
-        Measure("model_loss", "outer loss"),
-        Measure("q_loss", "inner loss"),
+        *Acting.measures,
         Measure("policy_loss", "loss of the policy"),
         Measure("temperature", "temperature"),
         Measure("entropy", "entropy of the policy"),
-        Measure("model_gradient_norm", "norm of the model's gradient"),
-        Measure("q_gradient_norm", "norm of the inner gradient"),
         Measure("policy_gradient_norm", "norm of the policy's gradient"),
-        Measure("model_error", "mean squared error of the predicted next observation"),
-        Measure("solver_residual", "relative residual of the linear solver"),
-        Measure("final_return", "return of the last evaluation", better="higher", dims=("episode",), when="end"),
     )
 
     def __init__(self, config: Config):
         self.task = _make_task(config)
         self.agent = soft_actor_critic_agents.AGENTS[config.agent_type]
-        self.stages = (
-            Stage(
-                config.num_train_steps,
-                config.eval_frequency,
-                self.update,
-                self.evaluate,
-                warm_up=config.init_steps,
-                collect=self.collect,
-            ),
-        )
+        super().__init__(config)
 
     def init(self, key: jax.Array, config: Config, shared: Tree = ()) -> State:
         """State of a member before its first step; the key becomes the member's own."""
@@ -214,10 +183,6 @@ class ActorCritic(Program):
             learner=self.agent.init(config, init_key, task.obs_dim, task.action_dim),
         )
 
-    def collect(self, state: State, config: Config, t: jax.Array, shared: Tree = ()) -> tuple[State, Metrics]:
-        """One step of every copy of the environment with uniform actions; arguments as for `update`."""
-        return self._interact(state, config, t, self._key(state, t))
-
     def update(self, state: State, config: Config, t: jax.Array, shared: Tree = ()) -> tuple[State, Metrics]:
         """One step of every copy of the environment and `updates_per_step` updates.
 
@@ -230,9 +195,6 @@ class ActorCritic(Program):
         state, metrics = self._interact(state, config, t, key)
         learner, losses = self._learn(state.learner, state.storage, config, t, jax.random.fold_in(key, LEARN))
         return state.replace(learner=learner), metrics | agents.measured(losses)
-
-    def _key(self, state: State, t: jax.Array) -> jax.Array:
-        return jax.random.fold_in(jax.random.fold_in(state.key, STEP), t)
 
     def _interact(self, state: State, config: Config, t: jax.Array, key: jax.Array) -> tuple[State, Metrics]:
         noise_key, uniform_key = jax.random.split(jax.random.fold_in(key, ACT))
@@ -283,30 +245,7 @@ class ActorCritic(Program):
         batch = replay.sample(storage, latest, sample_key, config.batch_size, self.task.obs_dim)
         return soft_actor_critic_agents.with_new_noise(batch, noise_key)
 
-    def evaluate(
-        self, state: State, config: Config, t: jax.Array, is_last: jax.Array, shared: Tree = ()
-    ) -> dict[str, jax.Array]:
-        """Plays episodes with the policy's mean action.
-
-        Returns:
-            `evaluation_return` (mean), `final_return` `[episodes]` (NaN for those not played before the last
-            evaluation).
-        """
-        key = jax.random.fold_in(jax.random.fold_in(state.key, EVALUATE), t)
-        episodes = (config.eval_episodes, config.final_eval_episodes)
-        return rollouts.evaluate(*self._rollout(state), key, *episodes, is_last)
-
-    def episode(self, state: State, config: Config, t: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """One episode of the policy's mean action, for a video.
-
-        Returns:
-            Observations `[max_steps, obs]` and whether the episode was still going on `[max_steps]`.
-        """
-        del config
-        key = jax.random.fold_in(jax.random.fold_in(state.key, VIDEO), t)
-        return rollouts.episode(*self._rollout(state), key)
-
-    def _rollout(self, state: State) -> tuple[Any, Any, int, rollouts.Policy]:
+    def _rollout(self, state: State, config: Config, t: jax.Array) -> tuple[Any, Any, int, rollouts.Policy]:
         def policy(obs: jax.Array, key: jax.Array) -> jax.Array:
             del key
             return policies.mean_action(networks.apply_network(state.learner.policy, obs)).T

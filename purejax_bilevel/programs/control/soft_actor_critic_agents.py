@@ -28,7 +28,7 @@ others as in `agents.py`.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -44,12 +44,12 @@ from purejax_bilevel.programs.control.agents import (
     NUM_LAYERS,
     PREDICTIVE,
     SMOOTHED,
-    SOLVED,
+    SOLVER,
     Draw,
     Losses,
     Step,
 )
-from purejax_bilevel.programs.control.settings import Inner, Policy, SoftActorCritic
+from purejax_bilevel.programs.control.settings import Inner, PolicyLearning, SoftActorCritic
 from purejax_bilevel.replay import Batch
 
 # Of the last layers. That of critic and model is as in OMD's code; the policy's is 1 here, over means and log standard
@@ -60,6 +60,13 @@ POLICY_OUTPUT_GAIN = 1.0
 # Named streams of random numbers.
 INNER_NOISE, OUTER_NOISE, BATCH = range(3)  # of an update
 HEADS = 0  # of the policy's initial layers
+
+
+class Tempered(Protocol):
+    """Settings with a rate of the temperature."""
+
+    @property
+    def temperature_lr(self) -> float: ...
 
 
 class Learner(agents.Learner):
@@ -101,11 +108,11 @@ class Learner(agents.Learner):
         """A policy's actions `[action, n]` for `obs` `[obs, n]`, and their log-probabilities `[n]`."""
         return policies.sample_and_log_prob(networks.apply_network(policy, obs), noise)
 
-    def policy_rule(self, config: Any) -> optax.GradientTransformation:
+    def policy_rule(self, config: PolicyLearning) -> optax.GradientTransformation:
         """How the policy steps along its gradient."""
         return optax.adam(config.policy_lr)
 
-    def temperature_rule(self, config: Any) -> optax.GradientTransformation:
+    def temperature_rule(self, config: Tempered) -> optax.GradientTransformation:
         """How the temperature's logarithm steps along its gradient."""
         return optax.adam(config.temperature_lr)
 
@@ -236,7 +243,7 @@ def policy_loss(learner: Learner, policy: Network, batch: Batch) -> tuple[jax.Ar
     return (jnp.exp(learner.log_temperature) * log_prob - smallest).mean(), -log_prob.mean()
 
 
-def policy_step(config: Policy, learner: Learner, batch: Batch) -> tuple[Learner, Losses]:
+def policy_step(config: PolicyLearning, learner: Learner, batch: Batch) -> tuple[Learner, Losses]:
     """One Adam step on the policy and one on the temperature, whose loss is temperature * (entropy - target)."""
     differentiate = jax.value_and_grad(lambda policy: policy_loss(learner, policy, batch), has_aux=True)
     (loss, entropy), gradient = differentiate(learner.policy)
@@ -314,7 +321,7 @@ AGENTS = Agents(
             text="implicit differentiation of the inner problem's optimality in the critic's parameters",
             step=with_policy(agents.bilevel_agent(agents.hypergradient_omd)),
             defaults={"lr": 1e-3, "inner_lr": 5e-4, "num_Q_steps": 3},
-            settings=(*SOLVED, *SMOOTHED, *INNER),
+            settings=(*SOLVER, *SMOOTHED, *INNER),
         ),
         ContinuousAgent(
             name="funcbo",

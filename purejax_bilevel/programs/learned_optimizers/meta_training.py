@@ -265,7 +265,7 @@ class State(flax.struct.PyTreeNode):
     best_fitness: jax.Array  # [], theirs
 
 
-class MetaTraining(Program):
+class MetaTraining(Program[Config]):
     """The program: pure functions of a member's configuration, sharing environments and first weights.
 
     Args:

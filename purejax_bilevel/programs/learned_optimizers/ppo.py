@@ -72,7 +72,7 @@ class Rollout(NamedTuple):
     done: jax.Array  # the episode ended, whyever
 
 
-class Batch(NamedTuple):
+class OnPolicyBatch(NamedTuple):
     """What the loss reads, `[batch, ...]`."""
 
     obs: jax.Array
@@ -172,10 +172,12 @@ def advantages(rollout: Rollout, discount: jax.Array | float, gae_lambda: jax.Ar
     return jax.lax.scan(add, jnp.zeros_like(errors[0]), (errors, decay), reverse=True)[1]
 
 
-def batch_of(rollout: Rollout, config: PPO) -> Batch:
+def batch_of(rollout: Rollout, config: PPO) -> OnPolicyBatch:
     """What is learned from a rollout, `[steps x envs, ...]`, time first."""
     advantage = advantages(rollout, config.discount, config.gae_lambda)
-    batch = Batch(rollout.obs, rollout.action, rollout.log_prob, rollout.value, advantage, advantage + rollout.value)
+    batch = OnPolicyBatch(
+        rollout.obs, rollout.action, rollout.log_prob, rollout.value, advantage, advantage + rollout.value
+    )
     return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), batch)
 
 
@@ -183,7 +185,7 @@ def batch_of(rollout: Rollout, config: PPO) -> Batch:
 
 
 def learn(
-    learner: Learner, config: PPO, rule: Rule, batch: Batch, t: jax.Array, horizon: int, key: jax.Array
+    learner: Learner, config: PPO, rule: Rule, batch: OnPolicyBatch, t: jax.Array, horizon: int, key: jax.Array
 ) -> tuple[Learner, dict[str, jax.Array]]:
     """All epochs of iteration `t` over a batch; also means over the optimiser's steps."""
     size = config.num_envs * config.num_steps
@@ -215,7 +217,7 @@ def epoch(
     learner: Learner,
     config: PPO,
     rule: Rule,
-    batch: Batch,
+    batch: OnPolicyBatch,
     permutation: jax.Array,
     clues: Tree,
     key: jax.Array | None = None,
@@ -245,7 +247,7 @@ def epoch(
 
 
 def minibatch_step(
-    learner: Learner, config: PPO, rule: Rule, minibatch: Batch, clues: Tree
+    learner: Learner, config: PPO, rule: Rule, minibatch: OnPolicyBatch, clues: Tree
 ) -> tuple[Learner, dict[str, jax.Array]]:
     """One step of the optimiser, and what was measured in it."""
     gradients, (activations, measured) = jax.grad(loss, has_aux=True)(learner.params, config, minibatch)
@@ -266,7 +268,7 @@ def clip_each(gradients: Tree, largest: jax.Array | float) -> tuple[Tree, dict[s
     return clipped, {f"{name}_gradient_norm": norm for name, norm in norms.items()}
 
 
-def loss(params: Tree, config: PPO, batch: Batch) -> tuple[jax.Array, tuple[Tree, dict[str, jax.Array]]]:
+def loss(params: Tree, config: PPO, batch: OnPolicyBatch) -> tuple[jax.Array, tuple[Tree, dict[str, jax.Array]]]:
     """The loss of PPO with clipped values, advantages normalised over the minibatch.
 
     Returns:
@@ -297,6 +299,6 @@ def _policy_loss(log_ratio: jax.Array, advantage: jax.Array, clip: jax.Array | f
     return -jnp.minimum(ratio * normal, jnp.clip(ratio, 1.0 - clip, 1.0 + clip) * normal).mean()
 
 
-def _value_loss(values: jax.Array, batch: Batch, clip: jax.Array | float) -> jax.Array:
+def _value_loss(values: jax.Array, batch: OnPolicyBatch, clip: jax.Array | float) -> jax.Array:
     clipped = batch.value + jnp.clip(values - batch.value, -clip, clip)
     return 0.5 * jnp.maximum((values - batch.target) ** 2, (clipped - batch.target) ** 2).mean()

@@ -92,7 +92,7 @@ class State(flax.struct.PyTreeNode):
     agent: ppo.State
 
 
-class PolicyOptimization(Program):
+class PolicyOptimization(Program[Config]):
     """The program: pure functions of a member's configuration, sharing environment and weights of a learned optimiser.
 
     Args:

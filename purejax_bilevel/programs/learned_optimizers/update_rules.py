@@ -26,7 +26,7 @@ from purejax_bilevel.programs.learned_optimizers.weights import ARTEFACT_KIND, c
 from purejax_bilevel.runtime import artefacts
 
 C = TypeVar("C", bound=UpdateRule)
-Weights = Vector | Mapping[str, Vector] | None
+GivenWeights = Vector | Mapping[str, Vector] | None
 LEARNED = ("open", "no_features")
 
 
@@ -95,7 +95,7 @@ def check(config: PPO) -> None:
             )
 
 
-def make(config: UpdateRule, weights: Weights = None) -> optax.GradientTransformationExtraArgs:
+def make(config: UpdateRule, weights: GivenWeights = None) -> optax.GradientTransformationExtraArgs:
     """The optimiser of a (resolved) configuration.
 
     Args:
@@ -141,7 +141,7 @@ def switches(config: UpdateRule) -> Switches:
 
 
 @functools.cache  # the same object each time, so that sub-programs share it
-def load(place: str) -> Weights:
+def load(place: str) -> GivenWeights:
     """Reads the weights that `--model` names.
 
     Args:

@@ -20,7 +20,7 @@ from purejax_bilevel.program import Measure, Metrics, own_individuals, populatio
 from purejax_bilevel.programs.meta_objectives import network, population
 from purejax_bilevel.programs.meta_objectives.network import Weights
 from purejax_bilevel.programs.meta_objectives.population import Life, Lived
-from purejax_bilevel.programs.meta_objectives.settings import MetaTraining
+from purejax_bilevel.programs.meta_objectives.settings import ObjectiveTraining
 from purejax_bilevel.programs.meta_objectives.worlds import World
 
 # Named streams of random numbers; a constant each, so that adding one moves no other.
@@ -40,24 +40,24 @@ class Learning(flax.struct.PyTreeNode):
         return shared.replace(lives=jax.tree.map(lambda leaf: True, self.lives))
 
 
-def init(world: World, config: MetaTraining, key: jax.Array) -> Learning:
+def init(world: World, config: ObjectiveTraining, key: jax.Array) -> Learning:
     """New weights, and room for lives; the key is consumed."""
     weights = network.init(key, weight_shapes(config))
     return Learning(weights, adam(config).init(weights), population.nobody(world, config, key))
 
 
-def weight_shapes(config: MetaTraining) -> Weights:
+def weight_shapes(config: ObjectiveTraining) -> Weights:
     """Shapes of the objective's weights."""
     sizes = (config.lpg_target_width, config.lpg_embedding_net_width, config.lpg_gru_width)
     return network.shapes(*sizes, bool(config.lifetime_conditioning))
 
 
-def adam(config: MetaTraining) -> optax.GradientTransformation:
+def adam(config: ObjectiveTraining) -> optax.GradientTransformation:
     return optax.adam(config.lpg_learning_rate)
 
 
 def meta_gradient_step(
-    world: World, config: MetaTraining, learning: Learning, key: jax.Array
+    world: World, config: ObjectiveTraining, learning: Learning, key: jax.Array
 ) -> tuple[Learning, Metrics]:
     """New lives for those that are over, then one step of Adam down the meta-gradient; the key is consumed."""
     keys, birth_keys = (each_own(jax.random.fold_in(key, stream), config.num_agents) for stream in (LIVE, BIRTH))
@@ -69,7 +69,7 @@ def meta_gradient_step(
 L = TypeVar("L", bound=Learning)
 
 
-def live_on(world: World, config: MetaTraining, learning: L, keys: jax.Array) -> tuple[L, Lived, Metrics]:
+def live_on(world: World, config: ObjectiveTraining, learning: L, keys: jax.Array) -> tuple[L, Lived, Metrics]:
     """One step of Adam down the meta-gradient through the lives as they are; the keys are consumed."""
     gradient, lives, lived = population.gradient(world, config, learning.weights, learning.lives, keys)
     updates, optimizer = adam(config).update(gradient, learning.optimizer)
@@ -96,7 +96,7 @@ def no_evaluation(*_: Any) -> dict[str, jax.Array]:
     return {}
 
 
-def check_lifetimes(config: MetaTraining, world: World) -> None:
+def check_lifetimes(config: ObjectiveTraining, world: World) -> None:
     """Refuses lives that are over before a meta-step is.
 
     Raises:

@@ -12,20 +12,20 @@ import jax
 import jax.numpy as jnp
 
 from purejax_bilevel.programs.meta_objectives import learners, population, worlds
-from purejax_bilevel.programs.meta_objectives.learners import Agent
+from purejax_bilevel.programs.meta_objectives.learners import LivingAgent
 from purejax_bilevel.programs.meta_objectives.population import Life
-from purejax_bilevel.programs.meta_objectives.settings import MetaTraining
+from purejax_bilevel.programs.meta_objectives.settings import ObjectiveTraining
 from purejax_bilevel.programs.meta_objectives.worlds import Acting, World
 
 
 class Antagonist(flax.struct.PyTreeNode):
     """An A2C agent and its workers."""
 
-    agent: Agent
+    agent: LivingAgent
     acting: Acting
 
 
-def born(world: World, config: MetaTraining, life: Life, key: jax.Array) -> Antagonist:
+def born(world: World, config: ObjectiveTraining, life: Life, key: jax.Array) -> Antagonist:
     """The antagonist of a new life; the key is consumed."""
     agent_key, begin_key = jax.random.split(key)
     agent = population.new_agent(world, agent_key, life.judged.agent.lifetime, 1)
@@ -33,7 +33,7 @@ def born(world: World, config: MetaTraining, life: Life, key: jax.Array) -> Anta
 
 
 def train(
-    world: World, config: MetaTraining, antagonist: Antagonist, params: Any, key: jax.Array, own_steps: bool = True
+    world: World, config: ObjectiveTraining, antagonist: Antagonist, params: Any, key: jax.Array, own_steps: bool = True
 ) -> Antagonist:
     """As many updates as an agent makes in a meta-step.
 

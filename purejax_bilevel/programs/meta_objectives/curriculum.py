@@ -14,7 +14,7 @@ from purejax_bilevel.program import own_individuals, population_gather
 from purejax_bilevel.programs.meta_objectives import endings, level_buffer
 from purejax_bilevel.programs.meta_objectives.level_buffer import LevelBuffer, Prior, Scalar
 from purejax_bilevel.programs.meta_objectives.scores import Score
-from purejax_bilevel.programs.meta_objectives.settings import MetaTraining
+from purejax_bilevel.programs.meta_objectives.settings import ObjectiveTraining
 from purejax_bilevel.programs.meta_objectives.worlds import World
 
 LIFETIME = 1  # stream of random numbers of a level, which draws itself without one
@@ -142,7 +142,7 @@ def numbers(key: jax.Array, agents: jax.Array) -> jax.Array:
     return jax.vmap(draw)(agents)
 
 
-def lottery(world: World, config: MetaTraining) -> Callable[[jax.Array], Lot]:
+def lottery(world: World, config: ObjectiveTraining) -> Callable[[jax.Array], Lot]:
     """`number -> Lot` of a world: its environment and a lifetime."""
 
     def draw(number: jax.Array) -> Lot:

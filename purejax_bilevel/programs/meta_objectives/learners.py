@@ -39,7 +39,7 @@ class Learner(flax.struct.PyTreeNode):
     optimizer: optax.OptState
 
 
-class Agent(flax.struct.PyTreeNode):
+class LivingAgent(flax.struct.PyTreeNode):
     """An agent between two updates."""
 
     actor: Learner
@@ -151,7 +151,7 @@ class Diagnostics(NamedTuple):
     divergence: jax.Array  # KL of the prediction from y_hat, before the update
 
 
-def network_inputs(agent: Agent, rollout: Rollout) -> network.Inputs:
+def network_inputs(agent: LivingAgent, rollout: Rollout) -> network.Inputs:
     """What the objective reads; constants of every gradient."""
     chances = probabilities(agent.actor.network, first_observations(rollout))
     predictions = probabilities(agent.critic.network, rollout.observations)
@@ -183,8 +183,8 @@ def agent_loss(
 
 
 def push(
-    build: Build, config: Updates, agent: Agent, rollout: Rollout, pi_hat: jax.Array, y_hat: jax.Array
-) -> tuple[Agent, Diagnostics]:
+    build: Build, config: Updates, agent: LivingAgent, rollout: Rollout, pi_hat: jax.Array, y_hat: jax.Array
+) -> tuple[LivingAgent, Diagnostics]:
     """One update of an agent as an objective says; nothing changes once its life is over.
 
     Args:
@@ -215,7 +215,7 @@ def push(
     return agent, measured
 
 
-def while_alive(before: Agent, after: Agent) -> Agent:
+def while_alive(before: LivingAgent, after: LivingAgent) -> LivingAgent:
     """An agent after an update, or before it if its life was over."""
     is_over = before.step >= before.lifetime
     return jax.tree.map(lambda old, new: jnp.where(is_over, old, new), before, after)
@@ -301,8 +301,8 @@ def a2c_loss(config: Updates, actor: Network, rollout: Rollout, found: jax.Array
 
 
 def a2c_update(
-    build: Build, config: Updates, agent: Agent, rollout: Rollout, own_steps: Flag = True
-) -> tuple[Agent, jax.Array]:
+    build: Build, config: Updates, agent: LivingAgent, rollout: Rollout, own_steps: Flag = True
+) -> tuple[LivingAgent, jax.Array]:
     """One update of an agent whose critic gives values, and the critic's loss before; nothing changes after its life.
 
     Args:

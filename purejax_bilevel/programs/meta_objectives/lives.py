@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from purejax_bilevel.programs.meta_objectives import population
 from purejax_bilevel.programs.meta_objectives.curriculum import Lot
 from purejax_bilevel.programs.meta_objectives.network import Weights
-from purejax_bilevel.programs.meta_objectives.settings import MetaTraining
+from purejax_bilevel.programs.meta_objectives.settings import ObjectiveTraining
 from purejax_bilevel.programs.meta_objectives.worlds import World
 
 
@@ -26,7 +26,7 @@ class Candidate(NamedTuple):
     key: jax.Array  # of all that chance decides in the life: the same for both of a pair
 
 
-def fitness(world: World, config: MetaTraining, candidates: Candidate, parts: int) -> jax.Array:
+def fitness(world: World, config: ObjectiveTraining, candidates: Candidate, parts: int) -> jax.Array:
     """Mean undiscounted returns `[candidates]` of whole episodes by the last policies of their agents.
 
     Args:
@@ -47,7 +47,7 @@ def fitness(world: World, config: MetaTraining, candidates: Candidate, parts: in
     return jnp.zeros_like(found).at[order].set(found)
 
 
-def live(world: World, config: MetaTraining, candidate: Candidate, longest: jax.Array) -> jax.Array:
+def live(world: World, config: ObjectiveTraining, candidate: Candidate, longest: jax.Array) -> jax.Array:
     """Mean return `[]` of an agent at the end of its life; it does not depend on `longest`, if that is long enough.
 
     Args:

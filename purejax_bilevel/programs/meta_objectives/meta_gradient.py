@@ -16,16 +16,16 @@ import jax
 import jax.numpy as jnp
 
 from purejax_bilevel.programs.meta_objectives import learners, network
-from purejax_bilevel.programs.meta_objectives.learners import Agent, Build, Flag, Learner, Rollout
-from purejax_bilevel.programs.meta_objectives.settings import MetaTraining
+from purejax_bilevel.programs.meta_objectives.learners import Build, Flag, Learner, LivingAgent, Rollout
+from purejax_bilevel.programs.meta_objectives.settings import ObjectiveTraining, Updates
 
-Collect = Callable[[jax.Array, learners.Network, Any], tuple[Any, Rollout]]
+Collector = Callable[[jax.Array, learners.Network, Any], tuple[Any, Rollout]]
 
 
 class Judged(flax.struct.PyTreeNode):
     """An agent, and the value critic that the meta-loss judges it by."""
 
-    agent: Agent
+    agent: LivingAgent
     value: Learner
 
 
@@ -51,7 +51,7 @@ class Terms(NamedTuple):
     divergence: jax.Array
 
 
-def clocks(switches: Switches, agent: Agent) -> jax.Array | None:
+def clocks(switches: Switches, agent: LivingAgent) -> jax.Array | None:
     """Where an agent is in its life, `[2]`: n / N and log N, where the objective reads that."""
     if not switches.has_clocks:
         return None
@@ -60,8 +60,8 @@ def clocks(switches: Switches, agent: Agent) -> jax.Array | None:
 
 
 def follow(
-    build: Build, switches: Switches, config: Any, weights: network.Weights, agent: Agent, rollout: Rollout
-) -> tuple[Agent, learners.Diagnostics]:
+    build: Build, switches: Switches, config: Updates, weights: network.Weights, agent: LivingAgent, rollout: Rollout
+) -> tuple[LivingAgent, learners.Diagnostics]:
     """One update of an agent under a learned objective.
 
     Args:
@@ -79,11 +79,11 @@ def follow(
 def meta_loss(
     build: Build,
     switches: Switches,
-    config: MetaTraining,
+    config: ObjectiveTraining,
     weights: network.Weights,
     judged: Judged,
     place: Any,
-    collect: Collect,
+    collect: Collector,
 ) -> tuple[jax.Array, tuple[Judged, Any, Terms]]:
     """The loss on one agent.
 

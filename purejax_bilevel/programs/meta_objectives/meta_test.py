@@ -53,19 +53,21 @@ class TestedAgent(Agent):
         uses_model: whether its shared inputs are the weights of `--model`.
     """
 
-    step: Callable[[World, Any, Tree, learners.Agent, Rollout], learners.Agent]
+    step: Callable[[World, Any, Tree, learners.LivingAgent, Rollout], learners.LivingAgent]
     init: Callable[[Any], int]
     uses_model: bool = False
 
 
-def a2c_step(world: World, config: MetaTest, shared: Tree, agent: learners.Agent, rollout: Rollout) -> learners.Agent:
+def a2c_step(
+    world: World, config: MetaTest, shared: Tree, agent: learners.LivingAgent, rollout: Rollout
+) -> learners.LivingAgent:
     """One update of advantage actor-critic."""
     return learners.a2c_update(world.build, config, agent, rollout)[0]
 
 
 def objective_step(
-    world: World, config: MetaTest, shared: Tree, agent: learners.Agent, rollout: Rollout
-) -> learners.Agent:
+    world: World, config: MetaTest, shared: Tree, agent: learners.LivingAgent, rollout: Rollout
+) -> learners.LivingAgent:
     """One update as the saved objective says; its weights are the shared inputs."""
     model = models.load(config.model)
     return follow(world.build, Switches(model.has_clocks, model.raw_clocks), config, shared, agent, rollout)[0]
@@ -129,11 +131,11 @@ class State(flax.struct.PyTreeNode):
     key: jax.Array
     params: Any  # of the environment
     optimum: jax.Array  # [], the best expected return; NaN where it is not known
-    agent: learners.Agent
+    agent: learners.LivingAgent
     acting: Acting
 
 
-class MetaTestProgram(Program):
+class MetaTestProgram(Program[Config]):
     """The program: pure functions of a member's configuration.
 
     Args:

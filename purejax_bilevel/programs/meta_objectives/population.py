@@ -9,10 +9,10 @@ import jax.numpy as jnp
 
 from purejax_bilevel.program import own_individuals, population_mean
 from purejax_bilevel.programs.meta_objectives import learners, meta_gradient, worlds
-from purejax_bilevel.programs.meta_objectives.learners import Agent, Rollout
+from purejax_bilevel.programs.meta_objectives.learners import LivingAgent, Rollout
 from purejax_bilevel.programs.meta_objectives.meta_gradient import Judged, Switches, Terms
 from purejax_bilevel.programs.meta_objectives.network import Weights
-from purejax_bilevel.programs.meta_objectives.settings import MetaTraining, defects
+from purejax_bilevel.programs.meta_objectives.settings import ObjectiveTraining, defects
 from purejax_bilevel.programs.meta_objectives.worlds import Acting, Finished, World
 
 
@@ -36,19 +36,19 @@ class Lived(NamedTuple):
     rollout: Rollout  # the last one
 
 
-def switches_of(config: MetaTraining) -> Switches:
+def switches_of(config: ObjectiveTraining) -> Switches:
     """What a configuration says about the objective's inputs and the released code's defects."""
     restored = defects(config.compat)
     return Switches(bool(config.lifetime_conditioning), "B4" in restored, "B2" not in restored, "B1" not in restored)
 
 
-def born(world: World, config: MetaTraining, key: jax.Array) -> Life:
+def born(world: World, config: ObjectiveTraining, key: jax.Array) -> Life:
     """A new agent on a new level; the key is consumed."""
     level_key, lifetime_key, key = jax.random.split(key, 3)
     return born_in(world, config, key, world.draw(level_key), world.draw_lifetime(lifetime_key, config.lifetime))
 
 
-def born_in(world: World, config: MetaTraining, key: jax.Array, params: Any, lifetime: jax.Array) -> Life:
+def born_in(world: World, config: ObjectiveTraining, key: jax.Array, params: Any, lifetime: jax.Array) -> Life:
     """A new agent in a given environment; the key is consumed."""
     agent_key, value_key, begin_key = jax.random.split(key, 3)
     agent = new_agent(world, agent_key, lifetime, config.lpg_target_width)
@@ -56,14 +56,14 @@ def born_in(world: World, config: MetaTraining, key: jax.Array, params: Any, lif
     return Life(params, judged, worlds.begin(world, params, begin_key, config.env_workers))
 
 
-def new_agent(world: World, key: jax.Array, lifetime: jax.Array, critic_outputs: int) -> Agent:
+def new_agent(world: World, key: jax.Array, lifetime: jax.Array, critic_outputs: int) -> LivingAgent:
     """An agent before its first update; the key is consumed."""
     actor_key, critic_key = jax.random.split(key)
     actor = world.build.learner(actor_key, world.build.num_actions)
-    return Agent(actor, world.build.learner(critic_key, critic_outputs), jnp.zeros_like(lifetime), lifetime)
+    return LivingAgent(actor, world.build.learner(critic_key, critic_outputs), jnp.zeros_like(lifetime), lifetime)
 
 
-def nobody(world: World, config: MetaTraining, key: jax.Array) -> Life:
+def nobody(world: World, config: ObjectiveTraining, key: jax.Array) -> Life:
     """Lives of this device before the first meta-step, leaves `[agents here, ...]`: all over, after 0 updates.
 
     Where lives begin is compiled once, in the meta-step.
@@ -73,7 +73,7 @@ def nobody(world: World, config: MetaTraining, key: jax.Array) -> Life:
     return jax.tree.map(lambda leaf: jnp.zeros((here, *leaf.shape), leaf.dtype), shapes)
 
 
-def reborn(world: World, config: MetaTraining, keys: jax.Array, lives: Life) -> Life:
+def reborn(world: World, config: ObjectiveTraining, keys: jax.Array, lives: Life) -> Life:
     """The lives `[agents here, ...]` with a new one in place of each that is over."""
 
     def replaced() -> Life:
@@ -82,7 +82,7 @@ def reborn(world: World, config: MetaTraining, keys: jax.Array, lives: Life) -> 
     return jax.lax.cond(lives.is_over.any(), replaced, lambda: lives)
 
 
-def renewed(config: MetaTraining, lives: Life, fresh: Life) -> Life:
+def renewed(config: ObjectiveTraining, lives: Life, fresh: Life) -> Life:
     """The lives `[agents here, ...]` with fresh ones where they are over; the first ones of all have their ages."""
     before, agent = lives.judged.agent, fresh.judged.agent
     aged = agent.replace(step=jnp.where(before.lifetime == 0, first_ages(config, agent.lifetime), agent.step))
@@ -91,7 +91,7 @@ def renewed(config: MetaTraining, lives: Life, fresh: Life) -> Life:
     return jax.vmap(choose)(lives.is_over, fresh, lives)
 
 
-def first_ages(config: MetaTraining, lifetime: jax.Array) -> jax.Array:
+def first_ages(config: ObjectiveTraining, lifetime: jax.Array) -> jax.Array:
     """Updates `[agents here]` that the first agents are taken to have lived through, spread over their lifetimes.
 
     The first lives are as much shorter. Otherwise all would end at once, again and again, and a meta-gradient would see
@@ -107,7 +107,7 @@ def first_ages(config: MetaTraining, lifetime: jax.Array) -> jax.Array:
 
 
 def gradient(
-    world: World, config: MetaTraining, weights: Weights, lives: Life, keys: jax.Array
+    world: World, config: ObjectiveTraining, weights: Weights, lives: Life, keys: jax.Array
 ) -> tuple[Weights, Life, Lived]:
     """The meta-gradient of the whole population.
 
@@ -144,7 +144,7 @@ def gradient(
 
 
 def _loss(
-    world: World, config: MetaTraining, weights: Weights, life: Life, key: jax.Array
+    world: World, config: ObjectiveTraining, weights: Weights, life: Life, key: jax.Array
 ) -> tuple[jax.Array, tuple[Life, Lived]]:
     def collect(k: jax.Array, actor: learners.Network, place: tuple) -> tuple[tuple, Rollout]:
         acting, finished, _ = place
@@ -167,7 +167,7 @@ def _loss(
 
 def trial(
     world: World,
-    config: MetaTraining,
+    config: ObjectiveTraining,
     weights: Weights,
     params: Any,
     key: jax.Array,
@@ -194,13 +194,13 @@ def trial(
     acting = worlds.begin(world, params, begin_key, config.env_workers)
     switches = switches_of(config)
 
-    def by_a2c(agent: Agent, rollout: Rollout) -> Agent:
+    def by_a2c(agent: LivingAgent, rollout: Rollout) -> LivingAgent:
         return learners.a2c_update(world.build, config, agent, rollout, switches.own_steps)[0]
 
-    def by_objective(agent: Agent, rollout: Rollout) -> Agent:
+    def by_objective(agent: LivingAgent, rollout: Rollout) -> LivingAgent:
         return meta_gradient.follow(world.build, switches, config, weights, agent, rollout)[0]
 
-    def step(t: jax.Array, carry: tuple[Agent, Acting]) -> tuple[Agent, Acting]:
+    def step(t: jax.Array, carry: tuple[LivingAgent, Acting]) -> tuple[LivingAgent, Acting]:
         agent, acting = carry
         own, steps = jax.random.fold_in(life_key, t), config.train_rollout_len
         acting, rollout, _ = worlds.collect(world, params, agent.actor.network, acting, own, steps)

@@ -22,7 +22,7 @@ from purejax_bilevel.program import POPULATION, Measure, Metrics, Program, Stage
 from purejax_bilevel.programs.meta_objectives import network, population, worlds
 from purejax_bilevel.programs.meta_objectives.agents import Learning
 from purejax_bilevel.programs.meta_objectives.registry import AGENTS
-from purejax_bilevel.programs.meta_objectives.settings import Levels, MetaTraining, Search, Task
+from purejax_bilevel.programs.meta_objectives.settings import Levels, ObjectiveSearch, ObjectiveTraining, Task
 from purejax_bilevel.programs.meta_objectives.worlds import World
 
 # Named streams of random numbers; a constant each, so that adding one moves no other.
@@ -33,7 +33,7 @@ NEAR = 0.75  # of A2C's return: what counts as near
 
 
 @configuration
-class Config(Levels, Search, MetaTraining):
+class Config(Levels, ObjectiveSearch, ObjectiveTraining):
     """Settings of one training program; a traced field may hold several values, one per point of a grid."""
 
     agent_type: str = changed(Task, "agent_type", "lpg", choices=AGENTS)
@@ -90,7 +90,7 @@ class State(flax.struct.PyTreeNode):
     yardsticks: Yardsticks | None  # None: there are no trials
 
 
-class MetaProgram(Program):
+class MetaProgram(Program[Config]):
     """The program: pure functions of a member's configuration.
 
     Args:

@@ -16,7 +16,7 @@ from purejax_bilevel.configuration import (
     static,
     traced,
 )
-from purejax_bilevel.evolution import EVEN, GROUP, Evolution
+from purejax_bilevel.evolution_settings import EVEN, GROUP, Evolution
 
 DEFECTS = {
     "B1": "the meta-loss's value critic is never trained",
@@ -72,7 +72,7 @@ class Updates(Returns):
 
 
 @configuration
-class Network:
+class NetworkSizes:
     """The learned objective."""
 
     lpg_embedding_net_width: int = static(16, "hidden units of the embedding of predictions", at_least(1), "objective")
@@ -97,7 +97,7 @@ class MetaGradient:
 
 
 @configuration
-class MetaTraining(Task, Rollouts, Updates, Network, MetaGradient):
+class ObjectiveTraining(Task, Rollouts, Updates, NetworkSizes, MetaGradient):
     """All that meta-training learns by."""
 
     num_train_steps: int = static(5000, "meta-steps of each member", at_least(1), "schedule")
@@ -133,7 +133,7 @@ class Levels:
 
 
 @configuration
-class Search(Evolution):
+class ObjectiveSearch(Evolution):
     """How an evolution strategy searches for an objective; defaults are those of TA-LPG."""
 
     strategy: Literal["open_es", "pgpe"] = static(
@@ -166,10 +166,10 @@ class Search(Evolution):
 
 
 @configuration
-class LevelTraining(Levels, MetaTraining):
+class LevelTraining(Levels, ObjectiveTraining):
     """Meta-gradients on chosen levels."""
 
 
 @configuration
-class SearchTraining(Search, MetaTraining):
+class SearchTraining(ObjectiveSearch, ObjectiveTraining):
     """Evolution on whole lives."""

@@ -19,8 +19,9 @@ from purejax_bilevel.environments._gymnax import Environment, gymnax
 from purejax_bilevel.environments.grid_world import MODES, GridWorld, optimal_return
 from purejax_bilevel.errors import UserError
 from purejax_bilevel.programs.meta_objectives.learners import Build, Network, Observations, Rollout, probabilities
+from purejax_bilevel.programs.meta_objectives.settings import Updates
 
-C = TypeVar("C")
+C = TypeVar("C", bound=Updates)
 
 MINATAR = "-MinAtar"
 RATES = {"sgd": (40.0, 4.0), "grid": (1e-3, 1e-3), "adam": (5e-4, 5e-4)}

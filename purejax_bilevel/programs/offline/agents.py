@@ -84,7 +84,7 @@ class Learner(soft_actor_critic_agents.Learner):
     def q_rule(self, config: ActorCritic) -> optax.GradientTransformation:
         return optax.adamw(config.q_lr, weight_decay=config.weight_decay)
 
-    def policy_rule(self, config: ActorCritic) -> optax.GradientTransformation:
+    def policy_rule(self, config: ActorCritic) -> optax.GradientTransformation:  # type: ignore[override]
         return optax.adamw(config.policy_lr, weight_decay=config.weight_decay)
 
 
@@ -93,7 +93,7 @@ class DeterministicLearner(Learner):
 
     target_policy: Network
 
-    def target(self, config: Any, batch: Batch) -> jax.Array:
+    def target(self, config: Conservative, batch: Batch) -> jax.Array:  # type: ignore[override]
         """Bellman targets `[batch]` with the target policy's action and clipped noise, both within the bounds."""
         assert batch.noise is not None
         limit = self.units.action_limit

@@ -44,7 +44,14 @@ from purejax_bilevel.configuration import (
 )
 from purejax_bilevel.errors import UserError
 from purejax_bilevel.program import Measure, Metrics, Program, Stage, Tree
-from purejax_bilevel.programs.control import policies, rollouts, settings, soft_actor_critic, soft_actor_critic_agents
+from purejax_bilevel.programs.control import (
+    acting,
+    policies,
+    rollouts,
+    settings,
+    soft_actor_critic,
+    soft_actor_critic_agents,
+)
 from purejax_bilevel.programs.offline import dataset_files
 from purejax_bilevel.programs.offline.datasets import Dataset, Scores
 
@@ -142,7 +149,7 @@ class State(flax.struct.PyTreeNode):
     """Everything a member carries from step to step."""
 
     key: jax.Array
-    learning: soft_actor_critic.State
+    learning: acting.State
     # the policies that were kept
     policies: networks.Network  # leaves [policies, ...]
     returns: jax.Array  # [policies], of the mean action; NaN in the random start
@@ -157,7 +164,7 @@ class State(flax.struct.PyTreeNode):
     storage: jax.Array  # [3, rows, row]
 
 
-class Collect(Program):
+class Collect(Program[Config]):
     """The program: pure functions of a member's configuration.
 
     Args:

@@ -12,7 +12,7 @@ The artefact is a `fitting.Model`; `models.load` reads it.
 
 import functools
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import flax.struct
 import jax
@@ -44,6 +44,12 @@ class Data:
     dataset: str = static("", "file of transitions: .npz, or D4RL's or Minari's .hdf5", group="data", task=True)
     dataset_rows: int = static(0, "rows of it that are used, drawn at random (0: all)", at_least(0), "data")
     action_bound: float = static(1.0, "what the dataset's actions are divided by to be in [-1, 1]", BOUND, "data")
+
+
+@configuration
+class TwoDatasets(Data):
+    """And what else errors are measured on."""
+
     test_dataset: str = static("", "another one, for errors and uncertainties outside of the first", group="data")
 
 
@@ -54,7 +60,7 @@ AGENTS = Agents(
 
 
 @configuration
-class Config(Fitting, Data):
+class Config(Fitting, TwoDatasets):
     """Settings of one training program; a traced field may hold several values, one per point of a grid."""
 
     agent_type: str = changed(Data, "agent_type", "ensemble", choices=AGENTS)
@@ -91,7 +97,7 @@ class Config(Fitting, Data):
         return config
 
 
-def dataset_of(config: Any) -> Dataset:
+def dataset_of(config: Data) -> Dataset:
     """The dataset of a configuration, read once.
 
     Raises:
@@ -103,7 +109,7 @@ def dataset_of(config: Any) -> Dataset:
     return found.subset(config.dataset_rows) if config.dataset_rows else found
 
 
-def test_dataset_of(config: Any) -> Dataset | None:
+def test_dataset_of(config: TwoDatasets) -> Dataset | None:
     """The other dataset of a configuration, if it has one."""
     return _read(config.test_dataset, config.action_bound) if config.test_dataset else None
 
@@ -141,7 +147,7 @@ class State(flax.struct.PyTreeNode):
     fit: fitting.Fit
 
 
-class Ensemble(Program):
+class Ensemble(Program[Config]):
     """The program: pure functions of a member's configuration, sharing the dataset.
 
     Args:

@@ -1,7 +1,7 @@
 """Ensembles that other runs left: read, checked against the dataset, and what they are made of."""
 
 import functools
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +14,9 @@ from purejax_bilevel.programs.offline.datasets import Dataset
 from purejax_bilevel.programs.offline.ensemble import Architecture
 from purejax_bilevel.programs.offline.ensemble_program import KIND
 from purejax_bilevel.programs.offline.fitting import Fitting, Model
+from purejax_bilevel.programs.offline.settings import Task
 
-C = TypeVar("C", bound=Fitting)
+C = TypeVar("C", bound=Task)
 SAME = 1e-5  # by how much, in standard deviations, the means and deviations of the data may differ
 
 
@@ -58,7 +59,7 @@ def with_architecture(config: C, data: Dataset) -> C:
     """
     from purejax_bilevel.runtime import artefacts
 
-    where, member = artefacts.place_and_member(config.model)  # type: ignore[attr-defined]
+    where, member = artefacts.place_and_member(config.model)
     artefact = artefacts.load(where, KIND)
     arrays = artefact.member(member)
     _check_data(config, data, arrays["normaliser.mean"], arrays["normaliser.std"])
@@ -67,7 +68,7 @@ def with_architecture(config: C, data: Dataset) -> C:
     return replace(config, **{name: saved[name] for name in own & set(saved)})
 
 
-def _check_data(config: Any, data: Dataset, mean: np.ndarray, std: np.ndarray) -> None:
+def _check_data(config: Task, data: Dataset, mean: np.ndarray, std: np.ndarray) -> None:
     told = f"--model {config.model}"
     if len(mean) != data.obs_dim + data.action_dim:
         raise UserError(

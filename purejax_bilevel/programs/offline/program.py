@@ -34,7 +34,7 @@ from purejax_bilevel.programs.offline.ensemble import Normaliser
 from purejax_bilevel.programs.offline.fitting import Fitting
 from purejax_bilevel.programs.offline.imagination import Pessimism, World
 from purejax_bilevel.programs.offline.pessimism import coefficients, mode_named
-from purejax_bilevel.programs.offline.settings import Learning, Task
+from purejax_bilevel.programs.offline.settings import Imagination, Learning, Task
 from purejax_bilevel.programs.offline.uncertainty import ALEATORIC
 from purejax_bilevel.replay import Batch
 
@@ -128,7 +128,7 @@ class State(flax.struct.PyTreeNode):
     largest: Any  # [], u_max
 
 
-class Offline(Program):
+class Offline(Program[Config]):
     """The program: pure functions of a member's configuration, sharing dataset, environment and agent.
 
     Args:
@@ -218,11 +218,16 @@ class Offline(Program):
         parts = (model.networks, model.normaliser, model.ranking)
         return World(self.architecture, *parts, config.num_elites, self.terminates)
 
-    def _pessimism(self, config: Any, largest: jax.Array) -> Pessimism:
-        given = (config.pessimism, config.ood_threshold)
+    def _pessimism(self, config: Imagination, largest: jax.Array) -> Pessimism:
+        weight: jax.Array | float | None = config.pessimism
+        threshold: jax.Array | float | None = config.ood_threshold
+        assert config.mode is not None, "resolved"
+        assert weight is not None, "resolved"
+        assert threshold is not None, "resolved"
         if config.units == "relative":
-            given = coefficients(*given, self.magnitude, largest)
-        return Pessimism(config.mode, imagination.kind_of(config.mode, config.uncertainty), *given, self.halt)
+            weight, threshold = coefficients(weight, threshold, self.magnitude, largest)
+        kind = imagination.kind_of(config.mode, config.uncertainty)
+        return Pessimism(config.mode, kind, weight, threshold, self.halt)
 
     # --- the policy ---------------------------------------------------------------------------------------------------
 
@@ -250,9 +255,10 @@ class Offline(Program):
         )
         return state.replace(learner=learner), metrics | control.measured(losses)
 
-    def _imagine(self, state: State, config: Any, shared: Tree, key: jax.Array) -> tuple[State, Metrics]:
+    def _imagine(self, state: State, config: Config, shared: Tree, key: jax.Array) -> tuple[State, Metrics]:
         start_key, rollout_key = jax.random.fold_in(key, STARTS), jax.random.fold_in(key, ROLLOUT)
         rows = shared["rows"]
+        assert config.rollout_length is not None, "resolved"
         # Every observation that an action was taken at is one that no episode ended at.
         places = jax.random.randint(start_key, (config.num_rollouts,), 0, rows.shape[0])
         moving, ring, doubt = imagination.advance(
@@ -272,8 +278,9 @@ class Offline(Program):
         }
         return state.replace(rollouts=moving, ring=ring), metrics
 
-    def _sources(self, state: State, config: Any, shared: Tree) -> Sources:
+    def _sources(self, state: State, config: Config, shared: Tree) -> Sources:
         def draw(ring: buffers.Ring | None, key: jax.Array) -> Batch:
+            assert config.real_ratio is not None, "resolved"
             return buffers.mixed(shared["rows"], ring, key, config.batch_size, self.data.obs_dim, config.real_ratio)
 
         return Sources(lambda key: draw(state.ring, key), lambda key: draw(None, key))

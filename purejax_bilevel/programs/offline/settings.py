@@ -12,7 +12,6 @@ from purejax_bilevel.configuration import (
     POSITIVE,
     Check,
     at_least,
-    changed,
     configuration,
     static,
     traced,
@@ -28,13 +27,9 @@ THRESHOLD = Check("a number (inf: none)", lambda x: x == x)
 
 
 @configuration
-class Task:
+class Task(Data):
     """What runs, and on which data."""
 
-    agent_type: str = static("", "who learns", group="agent")
-    dataset: str = changed(Data, "dataset", "")
-    dataset_rows: int = changed(Data, "dataset_rows", 0)
-    action_bound: float = changed(Data, "action_bound", 1.0)
     env_name: str = static("", "environment of the evaluations (default: the dataset's)", group="environment")
     model: str = static(
         "",

@@ -87,7 +87,7 @@ def plot_inputs(config: Samples, problem: Problem) -> jax.Array:
 # --- the window -------------------------------------------------------------------------------------------------------
 
 
-class Window(NamedTuple):
+class WindowData(NamedTuple):
     """The targets of the last w times on one batch, as far as a step can tell."""
 
     values: jax.Array  # [outputs, batch], f
@@ -107,7 +107,7 @@ def noise_size(config: Inner) -> int:
 
 def make_window(
     config: settings.Window, problem: Problem, values: jax.Array, weights: jax.Array, time: jax.Array, noise: jax.Array
-) -> Window:
+) -> WindowData:
     """The window before `time` on a batch with f = `values` `[outputs, batch]`.
 
     Args:
@@ -126,7 +126,7 @@ def make_window(
     rest = present * noise[2 * values.size :]
     rest = rest - basis @ (basis.T @ rest)
     shifts = shift(config, (time - lags).astype(values.dtype))
-    return Window(values, problem.direction, shifts, present, basis, components, rest, config.noise_level)
+    return WindowData(values, problem.direction, shifts, present, basis, components, rest, config.noise_level)
 
 
 def _basis(first: jax.Array, second: jax.Array) -> jax.Array:
@@ -142,7 +142,7 @@ def _or_one(x: jax.Array) -> jax.Array:
     return jnp.where(x > 0, x, 1.0)
 
 
-def summarise(window: Window, weights: jax.Array) -> Summary:
+def summarise(window: WindowData, weights: jax.Array) -> Summary:
     """Total weight and weighted sum of the targets, for the weights the window was drawn for or equal ones `[lags]`."""
     weights = weights * window.present
     noise = jnp.tensordot(window.basis.T @ weights, window.components, 1)
@@ -150,7 +150,7 @@ def summarise(window: Window, weights: jax.Array) -> Summary:
     return Summary(weights.sum(), clean + noise)
 
 
-def pull_back(window: Window, gradient: Summary) -> jax.Array:
+def pull_back(window: WindowData, gradient: Summary) -> jax.Array:
     """Gradient with respect to each weight `[lags]`, from that with respect to the summary: dW + <dY, Y_s>."""
     along = gradient.target
     clean = jnp.vdot(along, window.values) + window.shifts * jnp.vdot(along.sum(1), window.direction)
@@ -158,7 +158,7 @@ def pull_back(window: Window, gradient: Summary) -> jax.Array:
     return window.present * (gradient.weight + clean + seen + jnp.linalg.norm(along) * window.rest)
 
 
-def mean_square(window: Window, weights: jax.Array) -> jax.Array:
+def mean_square(window: WindowData, weights: jax.Array) -> jax.Array:
     """sum_s lambda_s mean_i |Y_(s,i)|^2, the part of the inner loss that does not depend on the network.
 
     Where it takes noise that no other quantity sees, the expectation is given.

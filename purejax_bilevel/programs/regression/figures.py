@@ -74,7 +74,7 @@ def curves(dataset: xarray.Dataset, path: str | Path) -> Path:
         return plots._write(figure, path)
 
 
-def _one_panel_layout(dataset: xarray.Dataset, series: plots.Curves) -> plots.Layout:
+def _one_panel_layout(dataset: xarray.Dataset, series: plots.Curves) -> plots.Arrangement:
     dimensions = setting_dimensions(dataset)
     count = math.prod(dataset.sizes[name] for name in dimensions)
     if count <= plots.ONE_PANEL:

@@ -68,7 +68,7 @@ def _check_together(config: Config) -> None:
     agents.AGENTS.check_settings(config)
 
 
-class Regret(NamedTuple):
+class RegretSums(NamedTuple):
     """Sums over time."""
 
     local: regret.LocalRegretState
@@ -85,10 +85,10 @@ class State(flax.struct.PyTreeNode):
     # learning
     learner: agents.Learner
     # bookkeeping
-    regret: Regret
+    regret: RegretSums
 
 
-class Regression(Program):
+class Regression(Program[Config]):
     """The program: three pure functions of a member's configuration.
 
     Args:
@@ -126,7 +126,7 @@ class Regression(Program):
             key=jax.random.fold_in(key, STEPS),
             problem=data.init_problem(config, jax.random.fold_in(key, PROBLEM)),
             learner=learner,
-            regret=Regret(
+            regret=RegretSums(
                 local=_local_regret(config).init(learner.weights),
                 own=jnp.zeros(()),
                 constant=jnp.zeros(config.regret_grid_size),
@@ -156,10 +156,12 @@ class Regression(Program):
             "hypergradient_norm": jnp.linalg.norm(hypergradient),
             "local_regret_increment": local.increment,
         }
-        state = state.replace(learner=agents.outer_step(config, learner, hypergradient, t), regret=Regret(local, *sums))
+        state = state.replace(
+            learner=agents.outer_step(config, learner, hypergradient, t), regret=RegretSums(local, *sums)
+        )
         return state, {name: (value, jnp.ones_like(value)) for name, value in metrics.items()}
 
-    def _draw(self, state: State, config: Config, t: jax.Array) -> tuple[agents.Data, data.Window]:
+    def _draw(self, state: State, config: Config, t: jax.Array) -> tuple[agents.Data, data.WindowData]:
         time, problem = t + 1, state.problem
         noise_key, inner_key, outer_key = jax.random.split(jax.random.fold_in(state.key, t), 3)
         x_inner, f_inner = _batch(config, inner_key, problem.x_inner, problem.f_inner)
@@ -188,7 +190,7 @@ class Regression(Program):
         return agents.outer_loss(agents.predict(inner, inputs), truth) + config.noise_level**2
 
     def _compare(
-        self, state: State, config: Config, t: jax.Array, batch: agents.Data, window: data.Window, own: jax.Array
+        self, state: State, config: Config, t: jax.Array, batch: agents.Data, window: data.WindowData, own: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         """Sums of the outer loss, the agent's own and with constant weights: same data, same start, same number of
         inner steps.

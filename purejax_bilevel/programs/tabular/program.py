@@ -89,7 +89,7 @@ def _fixed_mdp(config: Config) -> MDP:
     return finite.load(config.mdp_file) if config.mdp == "file" else finite.two_state()
 
 
-class Tabular(Program):
+class Tabular(Program[Config]):
     """The program: three pure functions of a member's configuration, sharing the MDP unless it is random.
 
     Args:

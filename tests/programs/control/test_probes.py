@@ -15,6 +15,7 @@ import pytest
 from purejax_bilevel import networks
 from purejax_bilevel.configuration import replace
 from purejax_bilevel.environments import probes
+from purejax_bilevel.program import Configuration
 from purejax_bilevel.programs.control import agents, policies, q_learning, soft_actor_critic, soft_actor_critic_agents
 from tests.programs.programs import mostly, step
 
@@ -26,7 +27,7 @@ TEMPERATURE = 0.1
 SITUATIONS = jnp.stack([situation.observation for situation in probes.SITUATIONS])
 
 
-def train(config: Any) -> Any:
+def train(config: Configuration) -> Any:
     """Final learners of all seeds, without evaluations."""
     config = config.resolved()
     config = replace(config, max_hidden_dim=config.hidden_dim, max_model_hidden_dim=config.model_hidden_dim)

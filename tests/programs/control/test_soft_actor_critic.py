@@ -17,7 +17,7 @@ from jax.flatten_util import ravel_pytree
 import train_rl
 from purejax_bilevel.configuration import replace
 from purejax_bilevel.errors import UserError
-from purejax_bilevel.programs.control import agents, q_learning, soft_actor_critic, soft_actor_critic_agents
+from purejax_bilevel.programs.control import acting, agents, q_learning, soft_actor_critic, soft_actor_critic_agents
 from purejax_bilevel.programs.control.soft_actor_critic import Config
 from purejax_bilevel.programs.control.soft_actor_critic_agents import Learner
 from purejax_bilevel.programs.tabular import program as tabular
@@ -224,7 +224,7 @@ LIMIT = 5
 
 
 @pytest.fixture(scope="module")
-def interrupted() -> tuple[Config, soft_actor_critic.ActorCritic, soft_actor_critic.State, dict[str, Any]]:
+def interrupted() -> tuple[Config, soft_actor_critic.ActorCritic, acting.State, dict[str, Any]]:
     """Two copies of Pendulum with a time limit of 5 steps, after 23 steps of which 11 had three updates each."""
     config = Config(
         agent_type="sac",

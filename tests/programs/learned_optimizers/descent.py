@@ -8,6 +8,7 @@ import optax
 
 from purejax_bilevel.programs.learned_optimizers import ppo
 from purejax_bilevel.programs.learned_optimizers.agents import PolicyGradient
+from purejax_bilevel.programs.learned_optimizers.settings import PPO
 
 
 class Episodes(NamedTuple):
@@ -28,13 +29,13 @@ def loss(params: Any) -> jax.Array:
     return sum(jnp.square(layers["Dense_0"]["bias"] - GOALS[name]).sum() for name, layers in params.items())
 
 
-def init(key: jax.Array, config: Any, task: Any, rule: Any) -> State:
+def init(key: jax.Array, config: PPO, task: Any, rule: Any) -> State:
     bias = 0.002 * jax.random.normal(jax.random.fold_in(key, 0), (3,))
     params = {name: {"Dense_0": {"bias": bias}} for name in ("actor", "critic")}
     return State(key, params, rule.init(params), Episodes(jnp.zeros(1)))
 
 
-def iteration(state: State, config: Any, task: Any, rule: Any, t: jax.Array, horizon: int) -> tuple[State, dict]:
+def iteration(state: State, config: PPO, task: Any, rule: Any, t: jax.Array, horizon: int) -> tuple[State, dict]:
     def step(carry: tuple, number: jax.Array) -> tuple:
         params, optimizer = carry
         clues = ppo.clues_of(number, config, horizon) | {

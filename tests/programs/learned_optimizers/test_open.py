@@ -4,14 +4,11 @@ Weight vectors here are made by hand or drawn; those of the original are in `tes
 """
 
 import collections
-import importlib.util
 import math
 import re
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
@@ -37,9 +34,9 @@ from purejax_bilevel.programs.learned_optimizers.optimizer import _Seen, dormanc
 from purejax_bilevel.programs.learned_optimizers.update_rules import PUBLISHED
 from purejax_bilevel.programs.learned_optimizers.weights import shapes
 from purejax_bilevel.runtime import artefacts
+from tests.test_benchmarks import load
 
 TESTS = Path(__file__).parents[2]
-BENCHMARK = TESTS / "benchmarks" / "open_speed.py"
 PAGE = Path(learned_optimizers.__file__).parent / "README.md"
 SMALL, LARGER = 1211, 3571
 OUTPUT_BIAS = 1160  # of the small network, where the table of the published layout has it
@@ -596,20 +593,10 @@ def test_python_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 # --- the benchmark ----------------------------------------------------------------------------------------------------
 
 
-def benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("benchmark_open_speed", BENCHMARK)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize("size", [SMALL, LARGER])
 def test_the_benchmark_times_the_same_computation_array_by_array(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """But for the noise, of which each draws its own: its output is silent here."""
-    speed = benchmark(monkeypatch)
+    speed = load("open_speed", monkeypatch)
     weights = drawn_weights(size=size)
     hidden = {SMALL: 16, LARGER: 32}[size]
     outputs = weights[-3 * hidden :].reshape(hidden, 3).at[:, 2].set(0.0)
@@ -628,7 +615,7 @@ def test_the_benchmark_times_the_same_computation_array_by_array(size: int, monk
 
 
 def test_the_benchmark_works_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    number, medians = benchmark(monkeypatch).measure(4, 3, 5, 2, SMALL)
+    number, medians = load("open_speed", monkeypatch).measure(4, 3, 5, 2, SMALL)
     assert number == 3 * 4 + 4 + 4 * 4 + 4 + 4 * 3 + 3 + 3 * 4 + 4 + 4 * 4 + 4 + 4 + 1
-    assert set(medians) >= {name for pair in benchmark(monkeypatch).RATIOS for name in pair}
+    assert set(medians) >= {name for pair in load("open_speed", monkeypatch).RATIOS for name in pair}
     assert all(clock > 0.0 for clock, _ in medians.values())

@@ -246,7 +246,7 @@ def test_what_open_is_told_to_do_without() -> None:
 def test_values_are_clipped_on_both_sides(sign: float) -> None:
     """A value that moved by 0.5 towards a target at 1 counts as one that moved by 0.2."""
     zero = np.zeros(1)
-    batch = ppo.Batch(zero, zero, zero, zero, zero, np.array([sign]))
+    batch = ppo.OnPolicyBatch(zero, zero, zero, zero, zero, np.array([sign]))
     assert float(ppo._value_loss(np.array([0.5 * sign]), batch, 0.2)) == pytest.approx(0.5 * 0.8**2)
 
 

@@ -11,10 +11,10 @@ from purejax_bilevel.environments import grid_world
 from purejax_bilevel.programs.meta_objectives import antagonist, endings, lives, network, population, worlds
 from purejax_bilevel.programs.meta_objectives.curriculum import Lot
 from purejax_bilevel.programs.meta_objectives.lives import Candidate
-from purejax_bilevel.programs.meta_objectives.settings import MetaTraining
+from purejax_bilevel.programs.meta_objectives.settings import ObjectiveTraining
 
 WORLD = worlds.make("GridWorld-debug")
-CONFIG = MetaTraining(
+CONFIG = ObjectiveTraining(
     lifetime_conditioning=True,
     env_workers=4,
     train_rollout_len=4,

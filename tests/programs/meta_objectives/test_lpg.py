@@ -11,13 +11,13 @@ import pytest
 from purejax_bilevel.environments import grid_world
 from purejax_bilevel.environments.grid_world import GridWorld, Places
 from purejax_bilevel.programs.meta_objectives import learners, meta_gradient, network, worlds
-from purejax_bilevel.programs.meta_objectives.learners import Agent, Build, Rollout
+from purejax_bilevel.programs.meta_objectives.learners import Build, LivingAgent, Rollout
 from purejax_bilevel.programs.meta_objectives.meta_gradient import Switches
-from purejax_bilevel.programs.meta_objectives.settings import MetaTraining, defects
+from purejax_bilevel.programs.meta_objectives.settings import ObjectiveTraining, defects
 
 WORKERS, STEPS, TARGETS, ROWS = 3, 20, 4, 12
 BUILD = Build(ROWS + 1, 5)
-CONFIG = MetaTraining(actor_lr=40.0, critic_lr=4.0, lpg_target_width=TARGETS)
+CONFIG = ObjectiveTraining(actor_lr=40.0, critic_lr=4.0, lpg_target_width=TARGETS)
 
 
 def rollout_of(seed: int) -> Rollout:
@@ -32,10 +32,10 @@ def rollout_of(seed: int) -> Rollout:
     return Rollout(observations, *map(jnp.asarray, (chance.integers(0, 5, (WORKERS, STEPS)), reward, done)))
 
 
-def agent_of(seed: int, critic_outputs: int = TARGETS, build: Build = BUILD, lifetime: int = 9) -> Agent:
+def agent_of(seed: int, critic_outputs: int = TARGETS, build: Build = BUILD, lifetime: int = 9) -> LivingAgent:
     actor_key, critic_key = jax.random.split(jax.random.key(seed))
     actor, critic = build.learner(actor_key, 5), build.learner(critic_key, critic_outputs)
-    return Agent(actor, critic, jnp.int32(0), jnp.int32(lifetime))
+    return LivingAgent(actor, critic, jnp.int32(0), jnp.int32(lifetime))
 
 
 def weights_of(seed: int, has_clocks: bool = False) -> network.Weights:
@@ -69,10 +69,10 @@ def test_nothing_flows_forwards_or_across_the_end_of_an_episode() -> None:
 
 
 def test_minus_advantages_give_the_step_of_a2c(float64: None) -> None:
-    config = MetaTraining(actor_lr=40.0, critic_lr=4.0, lpg_agent_target_coeff=0.0, entropy_coeff=0.0)
+    config = ObjectiveTraining(actor_lr=40.0, critic_lr=4.0, lpg_agent_target_coeff=0.0, entropy_coeff=0.0)
     agent, rollout = agent_of(3, 1), rollout_of(4)
 
-    def both(agent: Agent) -> tuple[Agent, Agent]:
+    def both(agent: LivingAgent) -> tuple[LivingAgent, LivingAgent]:
         judged = learners.advantages(config, rollout, learners.values(agent.critic.network, rollout))
         told = -learners.standardised(judged), jnp.ones((WORKERS, STEPS, 1))
         return learners.push(BUILD, config, agent, rollout, *told)[0], learners.a2c_update(
@@ -90,7 +90,7 @@ def test_an_agent_that_does_as_told_does_not_move(float64: None) -> None:
     agent, rollout = agent_of(5), rollout_of(6)
 
     @jax.jit
-    def gradients(agent: Agent) -> Any:
+    def gradients(agent: LivingAgent) -> Any:
         told = learners.probabilities(agent.critic.network, learners.first_observations(rollout))
         given = (agent.actor.network, agent.critic.network, rollout, jnp.zeros((WORKERS, STEPS)), told, 0.5)
         return jax.grad(learners.agent_loss, (0, 1), has_aux=True)(*given)[0]

@@ -16,9 +16,9 @@ from jax.flatten_util import ravel_pytree
 
 from purejax_bilevel.environments.grid_world import Places
 from purejax_bilevel.programs.meta_objectives import learners, meta_gradient, network
-from purejax_bilevel.programs.meta_objectives.learners import Agent, Build, Layer, Learner, Rollout
+from purejax_bilevel.programs.meta_objectives.learners import Build, Layer, Learner, LivingAgent, Rollout
 from purejax_bilevel.programs.meta_objectives.meta_gradient import Judged, Switches
-from purejax_bilevel.programs.meta_objectives.settings import MetaTraining
+from purejax_bilevel.programs.meta_objectives.settings import ObjectiveTraining
 
 OWN = Path(__file__).parents[2] / "data" / "groove"
 GIVEN = os.environ.get("PUREJAX_BILEVEL_REFERENCE_DATA")
@@ -128,7 +128,7 @@ def build_of(data: dict[str, Any]) -> Build:
     return Build(size, data["actor/0/w"].shape[-1], hidden, "adam" if name == "adam" else "sgd")
 
 
-def config_of(data: dict[str, Any], **others: Any) -> MetaTraining:
+def config_of(data: dict[str, Any], **others: Any) -> ObjectiveTraining:
     names = {
         "actor_lr": "actor_learning_rate",
         "critic_lr": "critic_learning_rate",
@@ -139,7 +139,7 @@ def config_of(data: dict[str, Any], **others: Any) -> MetaTraining:
         **{name: name for name in ("max_grad_norm", "gamma", "gae_lambda", "entropy_coeff")},
     }
     values = {own: data[name].item() for own, name in names.items() if name in data}
-    return MetaTraining(**{"actor_lr": 0.0, "critic_lr": 0.0, **values, **others})
+    return ObjectiveTraining(**{"actor_lr": 0.0, "critic_lr": 0.0, **values, **others})
 
 
 # --- the network ------------------------------------------------------------------------------------------------------
@@ -235,7 +235,7 @@ def test_an_update_under_an_objective(path: Path, case: str, float64: None) -> N
     close(divergence, data[f"{case}/out/kl"])
     for name, gradient in zip(("actor", "critic"), gradients, strict=True):
         same_layers(gradient, layers_of(data, f"{case}/out/{name}_grad/"))
-    agent = Agent(actor, critic, jnp.int32(0), jnp.int32(250))
+    agent = LivingAgent(actor, critic, jnp.int32(0), jnp.int32(250))
     push = jax.jit(learners.push, static_argnums=0)
     after, measured = push(build, config, agent, rollout, *told)
     changed(agent, after, data, f"{case}/out/", "critic")
@@ -252,7 +252,7 @@ def same_layers(found: learners.Network, expected: learners.Network) -> None:
     jax.tree.map(close, found, expected)
 
 
-def changed(before: Agent, after: Agent, data: dict[str, Any], prefix: str, critic: str) -> None:
+def changed(before: LivingAgent, after: LivingAgent, data: dict[str, Any], prefix: str, critic: str) -> None:
     for name, own in (("actor", "actor"), (critic, "critic")):
         change = jax.tree.map(jnp.subtract, getattr(after, own).network, getattr(before, own).network)
         same_layers(change, layers_of(data, f"{prefix}{name}_change/"))
@@ -268,7 +268,7 @@ def test_an_update_of_a2c(path: Path, float64: None) -> None:
     found = learners.advantages(config, rollout, estimates)
     close(found, data["out/advantage"])
     close(found + estimates[:, :-1], data["out/value_target"])
-    agent = Agent(actor, critic, jnp.int32(0), jnp.int32(250))
+    agent = LivingAgent(actor, critic, jnp.int32(0), jnp.int32(250))
     actor_loss = jax.jit(jax.value_and_grad(learners.a2c_loss, 1))
     update = jax.jit(learners.a2c_update, static_argnums=0)
     for variant, own_steps in (("released", jnp.bool_(False)), ("fix_axis", jnp.bool_(True))):
@@ -293,7 +293,7 @@ def meta_case(data: dict[str, Any]) -> tuple[Any, network.Weights, Judged, Any]:
         return meta_gradient.meta_loss(build, switched, config, weights, judged, (), collect)
 
     actor, critic, value = (learner_of(build, data, f"{name}/") for name in ("actor", "critic", "value"))
-    agents = Agent(actor, critic, jnp.asarray(data["step"]), jnp.asarray(data["lifetime"]))
+    agents = LivingAgent(actor, critic, jnp.asarray(data["step"]), jnp.asarray(data["lifetime"]))
     return loss, weights_of(data, "lpg/"), Judged(agents, value), rollout_of(data)
 
 

@@ -11,6 +11,7 @@ import pytest
 from purejax_bilevel import scripts
 from purejax_bilevel.configuration import replace
 from purejax_bilevel.errors import UserError
+from purejax_bilevel.program import Configuration
 from purejax_bilevel.programs.meta_objectives import meta_test, models, network, worlds
 from purejax_bilevel.programs.meta_objectives.program import Config
 from purejax_bilevel.runtime import artefacts, loop
@@ -37,7 +38,7 @@ TEST = meta_test.Config(
 )
 
 
-def train(config: Any, number: int | None = None, seeds: int = 1, **options: Any) -> loop.Outcome:
+def train(config: Configuration, number: int | None = None, seeds: int = 1, **options: Any) -> loop.Outcome:
     return programs.train(config, seeds, devices=number, **options)[1]
 
 

@@ -1,0 +1,112 @@
+"""What the programs of control share: a policy acts, transitions are stored, an agent learns from them step by step."""
+
+from typing import Any, TypeVar
+
+import flax.struct
+import jax
+
+from purejax_bilevel.program import Measure, Metrics, Program, Stage, Tree
+from purejax_bilevel.programs.control import rollouts
+from purejax_bilevel.programs.control.settings import Evaluation
+
+# Named streams of random numbers; a constant each, so that adding one moves no other.
+INIT, STEP, EVALUATE, VIDEO = range(4)  # of a member
+ACT, ENVIRONMENT, LEARN = range(3)  # of a step
+
+C = TypeVar("C", bound=Evaluation)
+
+
+class State(flax.struct.PyTreeNode):
+    """Everything a member carries from step to step."""
+
+    # constant
+    key: jax.Array
+    # acting; where there are several copies of the environment, one of each for every copy
+    obs: jax.Array
+    environment: Any
+    episode_return: jax.Array
+    # data
+    storage: jax.Array
+    # learning
+    learner: Any  # an `agents.Learner`; that of continuous actions has more
+
+
+class Acting(Program[C]):
+    """A program of one stage in which a policy acts; subclasses say how it does and what is learned from it.
+
+    Args:
+        config: resolved configuration; only its static fields matter here.
+    """
+
+    headline = "evaluation_return"
+    step_unit = "environment steps"
+    measures: tuple[Measure, ...] = (
+        Measure("evaluation_return", "return of evaluation episodes", better="higher"),
+        Measure("training_return", "return of the episodes finished in training", better="higher"),
+        Measure("model_loss", "outer loss"),
+        Measure("q_loss", "inner loss"),
+        Measure("model_gradient_norm", "norm of the model's gradient"),
+        Measure("q_gradient_norm", "norm of the inner gradient"),
+        Measure("model_error", "mean squared error of the predicted next observation"),
+        Measure("solver_residual", "relative residual of the linear solver"),
+        Measure("final_return", "return of the last evaluation", better="higher", dims=("episode",), when="end"),
+    )
+
+    def __init__(self, config: C):
+        self.stages = (
+            Stage(
+                config.num_train_steps,
+                config.eval_frequency,
+                self.update,
+                self.evaluate,
+                warm_up=config.init_steps,
+                collect=self.collect,
+            ),
+        )
+
+    def update(self, state: State, config: C, t: jax.Array, shared: Tree = ()) -> tuple[State, Metrics]:
+        """One step of the environment, and what is learned then.
+
+        Args:
+            state: of one member.
+            config: of that member.
+            t: number of the step, shared by all members, so that buffer writes stay cheap under vmap.
+            shared: nothing.
+        """
+        raise NotImplementedError
+
+    def collect(self, state: State, config: C, t: jax.Array, shared: Tree = ()) -> tuple[State, Metrics]:
+        """One step of the environment with uniform actions; arguments as for `update`."""
+        return self._interact(state, config, t, self._key(state, t))
+
+    def _interact(self, state: State, config: C, t: jax.Array, key: jax.Array) -> tuple[State, Metrics]:
+        raise NotImplementedError
+
+    def _key(self, state: State, t: jax.Array) -> jax.Array:
+        return jax.random.fold_in(jax.random.fold_in(state.key, STEP), t)
+
+    def evaluate(
+        self, state: State, config: C, t: jax.Array, is_last: jax.Array, shared: Tree = ()
+    ) -> dict[str, jax.Array]:
+        """Plays episodes with the policy of step `t`, without exploration, in the environment as it is at that step.
+
+        Returns:
+            `evaluation_return` (mean), `final_return` `[episodes]` (NaN for those not played before the last
+            evaluation).
+        """
+        key = jax.random.fold_in(jax.random.fold_in(state.key, EVALUATE), t)
+        episodes = (config.eval_episodes, config.final_eval_episodes)
+        return rollouts.evaluate(*self._rollout(state, config, t), key, *episodes, is_last)
+
+    def episode(self, state: State, config: C, t: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """One episode of the policy of step `t`, for a video.
+
+        Returns:
+            Observations `[max_steps, obs]` and whether the episode was still going on `[max_steps]`.
+        """
+        key = jax.random.fold_in(jax.random.fold_in(state.key, VIDEO), t)
+        return rollouts.episode(*self._rollout(state, config, t), key)
+
+    def _rollout(self, state: State, config: C, t: jax.Array) -> tuple[Any, Any, int, rollouts.Policy]:
+        """Environment, its parameters, the most steps of an episode and the policy."""
+        raise NotImplementedError
