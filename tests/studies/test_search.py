@@ -23,8 +23,6 @@ from purejax_bilevel.studies.intervals import Interval
 from purejax_bilevel.studies.plan import make_agents
 from purejax_bilevel.studies.study import Search, parse
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
-
 BEST = 1e-2
 TOY: dict[str, Any] = {
     "program": "toy",
