@@ -21,8 +21,7 @@ from purejax_bilevel.programs.control import agents, policies, q_learning, soft_
 from tests.programs.programs import step
 
 SEEDS = 3
-OUTSIDE = "tests.outside:SLOW"
-SLOW = ("vep", "funcbo_reward_only", OUTSIDE)  # discrete actions
+SLOW = ("vep", "funcbo_reward_only")  # discrete actions
 SLOW_CONTINUOUS = ("omd", "vep", "funcbo")
 DISCOUNT = 0.5
 TEMPERATURE = 0.1
@@ -78,11 +77,10 @@ NEEDED: dict[str, tuple[dict[str, Any], float]] = {
     # Fewer random value functions than an observation has entries do not tell all observations apart.
     "vep": ({"num_ensemble_vep": 32}, 0.02),
     "sql": ({}, 0.02),
-    OUTSIDE: ({"lr": 3e-3, "inner_lr": 3e-3}, 0.02),
 }
 
 
-@pytest.fixture(scope="module", params=params([*agents.AGENTS, OUTSIDE], SLOW))
+@pytest.fixture(scope="module", params=params(agents.AGENTS, SLOW))
 def discrete(request: pytest.FixtureRequest) -> tuple[np.ndarray, float]:
     """Learned values `[seeds, situations, actions]` (mean of the heads) and the error allowed."""
     settings, tolerance = NEEDED[request.param]
