@@ -26,7 +26,7 @@ from jax.flatten_util import ravel_pytree
 from purejax_bilevel.bilevel import implicit
 from purejax_bilevel.configuration import replace
 from purejax_bilevel.networks import Heads, Layer, Network
-from purejax_bilevel.programs.control import agents, soft_actor_critic, soft_actor_critic_agents
+from purejax_bilevel.programs.control import agents, learners, soft_actor_critic, soft_actor_critic_agents
 from purejax_bilevel.programs.control.q_learning import Config
 from purejax_bilevel.programs.regression import agents as regression_agents
 from purejax_bilevel.programs.regression import program as regression
@@ -288,8 +288,11 @@ def test_continuous_control(agent_type: str, same_eps: bool, float64: Any, monke
     config = continuous_config(golden, agent_type)
     if same_eps:
         model_eps = 0.25e-8 if agent_type == "omd" else 1e-8
-        monkeypatch.setattr(agents, "q_optimizer", lambda config: optax.adam(config.inner_lr, eps=0.5e-8))
-        monkeypatch.setattr(agents, "model_optimizer", lambda config: with_step(optax.adam(config.lr, eps=model_eps)))
+        for module in (agents, learners):
+            monkeypatch.setattr(module, "q_optimizer", lambda config: optax.adam(config.inner_lr, eps=0.5e-8))
+            monkeypatch.setattr(
+                module, "model_optimizer", lambda config: with_step(optax.adam(config.lr, eps=model_eps))
+            )
     learner = continuous_learner(golden, config)
     for update in (1, 2):
         learner, losses = continuous_update(golden, config, learner, update, monkeypatch)

@@ -6,9 +6,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from purejax_bilevel.configuration import POSITIVE, at_least, configuration, static, traced, validate
+from purejax_bilevel.configuration import POSITIVE, at_least, configuration, replace, static, traced, validate
 from purejax_bilevel.program import Measure, Program, Stage
-from purejax_bilevel.studies import study
 
 BEST = 1e-2
 FAILS_ABOVE = 1.0
@@ -30,7 +29,7 @@ class Config:
         return f"{self.agent_type}-toy"
 
     def resolved(self) -> "Config":
-        return validate(study.replace(self, lr=0.1) if self.lr is None else self)
+        return validate(replace(self, lr=0.1) if self.lr is None else self)
 
     def program(self) -> "Toy":
         return Toy(self)

@@ -28,7 +28,7 @@ from rich.console import Console
 from purejax_bilevel.configuration import RUN_LENGTH, to_dict
 from purejax_bilevel.errors import Interrupted, UserError
 from purejax_bilevel.members import counted
-from purejax_bilevel.program import POPULATION, Measure, Part
+from purejax_bilevel.program import POPULATION, Configuration, Measure, Part
 from purejax_bilevel.results import dataset as datasets
 from purejax_bilevel.results import statistics
 from purejax_bilevel.runtime import checkpoint as checkpoints
@@ -547,7 +547,9 @@ def _stop_on_interrupt(progress: Progress) -> Iterator[Callable[[], bool]]:
             signal.signal(number, before)
 
 
-def to_dataset(part: Part, outcome: Outcome, number: int, config: Any, attrs: dict[str, Any]) -> xarray.Dataset:
+def to_dataset(
+    part: Part, outcome: Outcome, number: int, config: Configuration, attrs: dict[str, Any]
+) -> xarray.Dataset:
     """The labelled results of one part.
 
     Args:

@@ -24,6 +24,8 @@ from purejax_bilevel.studies.arguments import Options, stated, words_of
 if TYPE_CHECKING:
     import xarray
 
+    from purejax_bilevel.program import Configuration
+
 FAILED, BAD_INPUT = 1, 2  # exit statuses
 
 
@@ -135,7 +137,7 @@ def main(config_class: type | Callable[[], type], description: str, given: Seque
     return exit_status(work, words)
 
 
-def execute(options: Options, config: Any, console: Console) -> int:
+def execute(options: Options, config: "Configuration", console: Console) -> int:
     """Trains, writes the run's folder and prints the table; returns the exit status."""
     from purejax_bilevel.results import analysis
     from purejax_bilevel.runtime import devices, processes
@@ -219,7 +221,7 @@ def _unpacked(value: Any) -> Any:
     return value[0] if isinstance(value, tuple) and len(value) == 1 else value
 
 
-def _as_arguments(config: Any) -> dict[str, Any]:
+def _as_arguments(config: configuration.Settings) -> dict[str, Any]:
     """Settings as the command line would give them."""
     values = {}
     for field in fields(config):

@@ -4,21 +4,23 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import jax
+import numpy as np
 import xarray
 from rich.console import Console
 
-from purejax_bilevel.configuration import to_dict, warn
+from purejax_bilevel.configuration import warn
 from purejax_bilevel.members import batch_config, count_members, counted, grid_of
-from purejax_bilevel.program import Configuration, Part, called_outside
+from purejax_bilevel.program import Configuration, Part
 from purejax_bilevel.results import dataset as datasets
 from purejax_bilevel.results import residuals, statistics
-from purejax_bilevel.runtime import artefacts, processes, sizes
-from purejax_bilevel.runtime.compiled import mesh_of, precision, typed_state
-from purejax_bilevel.runtime.loop import make_seeds, to_dataset, train
+from purejax_bilevel.runtime import processes, sizes
+from purejax_bilevel.runtime.compiled import mesh_of
+from purejax_bilevel.runtime.loop import make_seeds, to_dataset
 from purejax_bilevel.runtime.options import RunOptions
 from purejax_bilevel.studies import folder as folders
+from purejax_bilevel.studies import training
 from purejax_bilevel.studies import video as videos
+from purejax_bilevel.studies.plan import SweptAgent, Template
 
 
 def run(
@@ -55,7 +57,7 @@ def run(
     run_options = RunOptions(**options)
     if folder is None:
         resolved = config.resolved()
-        return train_part(make_part(resolved, num_seeds, seed), resolved, run_options)
+        return _train(make_part(resolved, num_seeds, seed), resolved, run_options)
     with folders.opened(lambda: Path(folder), run_options.resume) as place:
         return run_in(place, config, num_seeds=num_seeds, seed=seed, video=video, options=run_options)
 
@@ -73,24 +75,26 @@ def run_in(
         if options.resume and (folder / folders.CONFIG).exists():
             folders.check_unchanged(folder, config, seeds)
         folders.describe(folder, folders.as_told(config, seeds), options, options.resume, video)
-    return train_part(part, resolved, dataclasses.replace(options, folder=folder), video)
+    return _train(part, resolved, dataclasses.replace(options, folder=folder), video)
 
 
-def train_part(part: Part, config: Configuration, options: RunOptions, video: bool = False) -> xarray.Dataset:
-    """Trains the members of a part and writes results and figures to the options' folder, if there is one."""
-    with sizes.explained():
-        outcome = train([part], options, watcher=sizes.Limits())
+def _train(part: Part, config: Configuration, options: RunOptions, video: bool = False) -> xarray.Dataset:
+    """Trains the one agent of a run and writes results and figures to the options' folder, if there is one."""
+    num_seeds = len(part.grid.seeds)
+    settings = np.arange(len(part.grid) // num_seeds)
+    agent = SweptAgent("", part.grid, (Template("", config, {}, ()),), (settings,))
+    trained = training.train([agent], options, watcher=sizes.Limits(), parts=[part])
+    outcome = trained.outcome
     dataset = to_dataset(part, outcome, 0, config, {"command": datasets.command_line()})
     if processes.is_first():
         for sentence in residuals.warnings(dataset):
             warn(sentence)
     if options.folder is not None and processes.is_first():
         write_outputs(dataset, options.folder)
-        save_artefact(part, config, outcome.state[0] if outcome.state else None, options.folder)
+        trained.save_artefacts([options.folder])
         if video and outcome.state:
             final = outcome.rows[0][next(iter(part.program.finals))][:, -1].mean(-1)
-            member = videos.median_member(final)
-            videos.write_video(part, outcome.state[0], member, outcome.steps, options.folder / videos.FILE_NAME)
+            trained.write_video(0, *divmod(videos.median_member(final), num_seeds), options.folder)
     return dataset
 
 
@@ -114,20 +118,6 @@ def write_outputs(dataset: xarray.Dataset, folder: Path) -> None:
     from purejax_bilevel.results import outputs  # imports matplotlib: only when there is something to draw
 
     outputs.write_figures(dataset, folder)
-
-
-def save_artefact(part: Part, config: Configuration, stored: Any, folder: Path) -> None:
-    """Writes what other runs may start from, if the program leaves something and the state is known."""
-    program = part.program
-    if stored is None:
-        return
-    members = [part.grid.settings(member) for member in range(len(part.grid))]
-    with precision([part]):
-        program.write(typed_state(part, stored.state), members, folder)
-        if not program.artefact_kind:
-            return
-        tree = jax.vmap(called_outside(program, program.artefact))(typed_state(part, stored.state))
-    artefacts.save(folder, program.artefact_kind, tree, members, to_dict(config))
 
 
 def tell(dataset: xarray.Dataset, folder: Path, console: Console) -> None:

@@ -11,9 +11,8 @@ Before it starts, a sweep tells its members, sub-programs, memory and time; what
 
 import dataclasses
 import importlib
-import itertools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from purejax_bilevel.members import bytes_in_words, check_count, counted
 from purejax_bilevel.program import Part
 from purejax_bilevel.results import analysis, report, residuals
 from purejax_bilevel.results import dataset as datasets
+from purejax_bilevel.results.analysis import AgentResult
 from purejax_bilevel.results.statistics import (
     SettingRow,
     by_task,
@@ -42,14 +42,14 @@ from purejax_bilevel.runtime.options import RunOptions
 from purejax_bilevel.runtime.progress import duration
 from purejax_bilevel.runtime.schedule import num_rows
 from purejax_bilevel.studies import folder as folders
-from purejax_bilevel.studies import rounds
-from purejax_bilevel.studies import run as runs
+from purejax_bilevel.studies import rounds, training
 from purejax_bilevel.studies import search as searches
 from purejax_bilevel.studies import video as videos
 from purejax_bilevel.studies.arguments import Options
 from purejax_bilevel.studies.command_line import how_to_run
 from purejax_bilevel.studies.plan import SweptAgent, make_agents
 from purejax_bilevel.studies.study import Study
+from purejax_bilevel.studies.training import Trained
 
 PROGRAMS_FOLDER = "programs"  # of a sweep of several programs: the checkpoint of each
 OWN_NAMES = (
@@ -100,7 +100,7 @@ def _run_in(
         found = _in_rounds(study, agents, run_options, console, plan)
     else:
         trained = _at_once(study, agents, run_options, console, plan)
-        found = _datasets(agents, trained, plan)
+        found = _datasets(study, agents, trained, plan)
     if not processes.is_first():
         return found
     for file, dataset in zip(files, found, strict=True):
@@ -109,10 +109,11 @@ def _run_in(
             warn(sentence)
     searches.clean(folder)
     written = report.write(folder, study.name, study.report, files)
-    for own in trained or ():
-        _save_artefacts(agents, own, files)
+    places = {agent.label: file.parent for agent, file in zip(agents, files, strict=True)}
+    for together in trained or ():
+        together.save_artefacts([places[agent.label] for agent in together.agents])
         if options.video:
-            _write_videos(agents, own, written, files)
+            _write_videos(together, {result.label: result for result in written}, places)
     if not options.quiet:
         _print_summary(study, written, found, console, folder)
     return found
@@ -167,42 +168,14 @@ def _check_names(agents: Sequence[SweptAgent]) -> None:
             )
 
 
-@dataclasses.dataclass(frozen=True)
-class Trained:
-    """All members of one program, trained in one go.
-
-    Args:
-        study: of this program.
-        labels: of its agents.
-        parts: sub-programs of all its agents, agent by agent.
-        outcome: in the same order.
-        counts: sub-programs of each agent.
-    """
-
-    study: Study
-    labels: tuple[str, ...]
-    parts: list[Part]
-    outcome: loop.Outcome
-    counts: tuple[int, ...]
-
-    def spans(self) -> dict[str, slice]:
-        """Where each agent's sub-programs are."""
-        ends = list(itertools.accumulate(self.counts))
-        slices = [slice(end - count, end) for end, count in zip(ends, self.counts, strict=True)]
-        return dict(zip(self.labels, slices, strict=True))
-
-
 def _at_once(
     study: Study, agents: Sequence[SweptAgent], options: RunOptions, console: Console, plan: "Plan"
 ) -> list[Trained]:
     """One compiled call for each program."""
     trained = []
     for family in study.by_program:
-        own = {agent.label: agent.parts() for agent in agents if agent.label in family.agents}
-        parts = [part for listed in own.values() for part in listed]
-        with sizes.explained():
-            outcome = loop.train(parts, _in_own_folder(study, family, options), console, plan)
-        trained.append(Trained(family, tuple(own), parts, outcome, tuple(map(len, own.values()))))
+        own = [agent for agent in agents if agent.label in family.agents]
+        trained.append(training.train(own, _in_own_folder(study, family, options), console, plan))
     return trained
 
 
@@ -213,39 +186,14 @@ def _in_own_folder(study: Study, family: Study, options: RunOptions) -> RunOptio
     return dataclasses.replace(options, folder=options.folder / PROGRAMS_FOLDER / loop.file_name(family.program))
 
 
-def _datasets(agents: Sequence[SweptAgent], trained: Sequence[Trained], plan: "Plan") -> list[xarray.Dataset]:
-    found: dict[str, xarray.Dataset] = {}
-    for own in trained:
-        labelled = [agent for agent in agents if agent.label in own.labels]
-        found |= zip(own.labels, _datasets_of(own, labelled, plan), strict=True)
+def _datasets(
+    study: Study, agents: Sequence[SweptAgent], trained: Sequence[Trained], plan: "Plan"
+) -> list[xarray.Dataset]:
+    found = {}
+    for family, together in zip(study.by_program, trained, strict=True):
+        for number, agent in enumerate(together.agents):
+            found[agent.label] = _dataset(family, agent, *together.outcome_of(number), plan, {})
     return [found[agent.label] for agent in agents]
-
-
-def _datasets_of(trained: Trained, agents: Sequence[SweptAgent], plan: "Plan") -> list[xarray.Dataset]:
-    found, outcome, study = [], trained.outcome, trained.study
-    for agent, span in zip(agents, trained.spans().values(), strict=True):
-        names = outcome.rows[span][0]
-        merged = dataclasses.replace(
-            outcome,
-            rows=[{name: agent.gather([rows[name] for rows in outcome.rows[span]]) for name in names}],
-            failed=[agent.gather(outcome.failed[span])],
-            bytes_per_member=[max(outcome.bytes_per_member[span])],
-        )
-        found.append(
-            _dataset(study, agent, dataclasses.replace(trained.parts[span][0], grid=agent.grid), merged, plan, {})
-        )
-    return found
-
-
-def _save_artefacts(agents: Sequence[SweptAgent], trained: Trained, files: Sequence[Path]) -> None:
-    """What each agent leaves for others, in its folder; where it has several sub-programs, in a folder of each."""
-    spans = trained.spans()
-    for agent, file in zip(agents, files, strict=True):
-        parts = trained.parts[spans[agent.label]] if agent.label in spans else []
-        states = trained.outcome.state[spans[agent.label]] if parts and trained.outcome.state else []
-        for part, state, template in zip(parts, states, agent.templates, strict=False):
-            folder = file.parent if len(parts) == 1 else file.parent / loop.file_name(part.label)
-            runs.save_artefact(part, template.config, state, folder)
 
 
 def _check_video(study: Study, agents: Sequence[SweptAgent]) -> None:
@@ -255,22 +203,13 @@ def _check_video(study: Study, agents: Sequence[SweptAgent]) -> None:
         raise UserError("--video does not go with es and halving, which keep no policy: train the setting they find.")
 
 
-def _write_videos(
-    agents: Sequence[SweptAgent], trained: Trained, results: Sequence[analysis.AgentResult], files: Sequence[Path]
-) -> None:
+def _write_videos(trained: Trained, results: Mapping[str, AgentResult], places: Mapping[str, Path]) -> None:
     """The median member of each agent's best setting."""
-    spans = trained.spans()
-    for agent, result, file in zip(agents, results, files, strict=True):
-        if agent.label not in spans:
-            continue
-        span = spans[agent.label]
-        shape = (agent.num_settings, len(agent.grid.seeds))
+    for number, agent in enumerate(trained.agents):
+        result, shape = results[agent.label], (agent.num_settings, len(agent.grid.seeds))
         members = by_task(result.dataset, np.arange(len(agent.grid)).reshape(shape))[result.best].reshape(-1)
         setting, seed = divmod(int(members[videos.median_member(result.scores[result.best].reshape(-1))]), shape[1])
-        number = next(i for i, settings in enumerate(agent.settings_of) if setting in settings)
-        place = int(np.flatnonzero(agent.settings_of[number] == setting)[0]) * shape[1] + seed
-        part, state = trained.parts[span][number], trained.outcome.state[span][number]
-        videos.write_video(part, state, place, trained.outcome.steps, file.parent / videos.FILE_NAME)
+        trained.write_video(number, setting, seed, places[agent.label])
 
 
 def _in_rounds(
@@ -356,7 +295,7 @@ def _log_finalists(dataset: xarray.Dataset, part: Part, outcome: loop.Outcome, o
 
 def _print_summary(
     study: Study,
-    found: Sequence[analysis.AgentResult],
+    found: Sequence[AgentResult],
     datasets: Sequence[xarray.Dataset],
     console: Console,
     folder: Path,

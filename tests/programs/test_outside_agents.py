@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import yaml
 
-from purejax_bilevel import ContinuousConfig, RegressionConfig, RLConfig, TabularConfig, scripts
+from purejax_bilevel import ContinuousConfig, RegressionConfig, RLConfig, TabularConfig, networks, scripts
 from purejax_bilevel.agents import registry
 from purejax_bilevel.configuration import replace
 from purejax_bilevel.errors import UserError
@@ -19,6 +19,7 @@ from purejax_bilevel.results import dataset as datasets
 from purejax_bilevel.studies import command_line, plan, study, sweep_command
 from purejax_bilevel.studies import run as runs
 from tests import outside
+from tests.programs.control import test_probes
 from tests.programs.programs import check_resume_is_bitwise, initial_learners, moved, train
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
@@ -210,6 +211,15 @@ def test_seeds_and_hyper_parameters_are_members_on_eight_devices(trained: tuple)
 @pytest.mark.slow  # as for every agent of the program; by its folder: above
 def test_resume_is_bitwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     check_resume_is_bitwise(replace(SMALL, lr=(1e-3, 3e-3)), tmp_path, monkeypatch)
+
+
+@pytest.mark.slow
+def test_it_finds_the_optimal_values_of_the_probes():
+    """As the package's own agents do."""
+    learner = test_probes.train(replace(test_probes.DISCRETE, agent_type=MINE, lr=3e-3, inner_lr=3e-3))
+    values = jax.vmap(lambda q: networks.apply_heads(q, test_probes.SITUATIONS.T).mean(0).T)(learner.q)
+    test_probes.test_discrete_values_are_optimal((np.asarray(values), 0.02))
+    test_probes.test_discrete_policy_is_optimal((np.asarray(values), 0.02))
 
 
 # --- sweeps and the other programs ------------------------------------------------------------------------------------

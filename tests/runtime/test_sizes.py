@@ -6,7 +6,7 @@ import pytest
 import train_regression
 import train_rl
 from purejax_bilevel.errors import UserError
-from purejax_bilevel.runtime import devices, sizes
+from purejax_bilevel.runtime import devices, loop, sizes
 from purejax_bilevel.runtime.compiled import CompiledProgram
 from purejax_bilevel.studies import command_line, sweep_command
 from purejax_bilevel.studies import run as runs
@@ -89,7 +89,7 @@ def test_memory_that_ends_in_a_run_is_told_in_one_sentence(error, monkeypatch):
     def train(*_, **__):
         raise error
 
-    monkeypatch.setattr(runs, "train", train)
+    monkeypatch.setattr(loop, "train", train)
     with pytest.raises(UserError, match=r"^the memory is used up \(.*\): take fewer seeds .*windows\)\.$"):
         runs.run(toy.Config(), quiet=True)
 

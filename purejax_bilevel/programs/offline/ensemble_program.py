@@ -23,7 +23,7 @@ from purejax_bilevel.agents import Agent, Agents
 from purejax_bilevel.configuration import Check, at_least, changed, configuration, static, validate
 from purejax_bilevel.errors import UserError
 from purejax_bilevel.program import Measure, Metrics, Program, Stage, Tree
-from purejax_bilevel.programs.offline import calibration, dataset_files, ensemble, fitting, termination, toy
+from purejax_bilevel.programs.offline import calibration, ensemble, fitting, own_datasets, termination, toy
 from purejax_bilevel.programs.offline.datasets import Dataset
 from purejax_bilevel.programs.offline.ensemble import Normaliser, Transitions
 from purejax_bilevel.programs.offline.fitting import Fitting, Model
@@ -105,17 +105,13 @@ def dataset_of(config: Data) -> Dataset:
     """
     if not config.dataset:
         raise UserError("--dataset is needed: a file of transitions; --agent_type collect makes some.")
-    found = _read(config.dataset, config.action_bound)
+    found = own_datasets.load(config.dataset, config.action_bound)
     return found.subset(config.dataset_rows) if config.dataset_rows else found
 
 
 def test_dataset_of(config: TwoDatasets) -> Dataset | None:
     """The other dataset of a configuration, if it has one."""
-    return _read(config.test_dataset, config.action_bound) if config.test_dataset else None
-
-
-def _read(place: str, action_bound: float) -> Dataset:
-    return toy.make(place) if place in (toy.NAME, toy.GRID) else dataset_files.load(place, action_bound)
+    return own_datasets.load(config.test_dataset, config.action_bound) if config.test_dataset else None
 
 
 def terminals_of(config: Fitting, dataset: Dataset, environment: str = "") -> termination.Termination | None:

@@ -17,7 +17,7 @@ from purejax_bilevel.evolution import Strategy
 from purejax_bilevel.program import alone
 from purejax_bilevel.programs.meta_objectives import curriculum, groove
 from purejax_bilevel.programs.meta_objectives.program import Config
-from purejax_bilevel.programs.meta_objectives.settings import Search
+from purejax_bilevel.programs.meta_objectives.settings import ObjectiveSearch
 from purejax_bilevel.runtime import loop
 from purejax_bilevel.runtime.compiled import CompiledProgram
 from tests.programs.programs import same, train
@@ -117,7 +117,7 @@ def test_ta_lpg_searches(runs: Runs) -> None:
 @pytest.mark.usefixtures("float64")
 def test_the_first_step_of_adam_is_the_rate() -> None:
     """In every coordinate, whatever the fitness; fact 14 of the acceptance list."""
-    settings = Search(population=6, es_lr=0.03)
+    settings = ObjectiveSearch(population=6, es_lr=0.03)
     strategy = Strategy(settings, jnp.zeros(5))
     state = strategy.init(jnp.zeros(5), settings)
     candidates = strategy.ask(jax.random.key(0), state, settings)
