@@ -237,13 +237,13 @@ class Online(policy_program.PolicyProgram):
 
     # --- steps --------------------------------------------------------------------------------------------------------
 
-    def collect(self, state: State, config: Config, t: jax.Array, shared: Tree) -> tuple[State, Metrics]:
+    def collect(self, state: State, config: Config, t: jax.Array, shared: Tree = ()) -> tuple[State, Metrics]:
         """One step of every copy of the environment; arguments as for `update`."""
         state, metrics = self._refitted(state, config, t) if self.schedule.is_fitted else (state, {})
         state, acted = self._interact(state, config, t, self._key(state, t))
         return state, metrics | acted
 
-    def update(self, state: State, config: Config, t: jax.Array, shared: Tree) -> tuple[State, Metrics]:
+    def update(self, state: State, config: Config, t: jax.Array, shared: Tree = ()) -> tuple[State, Metrics]:
         """A fit where it is due, one step of every copy of the environment, and `updates_per_step` updates.
 
         Args:
