@@ -80,7 +80,8 @@ class Config(Fitting, settings.Online, Learning, Task):
     normalise_observations: bool = changed(
         Learning, "normalise_observations", True, "agents see observations in units of what was seen before learning"
     )
-    model_epochs: int = changed(Fitting, "model_epochs", 50, "most epochs of each fit")
+    model_epochs: int = changed(Fitting, "model_epochs", 200, "most epochs of each fit")
+    model_batch_size: int = changed(Fitting, "model_batch_size", 64)
 
     def program(self) -> "Online":
         """The training program of this (resolved) configuration."""

@@ -9,37 +9,15 @@ import numpy as np
 import pytest
 
 from purejax_bilevel import load_policy
-from purejax_bilevel.configuration import replace, to_dict
+from purejax_bilevel.configuration import replace
 from purejax_bilevel.errors import UserError
-from purejax_bilevel.networks import Layer
 from purejax_bilevel.programs.offline import agents, online, program, saved_policies
-from purejax_bilevel.programs.offline.saved_policies import SavedPolicy
 from purejax_bilevel.programs.offline.settings import ActorCritic
-from purejax_bilevel.runtime import artefacts
 from tests.programs.offline import pendulum
+from tests.programs.offline.pendulum import HIDDEN
 from tests.programs.offline.test_online import TINY
 
-OBS, ACTION, HIDDEN = 3, 1, 7
-MEMBERS = [{"seed": 0}, {"seed": 1}]
-
-
-def policies(obs_dim: int = OBS) -> SavedPolicy:
-    """Two members' random networks, of three critics with a hidden layer each; numpy arrays `[members, ...]`."""
-    random = np.random.default_rng(obs_dim)
-    normal = lambda *shape: random.standard_normal((len(MEMBERS), *shape)).astype(np.float32)  # noqa: E731
-
-    def network(inputs: int, outputs: int) -> Any:
-        return tuple(Layer(normal(i, o), normal(o)) for i, o in ((inputs, HIDDEN), (HIDDEN, outputs)))
-
-    critics = [tuple(network(obs_dim + ACTION, 1) for _ in range(3)) for _ in range(2)]
-    return SavedPolicy(network(obs_dim, 2 * ACTION), *critics, normal(), normal(obs_dim), np.abs(normal(obs_dim)))
-
-
-def written(folder: Path, obs_dim: int = OBS) -> str:
-    config = replace(online.Config(), hidden_dim=HIDDEN, num_layers=1, num_critics=3, layer_norm=True)
-    folder.mkdir()
-    artefacts.save(folder, saved_policies.KIND, policies(obs_dim), MEMBERS, to_dict(config))
-    return str(folder)
+OBS, ACTION = 3, 1
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def place(folder: Path) -> str:
-    return written(folder / "run")
+    return pendulum.saved_policy(folder / "run")
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +36,7 @@ def tiny(folder: Path) -> str:
 
 
 def test_a_policy_is_a_function_of_observations(place: str):
-    act, own = load_policy(f"{place}#1"), jax.tree.map(lambda leaf: leaf[1], policies())
+    act, own = load_policy(f"{place}#1"), jax.tree.map(lambda leaf: leaf[1], pendulum.policies())
     obs = np.random.default_rng(0).standard_normal((5, OBS)).astype(np.float32)
     hidden = np.maximum(((obs - own.mean) / own.std) @ own.policy[0].kernel + own.policy[0].bias, 0.0)
     expected = np.tanh(hidden @ own.policy[1].kernel + own.policy[1].bias)[:, :ACTION]
@@ -71,7 +49,7 @@ def test_a_policy_is_a_function_of_observations(place: str):
 
 @pytest.mark.parametrize("agent_type", ["mbpo", "td3_bc"])
 def test_what_is_saved_is_what_was_continued(agent_type: str):
-    own = jax.tree.map(lambda leaf: leaf[0], policies())
+    own = jax.tree.map(lambda leaf: leaf[0], pendulum.policies())
     config = replace(ActorCritic(), hidden_dim=HIDDEN, num_layers=1, num_critics=3)
     units = agents.Units(jnp.zeros(OBS), jnp.ones(OBS))
     make = {**{name: agents.AGENTS[name] for name in agents.AGENTS}, "mbpo": agents.ONLINE_AGENTS["mbpo"]}[
@@ -85,7 +63,7 @@ def test_what_is_saved_is_what_was_continued(agent_type: str):
 
 
 def test_programs_begin_from_a_policy_and_are_made_as_it_is(place: str, tiny: str):
-    own = policies()
+    own = pendulum.policies()
     offline = {name: value for name, value in TINY.items() if name in program.Config.__dataclass_fields__}
     configs = (
         online.Config(policy=f"{place}#1", **TINY),
@@ -117,7 +95,7 @@ def test_an_ensemble_is_fitted_on(folder: Path, tiny: str):
 
 
 def test_what_does_not_fit_is_refused_in_a_sentence(folder: Path, place: str, tiny: str):
-    other, model = written(folder / "other", obs_dim=2), pendulum.saved_model(folder / "second", tiny)
+    other, model = pendulum.saved_policy(folder / "other", obs_dim=2), pendulum.saved_model(folder / "second", tiny)
     for changes, sentence in (
         ({"policy": other}, "acts with 1 numbers on observations of 2, those of --env_name Pendulum-v1 have 1 and 3."),
         ({"policy": model}, "is a dynamics ensemble, not a policy."),
