@@ -1,6 +1,7 @@
 """What is made of the results of offline agents, from datasets alone: figures, the bandit's command, columns."""
 
 import json
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -115,3 +116,11 @@ def test_columns_of_the_original(program: str, epochs: list[int], steps: list[in
     assert (about["pessimism"], about["seed"], about["exp_name"]) == (2.0, 1, "mopo-2")
     with pytest.raises(UserError, match="has no returns of evaluations"):
         columns.write(results().drop_vars("evaluation_return"), tmp_path)
+
+
+def test_first_steps_at_a_level():
+    """Returns are 100 + 10 lambda + seed + (0, 5, 2)."""
+    place = Path(__file__).parents[2] / "benchmarks" / "online_steps.py"
+    first_steps = runpy.run_path(str(place))["first_steps"]
+    np.testing.assert_array_equal(first_steps(results(), 124.0), [[np.inf, np.inf], [np.inf, np.inf], [20, 20]])
+    np.testing.assert_array_equal(first_steps(results(), 105.0)[1], [10, 10])
