@@ -217,11 +217,15 @@ def begin(config: Fitting, architecture: Architecture, normaliser: Normaliser, k
     return Fit(networks, state, normaliser, infinite, networks, infinite, infinite, jnp.int32(0), jnp.bool_(False))
 
 
-def again(fit: Fit, normaliser: Normaliser) -> Fit:
-    """The best networks, to be fitted to other rows: nothing is known of their errors there."""
+def again(config: Fitting, fit: Fit, normaliser: Normaliser) -> Fit:
+    """The best networks, to be fitted to other rows: nothing is known of their errors there.
+
+    Adam starts afresh: steps in units of the last fit's small gradients would undo what was learned.
+    """
     infinite = jnp.full_like(fit.errors, jnp.inf)
     return fit.replace(
         networks=fit.best,
+        optimizer=ensemble.optimizer(config.model_lr, config.model_weight_decay).init(fit.best),
         normaliser=normaliser,
         errors=infinite,
         best_errors=infinite,

@@ -80,7 +80,7 @@ class Config(Fitting, settings.Online, Learning, Task):
     normalise_observations: bool = changed(
         Learning, "normalise_observations", True, "agents see observations in units of what was seen before learning"
     )
-    model_epochs: int = changed(Fitting, "model_epochs", 200, "most epochs of each fit")
+    model_epochs: int = changed(Fitting, "model_epochs", 50, "most epochs of each fit")
     model_batch_size: int = changed(Fitting, "model_batch_size", 64)
 
     def program(self) -> "Online":
@@ -410,8 +410,10 @@ class Online(policy_program.PolicyProgram):
         found = self.measured(state, config, key, is_last, self._world(state.fit, config) if self.fits else None)
         if self.fits:
             error = state.fit.best_errors.mean()
-            found |= {"validation_error": jnp.where(jnp.isfinite(error), error, jnp.nan)}
-            found |= {"rollout_length": self._length(config, t).astype(error.dtype)}
+            found["validation_error"] = error
+            for name in ("validation_error", "predicted_return", "return_gap"):  # nothing before the first fit
+                found[name] = jnp.where(jnp.isfinite(error), found[name], jnp.nan)
+            found["rollout_length"] = self._length(config, t).astype(error.dtype)
         return found
 
 

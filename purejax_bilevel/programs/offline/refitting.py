@@ -11,6 +11,8 @@ from purejax_bilevel.programs.offline import ensemble, fitting
 from purejax_bilevel.programs.offline.ensemble import Architecture, Normaliser, Transitions
 from purejax_bilevel.programs.offline.fitting import Fit, Fitting
 
+SHORTEST_EPOCH = 50  # steps: a few rows make a few batches, and patience would end before anything could improve
+
 
 def period(config: Fitting) -> int:
     """One in so many places of the buffer is held out; the capacity must be a multiple of it."""
@@ -76,7 +78,7 @@ def refit(
     most = min(config.most_held_out, rows.shape[0] // every)
     spread = jnp.arange(most) * jnp.maximum(held_out / most, 1.0)  # all of them, or as many spread over them
     measured = fitting.transitions(rows[held_out_places(spread.astype(jnp.int32) % held_out, every)], obs_dim)
-    steps = jnp.int32(config.model_epoch_steps or jnp.maximum(learned // config.model_batch_size, 1))
+    steps = jnp.int32(config.model_epoch_steps or jnp.maximum(learned // config.model_batch_size, SHORTEST_EPOCH))
 
     def goes_on(carry: tuple[Fit, jax.Array, jax.Array]) -> jax.Array:
         fit, _, epochs = carry
@@ -88,4 +90,4 @@ def refit(
         fit, loss = fitting.epoch(config, architecture, fit, draw, measured, own_key, steps)
         return fit, loss, epochs + 1
 
-    return jax.lax.while_loop(goes_on, one_more, (fitting.again(fit, normaliser), jnp.zeros(()), jnp.int32(0)))
+    return jax.lax.while_loop(goes_on, one_more, (fitting.again(config, fit, normaliser), jnp.zeros(()), jnp.int32(0)))
