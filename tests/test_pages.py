@@ -30,6 +30,7 @@ from purejax_bilevel.configuration import replace
 from purejax_bilevel.environments.grid_world import __main__ as grid_world_pictures
 from purejax_bilevel.program import Configuration
 from purejax_bilevel.programs.meta_objectives import figures as level_figures
+from purejax_bilevel.programs.offline import __main__ as offline_commands
 from purejax_bilevel.results import __main__ as report_again
 from purejax_bilevel.results import dataset as datasets
 from purejax_bilevel.studies import command_line, plan, study, sweep_command
@@ -185,6 +186,8 @@ def accept(words: list[str]) -> None:
             grid_world_pictures.read_arguments(rest)
         case ["python", "-m", "purejax_bilevel.programs.meta_objectives.figures", *rest]:
             level_figures.read_arguments(rest)
+        case ["python", "-m", "purejax_bilevel.programs.offline", *rest]:
+            offline_commands.read_arguments(rest)
         case ["python", script, *rest]:
             source = (ROOT / script).read_text()
             for word in rest:
@@ -217,7 +220,7 @@ def test_what_no_program_accepts_is_found(place: Path, monkeypatch: pytest.Monke
 @pytest.fixture(scope="module")
 def options() -> set[str]:
     """Every long option that the help of some script shows."""
-    families = ("ppo", "open_training", "collect", "ensemble", "mopo", "lpg", "a2c")
+    families = ("ppo", "open_training", "collect", "ensemble", "mopo", "mbpo", "lpg", "a2c")
     kinds = ["", "--env_name Pendulum-v1", "--env_name tabular", *(f"--agent_type {name}" for name in families)]
     helps = [(scripts.train_rl, kind) for kind in kinds] + [(scripts.train_regression, ""), (scripts.sweep, "")]
     helps += [(report_again.main, "compare")]

@@ -14,4 +14,5 @@ REGISTRY = {
     "meta_objectives": "purejax_bilevel.programs.meta_objectives.program",
     "meta_test": "purejax_bilevel.programs.meta_objectives.meta_test",
     "offline": "purejax_bilevel.programs.offline.program",
+    "mbpo": "purejax_bilevel.programs.offline.online",
 }

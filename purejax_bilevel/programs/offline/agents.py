@@ -340,3 +340,13 @@ AGENTS = Agents(
         ),
     ],
 )
+
+ONLINE_AGENTS = Agents(
+    OfflineAgent,
+    [
+        model_based(
+            "mbpo", "soft actor-critic on real transitions and short rollouts in a model", {"rollout_length": 1}
+        ),
+        OfflineAgent("online_sac", "the same without a model", actor_critic_step, defaults=WITHOUT_MODEL),
+    ],
+)

@@ -64,7 +64,13 @@ def oldest(ring: Ring) -> jax.Array:
 
 
 def mixed(
-    real: jax.Array, ring: Ring | None, key: jax.Array, batch_size: int, obs_dim: int, real_ratio: jax.Array | float
+    real: jax.Array,
+    ring: Ring | None,
+    key: jax.Array,
+    batch_size: int,
+    obs_dim: int,
+    real_ratio: jax.Array | float,
+    stored: jax.Array | int | None = None,
 ) -> Batch:
     """A batch of which `real_ratio`, rounded to whole rows, comes from the dataset, and all while the ring is empty.
 
@@ -75,9 +81,10 @@ def mixed(
         batch_size: transitions.
         obs_dim: entries of an observation.
         real_ratio: share of the dataset; may be traced.
+        stored: how many of its first rows there are; None: all.
     """
     real_key, ring_key = jax.random.split(key)
-    rows = real[jax.random.randint(real_key, (batch_size,), 0, real.shape[0])]
+    rows = real[jax.random.randint(real_key, (batch_size,), 0, real.shape[0] if stored is None else stored)]
     if ring is not None:
         is_real = jnp.arange(batch_size) < jnp.round(real_ratio * batch_size)
         rows = jnp.where((is_real | (ring.size == 0))[:, None], rows, sample(ring, ring_key, batch_size))

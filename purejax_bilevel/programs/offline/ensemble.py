@@ -379,7 +379,9 @@ def train_step(
     return stepped, state, found
 
 
-def bootstrapped(key: jax.Array, networks: int, batch_size: int, rows: int, seed_key: jax.Array) -> jax.Array:
+def bootstrapped(
+    key: jax.Array, networks: int, batch_size: int, rows: jax.Array | int, seed_key: jax.Array
+) -> jax.Array:
     """Numbers of rows `[network, batch]`, for each network drawn from its own resample of the data.
 
     The resample of a network is `rows` rows drawn with replacement once and for all: its j-th is a random function of j
@@ -389,7 +391,7 @@ def bootstrapped(key: jax.Array, networks: int, batch_size: int, rows: int, seed
         key: of this draw, consumed.
         networks: number of networks.
         batch_size: rows per network.
-        rows: of the data to learn from.
+        rows: of the data to learn from; may be traced.
         seed_key: of the resamples, the same at every call, so never drawn from itself.
     """
     place = jax.random.randint(key, (networks, batch_size), 0, rows)

@@ -14,6 +14,7 @@ import xarray
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from purejax_bilevel.programs.offline.protocol import Curve
 from purejax_bilevel.results import outputs, plots, statistics
 from purejax_bilevel.results.dataset import SEED, STEP, setting_dimensions
 
@@ -76,6 +77,33 @@ def against(axis: str, datasets: Datasets, path: str | Path) -> Path:
 
 FIGURES: dict[str, Callable[[Datasets, str | Path], Path]] = {axis: functools.partial(against, axis) for axis in LABELS}
 AXES = {axis: axis for axis in LABELS}  # of the figures
+
+
+def bandit(curves: Mapping[str, Curve], variable: str, path: str | Path) -> Path:
+    """Draws the true mean of the policy that a bandit chooses against the episodes that it has spent.
+
+    Args:
+        curves: by run.
+        variable: that policies are compared by.
+        path: the figure's file.
+
+    Returns:
+        The path.
+
+    Raises:
+        UserError: the place is not writable.
+    """
+    with matplotlib.rc_context(plots.STYLE):
+        figure = Figure(figsize=(6.0, 4.0), layout="constrained")
+        FigureCanvasAgg(figure)
+        panel = figure.subplots()
+        for number, (label, curve) in enumerate(curves.items()):
+            color, episodes = plots.PALETTE[number % len(plots.PALETTE)], np.arange(1, len(curve.mean) + 1)
+            panel.plot(episodes, curve.mean, color=color, label=label)
+            panel.fill_between(episodes, curve.low, curve.high, color=color, alpha=0.2, linewidth=0)
+        panel.set(xscale="log", xlabel="episodes spent", ylabel=f"true mean {variable} of the policy chosen")
+        panel.legend(loc="best", fontsize=7)
+        return plots._write(figure, path)
 
 
 def _score(dataset: xarray.Dataset) -> str:

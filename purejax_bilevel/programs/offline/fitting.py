@@ -217,6 +217,32 @@ def begin(config: Fitting, architecture: Architecture, normaliser: Normaliser, k
     return Fit(networks, state, normaliser, infinite, networks, infinite, infinite, jnp.int32(0), jnp.bool_(False))
 
 
+def again(config: Fitting, fit: Fit, normaliser: Normaliser) -> Fit:
+    """The best networks, to be fitted to other rows: nothing is known of their errors there.
+
+    Adam starts afresh: steps in units of the last fit's small gradients would undo what was learned.
+    """
+    infinite = jnp.full_like(fit.errors, jnp.inf)
+    return fit.replace(
+        networks=fit.best,
+        optimizer=ensemble.optimizer(config.model_lr, config.model_weight_decay).init(fit.best),
+        normaliser=normaliser,
+        errors=infinite,
+        best_errors=infinite,
+        milestones=infinite,
+        epochs_since=jnp.int32(0),
+        is_over=jnp.bool_(False),
+    )
+
+
+def begun_from(config: Fitting, model: Model) -> Fit:
+    """An ensemble that another run has fitted, to be fitted on; its optimiser starts afresh."""
+    model = jax.tree.map(jnp.asarray, model)
+    state = ensemble.optimizer(config.model_lr, config.model_weight_decay).init(model.networks)
+    networks, errors = model.networks, model.errors
+    return Fit(networks, state, model.normaliser, errors, networks, errors, errors, jnp.int32(0), jnp.bool_(False))
+
+
 def epoch(
     config: Fitting,
     architecture: Architecture,
@@ -224,7 +250,7 @@ def epoch(
     draw: Callable[[jax.Array], Transitions],
     held_out: Transitions,
     key: jax.Array,
-    steps: int,
+    steps: int | jax.Array,
 ) -> tuple[Fit, jax.Array]:
     """Steps on batches, then the errors on held-out rows.
 
@@ -235,7 +261,7 @@ def epoch(
         draw: gives a batch for a key.
         held_out: rows that measure the error, `[held out, ...]`.
         key: consumed.
-        steps: of the epoch.
+        steps: of the epoch; may be traced.
 
     Returns:
         After the epoch; the mean loss of its steps.
@@ -247,9 +273,25 @@ def epoch(
         networks, state, found = ensemble.train_step(architecture, networks, fit.normaliser, state, batch, *rates)
         return (networks, state), found.loss
 
-    (networks, optimizer), losses = jax.lax.scan(step, (fit.networks, fit.optimizer), jnp.arange(steps))
+    (networks, optimizer), loss = _repeated(step, (fit.networks, fit.optimizer), steps)
     errors = ensemble.validation_errors(architecture, networks, fit.normaliser, held_out)
-    return _judged(config, fit.replace(networks=networks, optimizer=optimizer), errors), losses.mean()
+    return _judged(config, fit.replace(networks=networks, optimizer=optimizer), errors), loss
+
+
+def _repeated(
+    step: Callable[[Any, jax.Array], tuple[Any, jax.Array]], carry: Any, steps: int | jax.Array
+) -> tuple[Any, jax.Array]:
+    """The carry after some steps, and the mean of what they return beside it."""
+    if isinstance(steps, int):
+        carry, losses = jax.lax.scan(step, carry, jnp.arange(steps))
+        return carry, losses.mean()
+
+    def added(number: jax.Array, found: tuple[Any, jax.Array]) -> tuple[Any, jax.Array]:
+        carry, loss = step(found[0], number)
+        return carry, found[1] + loss
+
+    carry, total = jax.lax.fori_loop(0, steps, added, (carry, jnp.zeros(())))
+    return carry, total / steps
 
 
 def _judged(config: Fitting, fit: Fit, errors: jax.Array) -> Fit:

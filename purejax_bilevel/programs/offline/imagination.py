@@ -190,15 +190,32 @@ def expected_return(world: World, policy: Policy, obs: jax.Array, key: jax.Array
 
 
 def largest_uncertainty(
-    world: World, kind: str, rows: jax.Array, obs_dim: int, most: int = 20_000, chunk: int = 2_000
+    world: World,
+    kind: str,
+    rows: jax.Array,
+    obs_dim: int,
+    most: int = 20_000,
+    chunk: int = 2_000,
+    stored: jax.Array | None = None,
 ) -> jax.Array:
-    """u_max: the largest uncertainty of transitions of the dataset, of at most `most` rows spread evenly over it."""
+    """u_max: the largest uncertainty of transitions of the dataset, of at most `most` rows spread evenly over it.
+
+    Args:
+        world: whose uncertainty.
+        kind: of uncertainty.
+        rows: `[rows, row]`.
+        obs_dim: entries of an observation.
+        most: rows looked at.
+        chunk: rows at a time.
+        stored: how many of the first rows there are; None: all.
+    """
     if not kind:
         return jnp.ones(())
     count = min(rows.shape[0], most)
     chunk = min(chunk, count)
     number = -(-count // chunk)
-    place = jnp.linspace(0, rows.shape[0] - 1, number * chunk).astype(jnp.int32).reshape(number, chunk)
+    last = rows.shape[0] - 1 if stored is None else stored - 1
+    place = jnp.linspace(0, last, number * chunk).astype(jnp.int32).reshape(number, chunk)
 
     def of_chunk(place: jax.Array) -> jax.Array:
         batch = replay.unpacked(rows[place], obs_dim)

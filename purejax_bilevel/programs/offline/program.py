@@ -22,27 +22,38 @@ import jax.numpy as jnp
 import numpy as np
 
 from purejax_bilevel import environments
-from purejax_bilevel.configuration import changed, configuration, replace, validate, values_of
+from purejax_bilevel.configuration import changed, configuration, replace, validate
 from purejax_bilevel.errors import UserError
-from purejax_bilevel.program import Measure, Metrics, Program, Stage, Tree
+from purejax_bilevel.program import Measure, Metrics, Stage, Tree
 from purejax_bilevel.programs.control import agents as control
-from purejax_bilevel.programs.control import rollouts
-from purejax_bilevel.programs.offline import buffers, datasets, ensemble_program, fitting, imagination, models
+from purejax_bilevel.programs.offline import (
+    buffers,
+    datasets,
+    ensemble_program,
+    fitting,
+    imagination,
+    models,
+    policy_program,
+    saved_policies,
+)
 from purejax_bilevel.programs.offline.agents import AGENTS, Learner, OfflineAgent, Sources, Units
 from purejax_bilevel.programs.offline.datasets import Dataset
 from purejax_bilevel.programs.offline.ensemble import Normaliser
 from purejax_bilevel.programs.offline.fitting import Fitting
-from purejax_bilevel.programs.offline.imagination import Pessimism, World
-from purejax_bilevel.programs.offline.pessimism import coefficients, mode_named
-from purejax_bilevel.programs.offline.settings import Imagination, Learning, Task
-from purejax_bilevel.programs.offline.uncertainty import ALEATORIC
+from purejax_bilevel.programs.offline.imagination import World
+from purejax_bilevel.programs.offline.policy_program import (
+    ENSEMBLE,
+    EPOCH,
+    EVALUATE,
+    INIT,
+    LEARN,
+    RESAMPLE,
+    ROLLOUT,
+    STARTS,
+    STEP,
+)
+from purejax_bilevel.programs.offline.settings import Learning, Task
 from purejax_bilevel.replay import Batch
-
-# Named streams of random numbers; a constant each, so that adding one moves no other.
-INIT, ENSEMBLE, RESAMPLE, EPOCH, STEP, EVALUATE, VIDEO = range(7)  # of a member
-STARTS, ROLLOUT, LEARN = range(3)  # of a step
-EPISODES, FIRST, IMAGINED = range(3)  # of an evaluation
-
 
 C = TypeVar("C", bound=Task)
 
@@ -77,7 +88,10 @@ class Config(Fitting, Learning, Task):
         if AGENTS[config.agent_type].has_model:
             config = models.with_architecture(config, data) if config.model else config
             _check_model(config, data)
-        _check_pessimism(config)
+        if config.policy:
+            sizes = (data.obs_dim, data.action_dim)
+            config = saved_policies.with_architecture(config, *sizes, config.env_name)
+        policy_program.check_pessimism(config, AGENTS[config.agent_type].defaults)
         return config
 
 
@@ -94,27 +108,7 @@ def _check_model(config: Config, data: Dataset) -> None:
     if not config.model:
         fitting.split_of(config, len(data), config.dataset)
     ensemble_program.terminals_of(config, data, config.env_name)
-    if max(values_of(config.num_elites)) > config.model_networks:
-        raise UserError(
-            f"--num_elites {max(values_of(config.num_elites))} is more than the ensemble has: "
-            f"--model_networks {config.model_networks}."
-        )
-    if config.capacity < config.num_rollouts:
-        raise UserError(f"--capacity {config.capacity} is smaller than --num_rollouts {config.num_rollouts}.")
-    kind = imagination.kind_of(str(config.mode), config.uncertainty)
-    if kind in ALEATORIC and config.model_type == "deterministic":
-        raise UserError(
-            f"--mode {config.mode} looks at variances ({kind}), which --model_type deterministic does not learn."
-        )
-
-
-def _check_pessimism(config: Config) -> None:
-    """A coefficient that changes nothing would be mistaken for an experiment."""
-    mode, defaults = mode_named(str(config.mode)), AGENTS[config.agent_type].defaults
-    for name, is_used in (("pessimism", mode.has_pessimism), ("ood_threshold", mode.has_threshold)):
-        if not is_used and values_of(getattr(config, name)) != (defaults[name],):
-            given = " ".join(map(str, values_of(getattr(config, name))))
-            raise UserError(f"--{name} {given} changes nothing with --mode {config.mode}.")
+    policy_program.check_imagination(config)
 
 
 class State(flax.struct.PyTreeNode):
@@ -128,20 +122,21 @@ class State(flax.struct.PyTreeNode):
     largest: Any  # [], u_max
 
 
-class Offline(Program[Config]):
+class Offline(policy_program.PolicyProgram):
     """The program: pure functions of a member's configuration, sharing dataset, environment and agent.
 
     Args:
         config: resolved configuration; only its static fields matter here.
     """
 
-    headline = "evaluation_return"
     step_unit = "updates"
 
     def __init__(self, config: Config):
+        super().__init__(config)
         self.task = environments.make_continuous(config.env_name)
         self.data, self.agent = ensemble_program.dataset_of(config), AGENTS[config.agent_type]
         self.has_model, self.fits = self.agent.has_model, self.agent.has_model and not config.model
+        self.policy = saved_policies.load(config.policy) if config.policy else None
         self.measures = _measures(self.data, self.agent, self.fits)
         policy = Stage(
             config.num_train_steps,
@@ -171,9 +166,11 @@ class Offline(Program[Config]):
         self.halt = halts[config.halt_reward]
 
     def shared(self) -> dict[str, Any]:
-        """The rows, their order, mean and standard deviation; the ensemble, if it is given."""
-        found = dict(fitting.shared_rows(self.data, False))
-        return {**found, "model": self.model} if self.has_model and self.model is not None else found
+        """The rows, their order, mean and standard deviation; ensemble and policy, if they are given."""
+        found: dict[str, Any] = dict(fitting.shared_rows(self.data, False))
+        if self.has_model and self.model is not None:
+            found["model"] = self.model
+        return found if self.policy is None else {**found, "policy": self.policy}
 
     def init(self, key: jax.Array, config: Config, shared: Tree) -> State:
         """State of a member before its first step; the key becomes the member's own."""
@@ -182,6 +179,8 @@ class Offline(Program[Config]):
         if not config.normalise_observations:
             mean, std = jnp.zeros_like(mean), jnp.ones_like(std)
         learner = self.agent.init(config, jax.random.fold_in(key, INIT), Units(mean, std), action_dim)
+        if self.policy is not None:
+            learner = saved_policies.continued(learner, shared["policy"])
         state = State(key, learner, None, None, None, None)
         if self.has_model:
             moving = imagination.no_rollouts(config.num_rollouts, obs_dim)
@@ -218,17 +217,6 @@ class Offline(Program[Config]):
         parts = (model.networks, model.normaliser, model.ranking)
         return World(self.architecture, *parts, config.num_elites, self.terminates)
 
-    def _pessimism(self, config: Imagination, largest: jax.Array) -> Pessimism:
-        weight: jax.Array | float | None = config.pessimism
-        threshold: jax.Array | float | None = config.ood_threshold
-        assert config.mode is not None, "resolved"
-        assert weight is not None, "resolved"
-        assert threshold is not None, "resolved"
-        if config.units == "relative":
-            weight, threshold = coefficients(weight, threshold, self.magnitude, largest)
-        kind = imagination.kind_of(config.mode, config.uncertainty)
-        return Pessimism(config.mode, kind, weight, threshold, self.halt)
-
     # --- the policy ---------------------------------------------------------------------------------------------------
 
     def begin(self, state: State, config: Config, shared: Tree) -> State:
@@ -261,21 +249,16 @@ class Offline(Program[Config]):
         assert config.rollout_length is not None, "resolved"
         # Every observation that an action was taken at is one that no episode ended at.
         places = jax.random.randint(start_key, (config.num_rollouts,), 0, rows.shape[0])
-        moving, ring, doubt = imagination.advance(
+        moving, ring, metrics = policy_program.imagine(
             self._world(state, config, shared),
-            self._sampled_action(state.learner),
-            self._pessimism(config, state.largest),
+            policy_program.pessimism_of(config, self.magnitude, state.largest, self.halt),
+            state.learner,
             state.rollouts,
             state.ring,
             rows[places, : self.data.obs_dim],
             rollout_key,
             config.rollout_length,
         )
-        count = jnp.asarray(config.num_rollouts, doubt.dtype)
-        metrics = {
-            "uncertainty": (doubt.sum(), count),
-            "rollout_steps": (moving.length.sum().astype(doubt.dtype), count),
-        }
         return state.replace(rollouts=moving, ring=ring), metrics
 
     def _sources(self, state: State, config: Config, shared: Tree) -> Sources:
@@ -284,13 +267,6 @@ class Offline(Program[Config]):
             return buffers.mixed(shared["rows"], ring, key, config.batch_size, self.data.obs_dim, config.real_ratio)
 
         return Sources(lambda key: draw(state.ring, key), lambda key: draw(None, key))
-
-    def _sampled_action(self, learner: Learner) -> imagination.Policy:
-        def act(obs: jax.Array, key: jax.Array) -> jax.Array:
-            noise = jax.random.normal(key, (self.data.action_dim, obs.shape[0]), obs.dtype)
-            return learner.sample(learner.policy, obs.T, noise)[0].T
-
-        return act
 
     def evaluate(
         self, state: State, config: Config, t: jax.Array, is_last: jax.Array, shared: Tree
@@ -301,58 +277,12 @@ class Offline(Program[Config]):
             Values of the program's measures; those of single episodes are NaN where they are not played.
         """
         key = jax.random.fold_in(jax.random.fold_in(state.key, EVALUATE), t)
-        episodes = (config.eval_episodes, config.final_eval_episodes)
-        discount = config.discount if self.agent.has_values else None
-        found = rollouts.evaluate(
-            *self._rollout(state), jax.random.fold_in(key, EPISODES), *episodes, is_last, discount
-        )
-        first = self._first_observations(config, key)
-        if self.agent.has_values:
-            value = state.learner.value(first.T).mean()
-            found |= {"value": value, "value_gap": value - found["discounted_return"]}
+        world = self._world(state, config, shared) if self.has_model else None
+        found = self.measured(state, config, key, is_last, world)
         if self.data.scores is not None:
             found["score"] = self.data.scores.normalised(found["evaluation_return"])
             found["final_score"] = self.data.scores.normalised(found["final_return"])
-        if self.has_model:
-            predicted = self._predicted_return(state, config, shared, key, first)
-            found |= {"predicted_return": predicted, "return_gap": predicted - found["evaluation_return"]}
         return found
-
-    def _first_observations(self, config: Config, key: jax.Array) -> jax.Array:
-        """Of new episodes, `[eval_episodes, obs]`."""
-        keys = jax.random.split(jax.random.fold_in(key, FIRST), config.eval_episodes)
-        obs, _ = jax.vmap(self.task.environment.reset, (0, None))(keys, self.task.params)
-        return obs.astype(jnp.result_type(float))
-
-    def _predicted_return(
-        self, state: State, config: Config, shared: Tree, key: jax.Array, first: jax.Array
-    ) -> jax.Array:
-        learner, world = state.learner, self._world(state, config, shared)
-        act = lambda obs, key: learner.mean_action(learner.policy, obs.T).T  # noqa: E731
-        key = jax.random.fold_in(key, IMAGINED)
-        return imagination.expected_return(world, act, first, key, self.task.max_steps)
-
-    def episode(self, state: State, config: Config, t: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """One episode of the policy's mean action, for a video.
-
-        Returns:
-            Observations `[max_steps, obs]` and whether the episode was still going on `[max_steps]`.
-        """
-        del config
-        return rollouts.episode(*self._rollout(state), jax.random.fold_in(jax.random.fold_in(state.key, VIDEO), t))
-
-    def _rollout(self, state: State) -> tuple[Any, Any, int, rollouts.Policy]:
-        def policy(obs: jax.Array, key: jax.Array) -> jax.Array:
-            del key
-            return state.learner.mean_action(state.learner.policy, obs).T
-
-        return self.task.environment, self.task.params, self.task.max_steps, policy
-
-    def is_finite(self, state: State) -> jax.Array:
-        """Whether all learned parameters of a member are finite numbers."""
-        learner = state.learner
-        leaves = jax.tree.leaves((learner.q, learner.policy, learner.log_temperature))
-        return jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()
 
 
 def _measures(data: Dataset, agent: OfflineAgent, fits: bool) -> tuple[Measure, ...]:
@@ -362,32 +292,11 @@ def _measures(data: Dataset, agent: OfflineAgent, fits: bool) -> tuple[Measure, 
             "final_score", "normalised score of the last evaluation", better="higher", dims=("episode",), when="end"
         ),
     )
-    valued = (
-        Measure("value", "value of first observations, by the critics"),
-        Measure("value_gap", "value minus true discounted return"),
-        Measure("discounted_return", "discounted return of evaluation episodes", better="higher"),
-    )
-    imagined = (
-        Measure("predicted_return", "return that the ensemble predicts"),
-        Measure("return_gap", "predicted minus true return"),
-        Measure("uncertainty", "uncertainty of imagined transitions"),
-        Measure("rollout_steps", "steps into a rollout"),
-    )
-    fitted = (
-        Measure("validation_error", "mean squared error of the ensemble on held-out rows", better="lower"),
-        Measure("model_loss", "loss of the ensemble"),
-    )
     return (
-        Measure("evaluation_return", "return of evaluation episodes", better="higher"),
+        policy_program.EVALUATION_RETURN,
         *(scores if data.scores is not None else ()),
-        *(valued if agent.has_values else ()),
-        *(imagined if agent.has_model else ()),
-        *(fitted if fits else ()),
-        Measure("q_loss", "loss of the critics"),
-        Measure("policy_loss", "loss of the policy"),
-        Measure("temperature", "temperature"),
-        Measure("entropy", "entropy of the policy"),
-        Measure("q_gradient_norm", "norm of the critics' gradient"),
-        Measure("policy_gradient_norm", "norm of the policy's gradient"),
-        Measure("final_return", "return of the last evaluation", better="higher", dims=("episode",), when="end"),
+        *(policy_program.VALUE_MEASURES if agent.has_values else ()),
+        *(policy_program.IMAGINED_MEASURES if agent.has_model else ()),
+        *(policy_program.FITTED_MEASURES if fits else ()),
+        *policy_program.LEARNING_MEASURES,
     )

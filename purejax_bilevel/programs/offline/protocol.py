@@ -9,12 +9,15 @@ code: policies that were never tried do not count as return 0, the bonus is in u
 policies have an interval of width zero.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
+import xarray
 
 from purejax_bilevel.errors import UserError
 from purejax_bilevel.results import statistics
+from purejax_bilevel.results.dataset import EPISODE, SEED, setting_dimensions
 
 EXPLORATION = 2.0  # of UCB1
 
@@ -25,6 +28,26 @@ class Curve(NamedTuple):
     mean: np.ndarray
     low: np.ndarray  # of the 95 % interval
     high: np.ndarray
+
+
+def variable_of(datasets: Iterable[xarray.Dataset]) -> str:
+    """What policies are compared by: normalised scores, or returns where some run has none.
+
+    Raises:
+        UserError: a run has neither.
+    """
+    found = list(datasets)
+    for name in ("final_score", "final_return"):
+        if all(name in dataset for dataset in found):
+            return name
+    raise UserError("the bandit needs the episodes of a last evaluation, final_return, which some run has not.")
+
+
+def returns_of(dataset: xarray.Dataset, variable: str) -> np.ndarray:
+    """Of the episodes of each member, `[members, episodes]`; members that failed are left out."""
+    values = dataset[variable].transpose(*setting_dimensions(dataset), SEED, EPISODE).values
+    values = values.reshape(-1, values.shape[-1])
+    return values[~statistics.failed_members(dataset).reshape(-1)]
 
 
 def bandit(returns: np.ndarray, episodes: int = 200, policies: int = 20, repeats: int = 1000, seed: int = 0) -> Curve:

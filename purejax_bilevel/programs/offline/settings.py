@@ -18,6 +18,7 @@ from purejax_bilevel.configuration import (
 )
 from purejax_bilevel.programs.offline import uncertainty
 from purejax_bilevel.programs.offline.ensemble_program import Data
+from purejax_bilevel.programs.offline.fitting import GROUP
 from purejax_bilevel.programs.offline.pessimism import MODES
 
 MODE = Check(f"one of {', '.join(MODES)}", lambda name: isinstance(name, str) and name in MODES)
@@ -36,6 +37,11 @@ class Task(Data):
         "run that fitted an ensemble to this dataset, runs/x or runs/x#3; {dataset} in it stands for the name of the "
         "dataset's file (default: each member fits its own first)",
         group="dynamics ensemble",
+    )
+    policy: str = static(
+        "",
+        "run that left a policy to begin from with its critics, runs/x or runs/x#3 (default: fresh networks)",
+        group="agent",
     )
     num_train_steps: int = static(100_000, "updates of each member", at_least(1), "schedule")
     eval_frequency: int = static(5000, "updates between evaluations (0: only at the end)", at_least(0), "schedule")
@@ -131,3 +137,25 @@ class Imagination:
 @configuration
 class Learning(Imagination, Conservative):
     """All that agents learn by."""
+
+
+@configuration
+class Online:
+    """Learning in the environment itself, beside what is imagined."""
+
+    num_envs: int = static(1, "copies of the environment of each member", at_least(1), "environment")
+    updates_per_step: int = static(
+        10, "updates, each with a step of all rollouts, after each step of all copies", at_least(1), "schedule"
+    )
+    init_steps: int = static(500, "steps before learning starts", at_least(0), "schedule")
+    random_steps: int | None = static(
+        None, "first steps with uniform actions (default: init_steps, with a policy 0)", at_least(0), "schedule"
+    )
+    model_every: int = static(250, "steps between fits of the ensemble", at_least(1), GROUP)
+    fresh_model: bool = static(False, "each fit starts from new networks, not from the last ones", group=GROUP)
+    last_rollout_length: int = traced(
+        0, "steps of a rollout at the end of its schedule (0: rollout_length at all times)", at_least(0), "model"
+    )
+    lengthening_start: int = traced(0, "step at which rollouts begin to get longer", at_least(0), "model")
+    lengthening_end: int = traced(0, "step from which on they have their last length", at_least(0), "model")
+    real_capacity: int = static(0, "real transitions kept (0: all, at most a million)", at_least(0), "data")

@@ -7,14 +7,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from purejax_bilevel.configuration import to_dict
-from purejax_bilevel.programs.offline import dataset_files, ensemble, ensemble_program, fitting
+from purejax_bilevel.configuration import replace, to_dict
+from purejax_bilevel.networks import Layer
+from purejax_bilevel.programs.offline import (
+    dataset_files,
+    ensemble,
+    ensemble_program,
+    fitting,
+    online,
+    saved_policies,
+)
 from purejax_bilevel.programs.offline.datasets import Dataset, Scores
 from purejax_bilevel.programs.offline.ensemble import Normaliser
 from purejax_bilevel.programs.offline.fitting import Model
+from purejax_bilevel.programs.offline.saved_policies import SavedPolicy
 from purejax_bilevel.runtime import artefacts
 
 LIMIT = 200
+HIDDEN = 7  # units of the policy that nobody has trained
 SMALL: dict[str, Any] = {
     "num_train_steps": 60,
     "eval_frequency": 20,
@@ -84,8 +94,29 @@ def saved_model(folder: Path, dataset: str, **changes: Any) -> str:
     return str(folder)
 
 
+def saved_policy(folder: Path, obs_dim: int = 3) -> str:
+    """The folder of a run that left two policies with random networks, of three critics with a hidden layer each."""
+    config = replace(online.Config(), hidden_dim=HIDDEN, num_layers=1, num_critics=3, layer_norm=True)
+    folder.mkdir(parents=True)
+    artefacts.save(folder, saved_policies.KIND, policies(obs_dim), [{"seed": 0}, {"seed": 1}], to_dict(config))
+    return str(folder)
+
+
+def policies(obs_dim: int = 3, action_dim: int = 1) -> SavedPolicy:
+    """What is in it: numpy arrays `[members, ...]`."""
+    random = np.random.default_rng(obs_dim)
+    normal = lambda *shape: random.standard_normal((2, *shape)).astype(np.float32)  # noqa: E731
+
+    def network(inputs: int, outputs: int) -> Any:
+        return tuple(Layer(normal(i, o), normal(o)) for i, o in ((inputs, HIDDEN), (HIDDEN, outputs)))
+
+    critics = [tuple(network(obs_dim + action_dim, 1) for _ in range(3)) for _ in range(2)]
+    return SavedPolicy(network(obs_dim, 2 * action_dim), *critics, normal(), normal(obs_dim), np.abs(normal(obs_dim)))
+
+
 def files_of_presets(folder: Path) -> None:
-    """What the presets expect in a folder: datasets in runs/pendulum, ensembles beside it."""
+    """What presets and pages expect in a folder: datasets in runs/pendulum, ensembles and a policy beside it."""
+    saved_policy(folder / "runs" / "mopo")
     place = folder / "runs" / "pendulum"
     place.mkdir(parents=True, exist_ok=True)
     for kind in ("random", "medium", "medium-replay", "medium-expert"):
