@@ -91,6 +91,22 @@ def test_no_function_is_traced_twice(devices: int, member_batch: int | None, nam
     compiled.CompiledProgram([part], compiled.mesh_of([part], devices), member_batch).lower()
 
 
+def test_a_script_that_is_stopped_while_it_compiles_ends_at_once(monkeypatch: pytest.MonkeyPatch, capfd):
+    class Ended(BaseException):
+        pass
+
+    def end(status: int) -> None:
+        raise Ended(status)
+
+    monkeypatch.setattr(loop.interrupts, "_in_script", True)
+    monkeypatch.setattr(loop.interrupts.os, "_exit", end)
+    monkeypatch.setattr(compiled.CompiledProgram, "compile", lambda *arguments: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(Ended, match="143"):
+        run(Walk())
+    assert capfd.readouterr().err.endswith(f"{loop.STOPPED_COMPILING}\n")
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
 @pytest.mark.parametrize("chunks", [None, 1, 2, 7, 25])
 @pytest.mark.parametrize(("devices", "member_batch"), [(1, None), (8, 1), (3, 0), (1, 2)])
 def test_numbers_do_not_depend_on_chunks_devices_or_batches(chunks: int | None, devices: int, member_batch: int | None):
