@@ -45,7 +45,7 @@ def test_an_interrupt_during_imports_is_one_line(script: str, module: str, numbe
     words = ["omd_capacity"] if script == "sweep.py" else []
     command = [sys.executable, "-c", STOPPED, script, module, str(int(number)), *words, "--output_dir", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stdout, done.stderr) == (interrupts.STATUS, "", ONE_LINE)
+    assert (done.returncode, done.stdout, done.stderr) == (128 + number, "", ONE_LINE)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -59,7 +59,7 @@ def test_the_installed_commands_do_the_same(name: str):
         f"scripts.{name}()\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stderr) == (interrupts.STATUS, ONE_LINE)
+    assert (done.returncode, done.stderr) == (130, ONE_LINE)
 
 
 def test_nothing_but_the_standard_library_comes_before():
@@ -67,6 +67,39 @@ def test_nothing_but_the_standard_library_comes_before():
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     tops = {name.partition(".")[0] for name in done.stdout.split()}
     assert tops - {"purejax_bilevel"} <= set(sys.stdlib_module_names)
+
+
+COMPILING = """
+import os, signal, sys
+from purejax_bilevel import interrupts
+in_script, alone, *numbers = eval(sys.argv[1])
+if in_script:
+    interrupts.end_at_once()
+for number in interrupts.SIGNALS:
+    signal.signal(number, lambda number, frame: print("told", number, flush=True))
+with interrupts.while_compiling("nothing is lost", alone):
+    for number in numbers:
+        os.kill(os.getpid(), number)
+os.kill(os.getpid(), 15)
+"""
+STOPPING = "stopping when the compiler is done; once more stops at once.\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "printed", "told"),
+    [
+        ("(True, True)", 0, "told 15\n", ""),
+        ("(True, True, 15)", 143, "", "nothing is lost\n"),
+        ("(True, True, 2)", 130, "", "nothing is lost\n"),
+        ("(True, False, 15)", 0, "told 15\ntold 15\n", STOPPING),
+        ("(True, False, 2, 15)", 143, "told 2\n", f"{STOPPING}nothing is lost\n"),
+        ("(False, True, 15)", 0, "told 15\ntold 15\n", ""),
+    ],
+)
+def test_an_interrupt_while_the_compiler_works(words: str, status: int, printed: str, told: str):
+    command = [sys.executable, "-c", COMPILING, words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (status, printed, told)
 
 
 def test_an_interrupt_is_an_exception_once_the_work_begins(monkeypatch: pytest.MonkeyPatch):
@@ -80,7 +113,8 @@ def test_an_interrupt_is_an_exception_once_the_work_begins(monkeypatch: pytest.M
             interrupts.raise_from_now_on()
             with pytest.raises(KeyboardInterrupt):
                 signal.raise_signal(number)
-        assert ended == [interrupts.STATUS] * 2
+        assert ended == [130, 143]
+        assert interrupts.status() == 143
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # as nohup leaves it
         interrupts.end_at_once()
         interrupts.raise_from_now_on()

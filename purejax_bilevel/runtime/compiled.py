@@ -32,7 +32,15 @@ from purejax_bilevel.program import POPULATION, Part, Program, Tree, called_outs
 from purejax_bilevel.runtime import devices, processes
 from purejax_bilevel.runtime.devices import AXIS
 from purejax_bilevel.runtime.schedule import common_schedule, num_rows
-from purejax_bilevel.runtime.steps import Functions, Stored, fresh_member, map_members, run_member, typed_keys
+from purejax_bilevel.runtime.steps import (
+    Functions,
+    Stored,
+    fresh_member,
+    fresh_state,
+    map_members,
+    run_member,
+    typed_keys,
+)
 
 TIMED_SECONDS = 1.0  # of steps, to tell the time that a run will take
 
@@ -43,6 +51,11 @@ def precision(parts: Sequence[Part]) -> contextlib.AbstractContextManager:
     if len(wanted) > 1:
         raise ValueError("the parts of one program must agree on float64")
     return jax.enable_x64(True) if wanted == {True} else contextlib.nullcontext()
+
+
+def as_compiled() -> contextlib.AbstractContextManager:
+    """What the program is traced in: jax takes up an earlier trace of a function only where all this is the same."""
+    return jax.default_matmul_precision("highest")
 
 
 def _in_precision(method: Callable) -> Callable:
@@ -99,7 +112,8 @@ class CompiledProgram:
         if not hasattr(self, "_structure"):  # what is swapped in has the same
             self._shared = self._place_shared()
             arguments = (self._functions, self._configs, self._seeds, self._shared)
-            self._structure = tuple(map(_member_arrays, *arguments))
+            with as_compiled():
+                self._structure = tuple(map(functools.partial(_member_arrays, self.mesh), *arguments))
             self._shardings = tuple(
                 jax.tree.map(functools.partial(NamedSharding, self.mesh), _specs(part.program, shapes))
                 for part, shapes in zip(self.parts, self._structure, strict=True)
@@ -137,7 +151,7 @@ class CompiledProgram:
             stage: its number.
             block_steps: in a block, known to the compiler; 0: as many as there are.
         """
-        with jax.default_matmul_precision("highest"):
+        with as_compiled():
             bounds = (*(jax.ShapeDtypeStruct((), jnp.int32),) * 3, jax.ShapeDtypeStruct((len(self.parts),), jnp.int32))
             arguments = (self._structure, self._configs, self._seeds, self._shared, *bounds)
             chunk = functools.partial(self._chunk, stage, block_steps)
@@ -146,6 +160,8 @@ class CompiledProgram:
     @_in_precision
     def initial(self) -> Tree:
         """Storage for all members; the compiled program fills it in when it starts from step 0."""
+        if self.mesh.devices.flat[0].platform == "cpu":  # takes less time than a program of zeros to compile
+            return jax.tree.map(_zeros, self._structure, self._shardings)
         empty = lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self._structure)  # noqa: E731
         return jax.jit(empty, out_shardings=self._shardings)()
 
@@ -370,19 +386,39 @@ def mesh_of(parts: Sequence[Part], num_devices: int | None = None) -> Mesh:
 # --- arrays -----------------------------------------------------------------------------------------------------------
 
 
-def _member_arrays(functions: Functions, config: Any, seeds: Any, shared: Tree) -> Tree:
-    """Shapes and types of what the members of a part carry, with their whole population."""
+def _member_arrays(mesh: Mesh, functions: Functions, config: Any, seeds: Any, shared: Tree) -> Stored:
+    """Shapes and types of what the members of a part carry, with their whole population.
+
+    The functions are traced as the compiled program will call them, on the mesh: it need not trace them again.
+    """
+
+    def shapes_of(function: Callable, *arguments: Any) -> Tree:
+        function = functools.partial(function, functions)
+        mapped = jax.shard_map(function, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
+        found = jax.eval_shape(mapped, *arguments)
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), found)  # without weak types
+
     one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), (config, seeds))
-    fresh = functools.partial(fresh_member, functions)
-    shapes = jax.eval_shape(called_outside(functions.program, fresh), *one, shared)
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((seeds.shape[0], *leaf.shape), leaf.dtype), shapes)
+    state = shapes_of(fresh_state, *one, shared)
+    here = shapes_of(fresh_member, state, *one, shared, jax.ShapeDtypeStruct((), jnp.int32))
+    split, factor = _split(functions.program, here), mesh.shape[POPULATION]
+
+    def of_all(leaf: Any, own: bool) -> jax.ShapeDtypeStruct:
+        first, rest = leaf.shape[:own], leaf.shape[own:]
+        return jax.ShapeDtypeStruct((seeds.shape[0], *(size * factor for size in first), *rest), leaf.dtype)
+
+    return jax.tree.map(of_all, here, split)
+
+
+def _split(program: Program, shapes: Stored) -> Stored:
+    """Which of a member's arrays have the individuals of its population as first dimension."""
+    no = jax.tree.map(lambda _: False, shapes)
+    return no._replace(state=program.individuals(shapes.state)) if program.population else no
 
 
 def _specs(program: Program, shapes: Stored) -> Stored:
     """Along which axes of the mesh the members' arrays lie."""
-    split = program.individuals(shapes.state) if program.population else jax.tree.map(lambda _: False, shapes.state)
-    specs = jax.tree.map(lambda own: P(AXIS, POPULATION) if own else P(AXIS), split)
-    return Stored(specs, *jax.tree.map(lambda _: P(AXIS), (shapes.sums, shapes.done)))
+    return jax.tree.map(lambda own: P(AXIS, POPULATION) if own else P(AXIS), _split(program, shapes))
 
 
 def _shapes(tree: Tree) -> Any:
@@ -409,6 +445,10 @@ def state_shapes(program: Program, config: Any) -> Tree:
     shared = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, _default_type(leaf.dtype)), program.shared())
     init = called_outside(program, program.init)
     return jax.eval_shape(init, jax.eval_shape(lambda: jax.random.key(0)), config, shared)
+
+
+def _zeros(shape: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.Array:
+    return jax.make_array_from_callback(shape.shape, sharding, np.zeros(shape.shape, shape.dtype).__getitem__)
 
 
 def _padded_indices(num_members: int, num_devices: int, each: int, room: int) -> np.ndarray:

@@ -25,6 +25,7 @@ import numpy as np
 import xarray
 from rich.console import Console
 
+from purejax_bilevel import interrupts
 from purejax_bilevel.configuration import RUN_LENGTH, to_dict
 from purejax_bilevel.errors import Interrupted, UserError
 from purejax_bilevel.members import counted
@@ -46,6 +47,7 @@ CHECKPOINT_SECONDS = 60.0
 BLOCK_STEPS = 32  # most steps in a block of an accelerator
 PLACEMENT = "placement"  # what a checkpoint calls the batches of members and their devices
 PLATFORM = "platform"
+STOPPED_COMPILING = "stopped while compiling; no step is lost: go on with --resume and the run's folder."
 
 
 @dataclasses.dataclass
@@ -175,7 +177,8 @@ class Run:
             stack.enter_context(progress)
             stopped = stack.enter_context(_stop_on_interrupt(progress))
             if self.steps < self.stop and not self.program.is_compiled:
-                with progress.compiling():
+                alone = processes.count() == 1
+                with progress.compiling(), interrupts.while_compiling(STOPPED_COMPILING, alone):
                     self.program.compile(self.schedule.stage_at(self.steps))
                     if self.watcher is not None:
                         self._state = self.watcher.compiled(self.program, self._state, self.steps, self.total)
@@ -531,7 +534,8 @@ def _stop_on_interrupt(progress: Progress) -> Iterator[Callable[[], bool]]:
     def handler(number: int, frame: FrameType | None) -> None:
         nonlocal asked
         if asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
+            interrupts.raise_interrupt(number, frame)
+        interrupts.heard(number)
         asked = True
         progress.note("stopping after this chunk; press Ctrl-C again to stop at once and lose it")
 

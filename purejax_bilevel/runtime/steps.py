@@ -86,12 +86,21 @@ def map_members(
     return jax.lax.fori_loop(0, batches, batch, (members[0], *empty))
 
 
-def fresh_member(functions: Functions, config: Any, seed: jax.Array, shared: Tree) -> Stored:
-    """A member before its first step."""
-    state = functions.init(jax.random.key(seed), config, shared)
-    metrics = [jax.eval_shape(stage.update, state, config, jnp.int32(0), shared)[1] for stage in functions.stages]
+def fresh_state(functions: Functions, config: Any, seed: jax.Array, shared: Tree) -> Tree:
+    """A member's state before its first step, keys as plain numbers."""
+    return plain_keys(_made(functions, config, seed, shared))
+
+
+def _made(functions: Functions, config: Any, seed: jax.Array, shared: Tree) -> Tree:
+    return functions.init(jax.random.key(seed), config, shared)
+
+
+def fresh_member(functions: Functions, state: Tree, config: Any, seed: jax.Array, shared: Tree, t: jax.Array) -> Stored:
+    """A member with this state, before its first step `t`."""
+    keyed = typed_keys(state, jax.eval_shape(functools.partial(_made, functions), config, seed, shared))
+    metrics = [jax.eval_shape(stage.update, keyed, config, t, shared)[1] for stage in functions.stages]
     sums = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), tuple(metrics))
-    return Stored(plain_keys(state), sums, jnp.bool_(False) if functions.may_end_early else ())
+    return Stored(state, sums, jnp.bool_(False) if functions.may_end_early else ())
 
 
 def run_member(
@@ -108,7 +117,7 @@ def run_member(
 ) -> tuple[Stored, dict[str, jax.Array], jax.Array]:
     """Steps start..stop-1 of stage `number`, of `total` steps, of one member."""
     stage = functions.stages[number]
-    keyed = jax.eval_shape(functions.init, jax.random.key(0), config, shared)
+    keyed = jax.eval_shape(functools.partial(_made, functions), config, seed, shared)
     stored = _begun(functions, number, block_steps, stored, keyed, config, seed, shared, start)
     state, sums = typed_keys(stored.state, keyed), stored.sums[number]
     frequency, evaluate = stage.eval_every, functools.partial(_evaluated, stage, config, shared, total)
@@ -157,7 +166,7 @@ def _begun(
 
     def first() -> Stored:
         made = number == 0
-        state = functions.init(jax.random.key(seed), config, shared) if made else typed_keys(stored.state, keyed)
+        state = _made(functions, config, seed, shared) if made else typed_keys(stored.state, keyed)
         if stage.begin is not None:
             state = stage.begin(state, config, shared)
         sums = jax.tree.map(jnp.zeros_like, stored.sums) if made else stored.sums

@@ -36,6 +36,7 @@ def exit_status(action: Callable[[Console], int | None], words: Sequence[str]) -
     """Joins the other processes and does a script's work; tells what stopped it and returns the exit status."""
     from purejax_bilevel.runtime import processes
 
+    interrupts.heard(signal.SIGINT)  # unless another signal comes
     try:
         with _stopped_by_sigterm():
             _join(words)
@@ -47,10 +48,10 @@ def exit_status(action: Callable[[Console], int | None], words: Sequence[str]) -
         return BAD_INPUT
     except Interrupted as message:
         processes.console().print(str(message), markup=False, highlight=False, soft_wrap=True)
-        return interrupts.STATUS
+        return interrupts.status()
     except KeyboardInterrupt:
         Console(stderr=True).print("stopped before anything was written.")
-        return interrupts.STATUS
+        return interrupts.status()
 
 
 def tell_error(sentence: str) -> None:
@@ -66,7 +67,7 @@ def _stopped_by_sigterm() -> Iterator[None]:
         yield
         return
     try:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, interrupts.raise_interrupt)
     except ValueError:  # not the main thread
         yield
         return
@@ -120,7 +121,9 @@ def status_of(found: Sequence["xarray.Dataset"], variables: Sequence[str]) -> in
 
 
 def main(config_class: type | Callable[[], type], description: str, given: Sequence[str] | None = None) -> int:
-    """Runs a training script; returns its exit status: 0 done, 1 every member diverged, 2 bad input, 130 interrupted.
+    """Runs a training script; returns its exit status.
+
+    That is 0 done, 1 every member diverged, 2 bad input, 130 interrupted by Ctrl-C, 143 by SIGTERM.
 
     Args:
         config_class: of the options, or a function that imports it: what it imports may make jax choose its devices,

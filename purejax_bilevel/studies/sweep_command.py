@@ -55,7 +55,7 @@ ENTRIES = {
 
 
 def main(given: Sequence[str] | None = None) -> int:
-    """Runs a sweep; returns the exit status: 0 done, 1 every member diverged, 2 bad input, 130 interrupted."""
+    """Runs a sweep; returns the exit status, as `command_line.main`."""
     words = words_of(given)
     if not {"-h", "--help"}.isdisjoint(words):  # needs no program
         arguments.read(arguments.parser_of(SweepOptions), DESCRIPTION, ["--help"])

@@ -1,10 +1,12 @@
 """The runner's loop on a toy program: chunks, rows, resume, padding, interruption, several parts."""
 
+import dataclasses
 import os
 import signal
 from pathlib import Path
 from typing import Any
 
+import chex
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -75,6 +77,34 @@ def run(config: Walk, seeds: int = 3, **options: Any) -> loop.Outcome:
 def expected_walk(drift: float, seed: int, steps: int) -> np.ndarray:
     normals = jax.vmap(lambda t: jax.random.normal(jax.random.fold_in(jax.random.key(seed), t)))(jnp.arange(steps))
     return np.cumsum(np.float32(drift) + np.asarray(normals), dtype=np.float32)
+
+
+@pytest.mark.parametrize(("devices", "member_batch", "names"), [(1, 1, ("update", "evaluate")), (2, None, ("update",))])
+def test_no_function_is_traced_twice(devices: int, member_batch: int | None, names: tuple[str, ...]):
+    """Though `init` leaves a constant without a type, and their shapes have to be known before they are compiled."""
+    chex.clear_trace_counter()
+    part = runs.make_part(Walk(), 3, 0)
+    stage, program = part.program.stages[0], part.program
+    program.init = chex.assert_max_traces(lambda key, config, shared: State(key, 0.0), n=1)
+    counted = {name: chex.assert_max_traces(getattr(stage, name), n=1) for name in names}
+    program.stages = (dataclasses.replace(stage, **counted),)
+    compiled.CompiledProgram([part], compiled.mesh_of([part], devices), member_batch).lower()
+
+
+def test_a_script_that_is_stopped_while_it_compiles_ends_at_once(monkeypatch: pytest.MonkeyPatch, capfd):
+    class Ended(BaseException):
+        pass
+
+    def end(status: int) -> None:
+        raise Ended(status)
+
+    monkeypatch.setattr(loop.interrupts, "_in_script", True)
+    monkeypatch.setattr(loop.interrupts.os, "_exit", end)
+    monkeypatch.setattr(compiled.CompiledProgram, "compile", lambda *arguments: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(Ended, match="143"):
+        run(Walk())
+    assert capfd.readouterr().err.endswith(f"{loop.STOPPED_COMPILING}\n")
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 @pytest.mark.parametrize("chunks", [None, 1, 2, 7, 25])
