@@ -151,7 +151,26 @@ thunk_metadata {
 def test_operations_of_a_step_are_counted_in_the_loop_over_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the loops of a block's length the one with most to do: no condition, no other loop, however long."""
     structure = load("gpu_structure", monkeypatch)
-    loops = structure.loops_of_length(25, PROGRAM, NAMES)
-    assert loops == {5, 12}
-    step = structure.steps_of(structure.parse(LISTING), loops)
-    assert structure.count(step) == {"operations": 4, "copies": 2, "in graphs": 2, "round trips": 1}
+    trips = structure.trip_counts(PROGRAM, NAMES)
+    assert trips == {5: 25, 12: 25, 16: 40}
+    step = structure.steps_of(structure.parse(LISTING), trips, 25)
+    expected = structure.Counts(operations=4, copies=2, in_graphs=2, launches=3, round_trips=1)
+    assert structure.count(step, trips) == expected
+
+
+def test_what_a_loop_of_known_length_does_counts_as_often_as_it_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    structure = load("gpu_structure", monkeypatch)
+    root = structure.parse(LISTING)
+    whole = structure.Operation(99, "kWhile", root.contents)
+    counts = structure.count(whole, {5: 25, 12: 25, 16: 40, 99: 2})
+    # outside 2, in the branch 25 x 4 and 25, in the last loop 40 x 7; the first loop and two branches wait
+    assert counts == structure.Counts(2 + 100 + 25 + 280, 1 + 50, 50, 2 + 75 + 25 + 280, 1 + 1 + 25)
+
+
+def test_steps_without_a_block_are_the_loop_inside_the_loop_over_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    structure = load("gpu_structure", monkeypatch)
+    loop = structure.Operation(7, "kWhile", [structure.Operation(8, "kCustomKernel", [])] * 3)
+    known = structure.Operation(5, "kWhile", [structure.Operation(8, "kCustomKernel", [])] * 9)
+    root = structure.Operation(0, "", [structure.Operation(1, "kWhile", [known, loop]), known])
+    assert structure.steps_of(root, {5: 40}, 0) is loop
+    assert structure.count(loop, {5: 40}) == structure.Counts(operations=3, launches=3, round_trips=1)
