@@ -226,10 +226,11 @@ def lowered(config: Any, members: int, target: str, most_block_steps: int) -> tu
     arguments = (program._structure, program._configs, program._seeds)
     stage = program.schedule.stages[-1]
     steps = program.block_steps[stage] if program.block_steps[stage] > 1 else 0
+    cycle = part.program.stages[stage].cycle_steps
     with precision([part]), jax.default_matmul_precision("highest"):
         chunk = jax.jit(functools.partial(program._chunk, stage, steps), donate_argnums=0)
         given = (*abstract(arguments, P(AXIS)), *abstract((program._shared, *bounds), P()))
-        return chunk.lower(*given), steps, steps
+        return chunk.lower(*given), steps, steps // cycle if steps % cycle == 0 else steps
 
 
 def measured(folder: Path, name: str, members: int, given: argparse.Namespace) -> tuple:
