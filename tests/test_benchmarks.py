@@ -60,6 +60,47 @@ def test_gpu_says_what_did_not_work(monkeypatch: pytest.MonkeyPatch) -> None:
         gpu.measured(time.monotonic(), "device")
 
 
+def test_gpu_names_the_exception_and_not_what_is_printed_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = load("gpu", monkeypatch)
+    errors = (
+        "Traceback ...\njax.errors.JaxRuntimeError: RESOURCE_EXHAUSTED: Out of memory\n-----\nFor simplicity, ...\n"
+    )
+    assert gpu.reason(errors) == "jax.errors.JaxRuntimeError: RESOURCE_EXHAUSTED: Out of memory"
+    assert gpu.reason("") == ""
+
+
+def test_gpu_goes_on_where_the_time_was_over(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    """In parts: what is recorded is not measured again, errors neither, other devices' numbers do not count."""
+    gpu = load("gpu", monkeypatch)
+    kind, counted = "one GPU", []
+
+    def measured(deadline: float, name: str, flag: str = "", **settings) -> dict:
+        if name == "device":
+            return {"platform": "gpu", "kind": kind, "jax": "1"}
+        if len(counted) % 10 == 9:
+            counted.append("late")
+            raise gpu.OutOfTime("no time left")
+        counted.append(name)
+        if settings.get("members") == 1:
+            raise gpu.Failed("out of memory")
+        return {"rate": 1e6, "compile": 2.0, "bytes": 3e9, "passed": True, "text": name}
+
+    monkeypatch.setattr(gpu, "measured", measured)
+    arguments = gpu.Arguments(record=str(tmp_path / "folder" / "gpu.jsonl"))
+    outputs = []
+    for _ in range(3):
+        assert gpu.main(arguments) == 1  # two rows are errors
+        outputs.append(capsys.readouterr().out)
+    assert [output.count("no time left") for output in outputs] == [1, 0, 0]
+    assert [output.count("out of memory") for output in outputs] == [2, 2, 2]
+    assert counted == ["speed"] * 9 + ["late"] + ["speed"] * 4 + ["learning", "resume"] + ["speed"]
+    kind = "another GPU"
+    gpu.main(arguments)
+    assert len(counted) == 17 + 16
+
+
 def test_gpu_prints_a_row_of_every_measurement(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     gpu = load("gpu", monkeypatch)
     flags = []
