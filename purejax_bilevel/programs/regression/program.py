@@ -154,11 +154,10 @@ class Regression(Program):
             t: number of the step from 0, shared by all members, so that `cond` and buffer writes stay cheap under
                 vmap; the problem's time is t + 1.
         """
-        frequency = config.regret_frequency
-        return self._step(state, config, t, shared, frequency > 0 and (t + 1) % frequency == 0)
+        return self._step(state, config, t, shared)
 
     def _step(
-        self, state: State, config: Config, t: jax.Array, shared: Tree, compares: jax.Array | bool
+        self, state: State, config: Config, t: jax.Array, shared: Tree, compares: bool | None = None
     ) -> tuple[State, Metrics]:
         weights = state.learner.weights
         batch, window = self._draw(state, config, t)
@@ -166,7 +165,7 @@ class Regression(Program):
         step, learner = self.agent.step(config, state.learner, batch, summary)
         hypergradient = data.pull_back(window, step.gradient)
         _, local = _local_regret(config).update(hypergradient, state.regret.local, step=t)
-        sums = self._compare(state, config, batch, window, step.outer_loss, compares)
+        sums = self._compare(state, config, t, batch, window, step.outer_loss, compares)
         metrics = {
             "evaluation_mse": self._error(learner.inner, state.problem, config, t + 1),
             "outer_loss": step.outer_loss,
@@ -209,31 +208,36 @@ class Regression(Program):
         self,
         state: State,
         config: Config,
+        t: jax.Array,
         batch: agents.Data,
         window: data.Window,
         own: jax.Array,
-        wanted: jax.Array | bool,
+        wanted: bool | None,
     ) -> tuple[jax.Array, jax.Array]:
         """Sums of the outer loss, the agent's own and with constant weights: same data, same start, same number of
-        inner steps.
+        inner steps; changed at the times of comparison, or as `wanted` where they are known.
 
         The start is the network before the agent's step, so that only the weights differ. The original starts from the
         network after it, and always takes `num_inner_steps` steps, for unroll1 too.
         """
         before = state.regret
-        if wanted is False:
+        if wanted is False or config.regret_frequency == 0:
             return before.own, before.constant
+        uniform = data.summarise(window, window.present)
 
         def compare() -> tuple[jax.Array, jax.Array]:
-            return before.own + own, before.constant + self._with_constant_weights(state, config, batch, window)
+            losses = self._with_constant_weights(state, config, batch, uniform)
+            return before.own + own, before.constant + losses
 
-        return compare() if wanted is True else jax.lax.cond(wanted, compare, lambda: (before.own, before.constant))
+        if wanted:
+            return compare()
+        due = (t + 1) % config.regret_frequency == 0
+        return jax.lax.cond(due, compare, lambda: (before.own, before.constant))
 
     def _with_constant_weights(
-        self, state: State, config: Config, batch: agents.Data, window: data.Window
+        self, state: State, config: Config, batch: agents.Data, uniform: agents.Summary
     ) -> jax.Array:
-        """The outer loss after inner steps with each of the constant weights, `[grid]`."""
-        uniform = data.summarise(window, window.present)
+        """The outer loss after inner steps with each of the constant weights, `[grid]`; `uniform`: with weights 1."""
         start, optimizer_state = state.learner.inner, state.learner.inner_optimizer
         num_steps = self.agent.inner_steps(config)
 
