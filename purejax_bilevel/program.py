@@ -76,6 +76,8 @@ class Stage:
         collect: has the arguments of `update` and may leave metrics out.
         begin: `(state, config, shared) -> state`, before the first step.
         done: `state -> bool`, asked at every evaluation: a member that is done idles until all are or the stage ends.
+        cycle: what `update` comes to where it is known at which step of a cycle it is, for accelerators, whose loops
+            have no branch: pairs of a number of steps in a row and a function like `update`; the first is for t = 0.
         most_block_steps: in one loop of fixed length on an accelerator, where a stop is noticed only after it; 1 where
             a step takes seconds.
     """
@@ -89,7 +91,13 @@ class Stage:
     collect: Callable[..., tuple[Tree, Metrics]] | None = None
     begin: Callable[..., Tree] | None = None
     done: Callable[[Tree], jax.Array] | None = None
+    cycle: Sequence[tuple[int, Callable[..., tuple[Tree, Metrics]]]] = ()
     most_block_steps: int = 32
+
+    @property
+    def cycle_steps(self) -> int:
+        """Steps after which all is as in the first ones; 1 without a cycle."""
+        return sum(count for count, _ in self.cycle) or 1
 
 
 class Program(Generic[C]):

@@ -60,6 +60,47 @@ def test_gpu_says_what_did_not_work(monkeypatch: pytest.MonkeyPatch) -> None:
         gpu.measured(time.monotonic(), "device")
 
 
+def test_gpu_names_the_exception_and_not_what_is_printed_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = load("gpu", monkeypatch)
+    errors = (
+        "Traceback ...\njax.errors.JaxRuntimeError: RESOURCE_EXHAUSTED: Out of memory\n-----\nFor simplicity, ...\n"
+    )
+    assert gpu.reason(errors) == "jax.errors.JaxRuntimeError: RESOURCE_EXHAUSTED: Out of memory"
+    assert gpu.reason("") == ""
+
+
+def test_gpu_goes_on_where_the_time_was_over(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    """In parts: what is recorded is not measured again, errors neither, other devices' numbers do not count."""
+    gpu = load("gpu", monkeypatch)
+    kind, counted = "one GPU", []
+
+    def measured(deadline: float, name: str, flag: str = "", **settings) -> dict:
+        if name == "device":
+            return {"platform": "gpu", "kind": kind, "jax": "1"}
+        if len(counted) % 10 == 9:
+            counted.append("late")
+            raise gpu.OutOfTime("no time left")
+        counted.append(name)
+        if settings.get("members") == 1:
+            raise gpu.Failed("out of memory")
+        return {"rate": 1e6, "compile": 2.0, "bytes": 3e9, "passed": True, "text": name}
+
+    monkeypatch.setattr(gpu, "measured", measured)
+    arguments = gpu.Arguments(record=str(tmp_path / "folder" / "gpu.jsonl"))
+    outputs = []
+    for _ in range(3):
+        assert gpu.main(arguments) == 1  # two rows are errors
+        outputs.append(capsys.readouterr().out)
+    assert [output.count("no time left") for output in outputs] == [1, 0, 0]
+    assert [output.count("out of memory") for output in outputs] == [2, 2, 2]
+    assert counted == ["speed"] * 9 + ["late"] + ["speed"] * 4 + ["learning", "resume"] + ["speed"]
+    kind = "another GPU"
+    gpu.main(arguments)
+    assert len(counted) == 17 + 16
+
+
 def test_gpu_prints_a_row_of_every_measurement(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     gpu = load("gpu", monkeypatch)
     flags = []
@@ -151,7 +192,26 @@ thunk_metadata {
 def test_operations_of_a_step_are_counted_in_the_loop_over_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the loops of a block's length the one with most to do: no condition, no other loop, however long."""
     structure = load("gpu_structure", monkeypatch)
-    loops = structure.loops_of_length(25, PROGRAM, NAMES)
-    assert loops == {5, 12}
-    step = structure.steps_of(structure.parse(LISTING), loops)
-    assert structure.count(step) == {"operations": 4, "copies": 2, "in graphs": 2, "round trips": 1}
+    trips = structure.trip_counts(PROGRAM, NAMES)
+    assert trips == {5: 25, 12: 25, 16: 40}
+    step = structure.steps_of(structure.parse(LISTING), trips, 25)
+    expected = structure.Counts(operations=4, copies=2, in_graphs=2, launches=3, round_trips=1)
+    assert structure.count(step, trips) == expected
+
+
+def test_what_a_loop_of_known_length_does_counts_as_often_as_it_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    structure = load("gpu_structure", monkeypatch)
+    root = structure.parse(LISTING)
+    whole = structure.Operation(99, "kWhile", root.contents)
+    counts = structure.count(whole, {5: 25, 12: 25, 16: 40, 99: 2})
+    # outside 2, in the branch 25 x 4 and 25, in the last loop 40 x 7; the first loop and two branches wait
+    assert counts == structure.Counts(2 + 100 + 25 + 280, 1 + 50, 50, 2 + 75 + 25 + 280, 1 + 1 + 25)
+
+
+def test_steps_without_a_block_are_the_loop_inside_the_loop_over_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    structure = load("gpu_structure", monkeypatch)
+    loop = structure.Operation(7, "kWhile", [structure.Operation(8, "kCustomKernel", [])] * 3)
+    known = structure.Operation(5, "kWhile", [structure.Operation(8, "kCustomKernel", [])] * 9)
+    root = structure.Operation(0, "", [structure.Operation(1, "kWhile", [known, loop]), known])
+    assert structure.steps_of(root, {5: 40}, 0) is loop
+    assert structure.count(loop, {5: 40}) == structure.Counts(operations=3, launches=3, round_trips=1)

@@ -370,11 +370,16 @@ class CompiledProgram:
 
 
 def block_length(parts: Sequence[Part], number: int, most: int) -> int:
-    """Steps in a block of a stage: the most, up to `most`, that divide warm-up and evaluation intervals of all."""
+    """Steps in a block of a stage: the most, up to `most`, that divide warm-up and evaluation intervals of all.
+
+    Of whole cycles where the stage has one and there is such a number.
+    """
     stages = [part.program.stages[number] for part in parts]
     common = math.gcd(*(moment for stage in stages for moment in (stage.warm_up, stage.eval_every)))
     most = min(most, *(stage.most_block_steps for stage in stages))
-    return next(steps for steps in range(most, 0, -1) if common % steps == 0)
+    lengths = [steps for steps in range(most, 0, -1) if common % steps == 0]
+    cycle = math.lcm(*(stage.cycle_steps for stage in stages))
+    return next((steps for steps in lengths if steps % cycle == 0), lengths[0])
 
 
 def mesh_of(parts: Sequence[Part], num_devices: int | None = None) -> Mesh:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from purejax_bilevel.program import Program, Stage, Tree
 
+Cycle = Sequence[tuple[int, Callable]]  # as `Stage.cycle`
 ROWS = 32  # most evaluations in one call: the size of the arrays that take them
 
 
@@ -42,6 +43,7 @@ class Functions:
                 collect=traced(stage.collect),
                 evaluate=traced(stage.evaluate),
                 begin=traced(stage.begin),
+                cycle=tuple((count, traced(function)) for count, function in stage.cycle),
             )
             for stage in program.stages
         )
@@ -226,13 +228,17 @@ def _steps(
 ) -> tuple[Tree, Tree]:
     """The steps t..end-1, all before or all after the end of the warm-up; `carry` is the state and what is measured."""
 
-    def loop(function: Callable, carry: tuple[Tree, Tree]) -> tuple[Tree, Tree]:
-        def advance(state: Tree, i: jax.Array) -> tuple[Tree, Tree]:
-            return function(state, config, t + i, shared)
+    def advance(function: Callable, state: Tree, i: jax.Array) -> tuple[Tree, Tree]:
+        return function(state, config, t + i, shared)
 
-        return _in_few_arrays(advance, block_steps, carry) if block_steps else _one_by_one(advance, end - t, carry)
+    def loop(function: Callable, carry: tuple[Tree, Tree], cycle: Cycle = ()) -> tuple[Tree, Tree]:
+        if not block_steps:
+            return _one_by_one(functools.partial(advance, function), end - t, carry)
+        pieces = [(count, functools.partial(advance, each)) for count, each in cycle or ((block_steps, function),)]
+        return _in_few_arrays(pieces, block_steps, carry)
 
-    learn = functools.partial(loop, stage.update)
+    whole_cycles = block_steps % stage.cycle_steps == 0
+    learn = functools.partial(loop, stage.update, cycle=stage.cycle if whole_cycles else ())
     if not stage.warm_up:
         return learn(carry)
     assert stage.collect is not None, "a stage with a warm-up collects"
@@ -253,21 +259,35 @@ def _one_by_one(advance: Callable, count: jax.Array, carry: tuple[Tree, Tree]) -
     return jax.lax.fori_loop(0, count, step, carry)
 
 
-def _in_few_arrays(advance: Callable, count: int, carry: tuple[Tree, Tree]) -> tuple[Tree, Tree]:
+def _in_few_arrays(cycle: Cycle, count: int, carry: tuple[Tree, Tree]) -> tuple[Tree, Tree]:
     """As `_one_by_one`, for accelerators, where each array costs an operation: all metrics lie in one, and so do the
-    state's scalars of each type."""
+    state's scalars of each type. `count` steps are whole cycles of so many `advance` each."""
     state, sums = carry
     zeros = jax.tree.map(jnp.zeros_like, sums)
     total, apart = jax.flatten_util.ravel_pytree(sums)
     join, separate = _scalars_joined(state)
 
-    def step(i: jax.Array, carry: tuple) -> tuple:
+    def step(advance: Callable, i: jax.Array | int, carry: tuple) -> tuple:
         joined, total = carry
         state, metrics = advance(separate(joined), i)
         return join(state), total + jax.flatten_util.ravel_pytree(zeros | metrics)[0]
 
-    joined, total = jax.lax.fori_loop(0, count, step, (join(state), total))
+    def turn(first: jax.Array | int, carry: tuple) -> tuple:
+        for steps, advance in cycle:
+            carry = _repeated(functools.partial(step, advance), first, steps, carry)
+            first += steps
+        return carry
+
+    length = sum(steps for steps, _ in cycle)
+    joined, total = _repeated(lambda i, carry: turn(i * length, carry), 0, count // length, (join(state), total))
     return separate(joined), apart(total)
+
+
+def _repeated(function: Callable, first: jax.Array | int, count: int, carry: Tree) -> Tree:
+    """`function(i, carry)` for `count` numbers from the first on."""
+    if count == 1:
+        return function(first, carry)
+    return jax.lax.fori_loop(0, count, lambda i, carry: function(first + i, carry), carry)
 
 
 def _scalars_joined(like: Tree) -> tuple[Callable[[Tree], Any], Callable[[Any], Tree]]:

@@ -1,12 +1,13 @@
 """What a GPU does with this project, in one command of at most half an hour; prints tables in Markdown.
 
     ./setup/run python tests/benchmarks/gpu.py             # on a machine with a GPU
+    ./setup/run python tests/benchmarks/gpu.py --minutes 9 --record runs/gpu.jsonl   # in parts: again to go on
     ./setup/run python tests/benchmarks/gpu.py --small     # on any machine, a minute: whether the command itself works
 
 Speed of omd on CartPole: environment steps per second of all members while they learn (evaluation off), seconds to
 compile with an empty cache, the most memory in use; all members at once (vmap) or in batches (--member_batch); with
 and without whole loops as CUDA graphs. Then two checks: sql learns, and a run that is stopped and resumed ends with
-the same bits. Exit status 1 where a measurement or a check fails.
+the same bits. Exit status 1 where a measurement or a check fails, or had no time left.
 
 Every measurement is a process of its own, because XLA's flags and the largest use of memory belong to a process; this
 one never touches the GPU.
@@ -15,6 +16,7 @@ one never touches the GPU.
 import dataclasses
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -28,9 +30,8 @@ import tyro
 
 GRAPHS = "--xla_gpu_enable_command_buffer=+WHILE,+CONDITIONAL"
 QUICK = "--xla_backend_optimization_level=0"  # small runs take as long as it takes to compile them
-BUDGET_SECONDS = 28 * 60.0
 MOST_SECONDS = 600.0  # of one measurement
-CHECKS_SECONDS = 6 * 60.0  # kept for the checks, which come last
+CHECKS_SHARE = 0.25  # of the time, kept for the checks, which come last
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +39,8 @@ class Arguments:
     """What to run."""
 
     small: bool = False
+    minutes: float = 28.0  # in which all is done; what does not fit is left out and named
+    record: str = ""  # a file for what was measured: what it holds is not measured again on the same device
     measure: str = ""  # used by the script itself, in fresh processes: one measurement as JSON
 
 
@@ -152,28 +155,68 @@ class Failed(Exception):
     """A measurement that came to no result; the message says why."""
 
 
+class OutOfTime(Failed):
+    """One that may come to a result another time."""
+
+
 def measured(deadline: float, name: str, flags: str = "", **settings: Any) -> dict[str, Any]:
     """The result of one measurement in a fresh process.
 
     Raises:
-        Failed: it took too long or ended with an error.
+        OutOfTime: it took too long.
+        Failed: it ended with an error.
     """
     seconds = min(MOST_SECONDS, deadline - time.monotonic())
     if seconds <= 0:
-        raise Failed("no time left")
+        raise OutOfTime("no time left")
     environment = os.environ | {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()}
     command = [sys.executable, __file__, "--measure", json.dumps({"name": name, **settings})]
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired as error:
-        raise Failed(f"longer than {seconds:.0f} s") from error
+        raise OutOfTime(f"longer than {seconds:.0f} s") from error
     if done.returncode != 0:
-        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-        raise Failed(lines[-1][:160])
+        raise Failed(reason(done.stderr) or f"exit status {done.returncode}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def print_speeds(deadline: float, small: bool) -> int:
+def reason(errors: str) -> str:
+    """The line that says what went wrong: the last exception's, since notes and XLA's log may follow it."""
+    lines = errors.strip().splitlines() or [""]
+    named = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupted)\b", line)]
+    return (named or lines)[-1][:160]
+
+
+class Record:
+    """What was measured, on one device, in a file of one JSON object per line; without a file, nothing is kept."""
+
+    def __init__(self, name: str, device: Mapping[str, Any]):
+        self.path, self.device = Path(name) if name else None, dict(device)
+        self.known: dict[str, dict[str, Any]] = {}
+        if self.path is not None and self.path.exists():
+            lines = map(json.loads, self.path.read_text().splitlines())
+            self.known = {line["key"]: line["found"] for line in lines if line["device"] == self.device}
+
+    def measured(self, deadline: float, name: str, flags: str = "", **settings: Any) -> dict[str, Any]:
+        """As the function of that name, where nothing is known yet; errors are known too, if it was not the time."""
+        key = json.dumps([name, flags, settings], sort_keys=True)
+        if key not in self.known:
+            try:
+                self.known[key] = measured(deadline, name, flags, **settings)
+            except OutOfTime:
+                raise
+            except Failed as error:
+                self.known[key] = {"error": str(error)}
+            if self.path is not None:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                with self.path.open("a") as file:
+                    file.write(json.dumps({"device": self.device, "key": key, "found": self.known[key]}) + "\n")
+        if "error" in self.known[key]:
+            raise Failed(self.known[key]["error"])
+        return self.known[key]
+
+
+def print_speeds(record: Record, deadline: float, small: bool) -> int:
     """Prints the table of speeds, each row as soon as it is there; returns the number of rows that failed."""
     print("| members | at once | CUDA graphs | steps/s | compiled in | memory |")
     print("| --- | --- | --- | --- | --- | --- |")
@@ -182,7 +225,7 @@ def print_speeds(deadline: float, small: bool) -> int:
         settings = dataclasses.asdict(row)
         start = f"| {row.members} | {row.at_once or 'all'} | {'whole loop' if settings.pop('graphs') else 'default'} |"
         try:
-            found = measured(deadline, "speed", row.flags, **settings)
+            found = record.measured(deadline, "speed", row.flags, **settings)
         except Failed as error:
             failed += 1
             print(f"{start} {error} | | |", flush=True)
@@ -191,12 +234,12 @@ def print_speeds(deadline: float, small: bool) -> int:
     return failed
 
 
-def print_checks(deadline: float, small: bool) -> int:
+def print_checks(record: Record, deadline: float, small: bool) -> int:
     """Prints what the checks say; returns the number of those that failed."""
     failed = 0
     for name in ("learning", "resume"):
         try:
-            found = measured(deadline, name, small=small)
+            found = record.measured(deadline, name, small=small)
         except Failed as error:
             found = {"passed": False, "text": str(error)}
         failed += not found["passed"]
@@ -204,17 +247,29 @@ def print_checks(deadline: float, small: bool) -> int:
     return failed
 
 
-def everything(small: bool) -> int:
-    """Prints all tables and checks; returns the exit status."""
-    deadline = time.monotonic() + BUDGET_SECONDS
-    device = measured(deadline, "device")
+def everything(small: bool, minutes: float, name: str) -> int:
+    """Prints all tables and checks; returns the exit status.
+
+    Args:
+        small: sizes at which they mean nothing.
+        minutes: for all.
+        name: of the record's file.
+    """
+    seconds = 60.0 * minutes
+    deadline = time.monotonic() + seconds
+    try:
+        device = measured(deadline, "device")
+    except Failed as error:
+        print(f"error: jax does not start here: {error}", file=sys.stderr)
+        return 2
     if device["platform"] == "cpu" and not small:
         print("error: jax sees no GPU here; --small tries the command out on a CPU.", file=sys.stderr)
         return 2
-    print(f"omd on CartPole-v1, {device['kind']}, jax {device['jax']}:\n")
-    failed = print_speeds(deadline - CHECKS_SECONDS, small)
+    print(f"omd on CartPole-v1, {device['kind']}, jax {device['jax']}:\n", flush=True)
+    record = Record(name, device)
+    failed = print_speeds(record, deadline - CHECKS_SHARE * seconds, small)
     print()
-    failed += print_checks(deadline, small)
+    failed += print_checks(record, deadline, small)
     return min(failed, 1)
 
 
@@ -225,11 +280,11 @@ def main(arguments: Arguments) -> int:
         print(json.dumps(MEASUREMENTS[settings.pop("name")](**settings)))
         return 0
     if not arguments.small:
-        return everything(small=False)
+        return everything(False, arguments.minutes, arguments.record)
     with tempfile.TemporaryDirectory() as folder:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}".strip()
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", folder)  # a stopped run and its rest are compiled once
-        return everything(small=True)
+        return everything(True, arguments.minutes, arguments.record)
 
 
 if __name__ == "__main__":

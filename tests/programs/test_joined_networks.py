@@ -1,5 +1,7 @@
 """Programs with networks as an accelerator stores them learn what they learn on a CPU."""
 
+from collections.abc import Callable
+
 import jax
 import numpy as np
 import pytest
@@ -32,16 +34,21 @@ def test_agents(config: RLConfig | ContinuousConfig, monkeypatch: pytest.MonkeyP
 
 
 def test_regression(monkeypatch: pytest.MonkeyPatch) -> None:
-    def losses() -> tuple:
-        part = runs.make_part(RegressionConfig(agent_type="aid", T_max=3, n_samples=32, batch_size=8).resolved(), 1, 0)
-        own = jax.tree.map(lambda leaf: jax.numpy.asarray(leaf)[0], part.config)
-        state, update = part.program.init(jax.random.key(0), own), jax.jit(part.program.update)
-        for t in range(3):
-            state, metrics = update(state, own, jax.numpy.int32(t))
-        return state, metrics
+    """So do the steps of the cycle that an accelerator goes through: two without a comparison, one with."""
+    config = RegressionConfig(agent_type="aid", T_max=3, n_samples=32, batch_size=8, regret_frequency=3).resolved()
+    part = runs.make_part(config, 1, 0)
+    own = jax.tree.map(lambda leaf: jax.numpy.asarray(leaf)[0], part.config)
 
-    _, apart = losses()
+    def after(*steps: Callable[..., tuple]) -> tuple:
+        state, functions = part.program.init(jax.random.key(0), own), {step: jax.jit(step) for step in steps}
+        for t, step in enumerate(steps):
+            state, metrics = functions[step](state, own, jax.numpy.int32(t), ())
+        return state, (metrics, state.regret.own, state.regret.constant)
+
+    _, apart = after(*[part.program.update] * 3)
     monkeypatch.setattr(networks, "together", lambda: True)
-    state, together = losses()
+    (stage,) = part.program.stages
+    state, together = after(*(step for count, step in stage.cycle for _ in range(count)))
     assert networks.Joined in map(type, jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, networks.Joined)))
+    assert (np.asarray(together[-1]) > 0).all()
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), apart, together)

@@ -1,6 +1,7 @@
 """The runner's loop on a toy program: chunks, rows, resume, padding, interruption, several parts."""
 
 import dataclasses
+import functools
 import os
 import signal
 from pathlib import Path
@@ -50,15 +51,18 @@ class WalkProgram(Program):
     )
 
     def __init__(self, config: Walk):
-        self.stages = (Stage(config.num_train_steps, config.eval_frequency, self.update, self.evaluate),)
+        cycle = tuple((1, functools.partial(self.step, odd=jnp.array(odd))) for odd in (0.0, 1.0))
+        self.stages = (Stage(config.num_train_steps, config.eval_frequency, self.update, self.evaluate, cycle=cycle),)
 
     def init(self, key: jax.Array, config: Walk, shared: tuple = ()) -> State:
         return State(key, jnp.zeros(()))
 
     def update(self, state: State, config: Walk, t: jax.Array, shared: tuple = ()) -> tuple[State, dict]:
+        return self.step(state, config, t, shared, (t % 2).astype(float))
+
+    def step(self, state: State, config: Walk, t: jax.Array, shared: tuple, odd: jax.Array) -> tuple[State, dict]:
         step = config.drift + jax.random.normal(jax.random.fold_in(state.key, t)) * (2.0 if config.twice else 1.0)
         position = state.position + jnp.where(t >= config.explode_after, jnp.nan, step)
-        odd = (t % 2).astype(step.dtype)
         return state.replace(position=position), {"step": (step, jnp.ones(())), "odd_step": (odd * step, odd)}
 
     def evaluate(
@@ -128,12 +132,13 @@ def test_numbers_do_not_depend_on_chunks_devices_or_batches(chunks: int | None, 
         assert np.isnan(rows["last_places"][member, :-1]).all()
 
 
-@pytest.mark.parametrize(("frequency", "total"), [(4, 25), (8, 32), (0, 25), (5, 25)])
+@pytest.mark.parametrize(("frequency", "total"), [(4, 25), (8, 32), (0, 25), (9, 27), (5, 25)])
 def test_blocks_of_a_fixed_length_give_the_same_numbers(frequency: int, total: int):
+    """In blocks of whole cycles each step is that of its place in the cycle, else the one for any place."""
     config = Walk(drift=(0.1, 0.5), eval_frequency=frequency, num_train_steps=total)
     part = runs.make_part(config, 3, 0)
     program = compiled.CompiledProgram([part], devices.make_mesh(6, 2), 1, most_block_steps=4)
-    assert program.block_steps == [{4: 4, 8: 4, 0: 4, 5: 1}[frequency]]
+    assert program.block_steps == [{4: 4, 8: 4, 0: 4, 9: 3, 5: 1}[frequency]]
     rows: dict[str, list[np.ndarray]] = {}
     state = program.initial()
     for start, stop in ((0, 3), (3, 13), (13, total)):  # before, in and across blocks

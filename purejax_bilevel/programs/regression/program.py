@@ -14,6 +14,8 @@ Nothing grows with T_max or with the window (data.py).
 Source: the problem of "SmoothFBO"/OFBO, with the names of its settings.
 """
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple, Self
 
 import flax.struct
@@ -117,7 +119,17 @@ class Regression(Program[Config]):
 
     def __init__(self, config: Config):
         self.agent = agents.AGENTS[config.agent_type]
-        self.stages = (Stage(config.T_max, config.eval_frequency, self.update, self.evaluate),)
+        self.stages = (
+            Stage(config.T_max, config.eval_frequency, self.update, self.evaluate, cycle=self._cycle(config)),
+        )
+
+    def _cycle(self, config: Config) -> tuple[tuple[int, Callable], ...]:
+        """Steps without a comparison, then one with."""
+        frequency = config.regret_frequency
+        plain, comparing = (functools.partial(self._step, compares=which) for which in (False, True))
+        if frequency == 0:
+            return ((1, plain),)
+        return ((frequency - 1, plain), (1, comparing)) if frequency > 1 else ((1, comparing),)
 
     def init(self, key: jax.Array, config: Config, shared: Tree = ()) -> State:
         """State of a member before its first step; the key is consumed."""
@@ -142,13 +154,18 @@ class Regression(Program[Config]):
             t: number of the step from 0, shared by all members, so that `cond` and buffer writes stay cheap under
                 vmap; the problem's time is t + 1.
         """
+        return self._step(state, config, t, shared)
+
+    def _step(
+        self, state: State, config: Config, t: jax.Array, shared: Tree, compares: bool | None = None
+    ) -> tuple[State, Metrics]:
         weights = state.learner.weights
         batch, window = self._draw(state, config, t)
         summary = data.summarise(window, weights)
         step, learner = self.agent.step(config, state.learner, batch, summary)
         hypergradient = data.pull_back(window, step.gradient)
         _, local = _local_regret(config).update(hypergradient, state.regret.local, step=t)
-        sums = self._compare(state, config, t, batch, window, step.outer_loss)
+        sums = self._compare(state, config, t, batch, window, step.outer_loss, compares)
         metrics = {
             "evaluation_mse": self._error(learner.inner, state.problem, config, t + 1),
             "outer_loss": step.outer_loss,
@@ -190,18 +207,39 @@ class Regression(Program[Config]):
         return agents.outer_loss(agents.predict(inner, inputs), truth) + config.noise_level**2
 
     def _compare(
-        self, state: State, config: Config, t: jax.Array, batch: agents.Data, window: data.WindowData, own: jax.Array
+        self,
+        state: State,
+        config: Config,
+        t: jax.Array,
+        batch: agents.Data,
+        window: data.WindowData,
+        own: jax.Array,
+        wanted: bool | None,
     ) -> tuple[jax.Array, jax.Array]:
         """Sums of the outer loss, the agent's own and with constant weights: same data, same start, same number of
-        inner steps.
+        inner steps; changed at the times of comparison, or as `wanted` where they are known.
 
         The start is the network before the agent's step, so that only the weights differ. The original starts from the
         network after it, and always takes `num_inner_steps` steps, for unroll1 too.
         """
         before = state.regret
-        if config.regret_frequency == 0:
+        if wanted is False or config.regret_frequency == 0:
             return before.own, before.constant
         uniform = data.summarise(window, window.present)
+
+        def compare() -> tuple[jax.Array, jax.Array]:
+            losses = self._with_constant_weights(state, config, batch, uniform)
+            return before.own + own, before.constant + losses
+
+        if wanted:
+            return compare()
+        due = (t + 1) % config.regret_frequency == 0
+        return jax.lax.cond(due, compare, lambda: (before.own, before.constant))
+
+    def _with_constant_weights(
+        self, state: State, config: Config, batch: agents.Data, uniform: agents.Summary
+    ) -> jax.Array:
+        """The outer loss after inner steps with each of the constant weights, `[grid]`; `uniform`: with weights 1."""
         start, optimizer_state = state.learner.inner, state.learner.inner_optimizer
         num_steps = self.agent.inner_steps(config)
 
@@ -212,14 +250,11 @@ class Regression(Program[Config]):
             summary = jax.tree.map(lambda x: constant * x, uniform)
             return loss_of(agents.solve_inner(config, start, optimizer_state, batch.x_inner, summary, num_steps)[0])
 
-        def compare() -> tuple[jax.Array, jax.Array]:
-            # the grid begins at 0
-            first = loss_of(agents.solve_inner_without_data(config, start, optimizer_state, num_steps))
-            others = jax.lax.map(loss_with, constant_weights(config)[1:])
-            return before.own + own, before.constant + jnp.append(first, others)
-
-        due = (t + 1) % config.regret_frequency == 0
-        return jax.lax.cond(due, compare, lambda: (before.own, before.constant))
+        if networks.together():  # on an accelerator all at once
+            return jax.vmap(loss_with)(constant_weights(config))
+        # the grid begins at 0
+        first = loss_of(agents.solve_inner_without_data(config, start, optimizer_state, num_steps))
+        return jnp.append(first, jax.lax.map(loss_with, constant_weights(config)[1:]))
 
     def evaluate(
         self, state: State, config: Config, t: jax.Array, is_last: jax.Array, shared: Tree = ()
