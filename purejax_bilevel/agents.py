@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
-from purejax_bilevel.configuration import fields, named_object, replace
+from purejax_bilevel.configuration import fields, named_object, replace, validate
 from purejax_bilevel.errors import UserError
 
 FIELD = "agent_type"
@@ -167,10 +167,9 @@ class Agents(Generic[A]):
 
         Raises:
             UserError: there is no such agent, it names a field that the configuration has not, or has no value for
-                one that agents tune.
+                one that agents tune; or a value that is given is not allowed.
         """
-        self.check(config.agent_type)  # type: ignore[attr-defined]
-        config = self._without_alias(config)
+        config = self._without_alias(validate(config, tuned=False))
         name: str = config.agent_type  # type: ignore[attr-defined]
         agent = self[name]
         declared = {field.name: field.default for field in fields(config)}
