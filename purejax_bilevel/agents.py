@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
-from purejax_bilevel.configuration import Settings, fields, named_object, replace
+from purejax_bilevel.configuration import Settings, fields, named_object, replace, validate
 from purejax_bilevel.errors import UserError
 
 FIELD = "agent_type"
@@ -176,10 +176,10 @@ class Agents(Generic[A]):
 
         Raises:
             UserError: there is no such agent, it names a field that the configuration has not, or has no value for
-                one that agents tune.
+                one that agents tune; or a value that is given is not allowed.
         """
         self.check(config.agent_type)
-        config = self._without_alias(config)
+        config = self._without_alias(validate(config, tuned=False))
         name = config.agent_type
         agent = self[name]
         declared = {field.name: field.default for field in fields(config)}

@@ -84,11 +84,20 @@ POSITIVE = Check("a finite number above 0", lambda x: math.isfinite(x) and x > 0
 NONNEGATIVE = Check("a finite number, 0 or above", lambda x: math.isfinite(x) and x >= 0)
 FRACTION = Check("a number from 0 to 1", lambda x: 0 <= x <= 1)
 FINITE = Check("a finite number", math.isfinite)
+WHOLE = Check("a whole number", lambda x: math.isfinite(x) and x == int(x))
 
 
 def at_least(minimum: int) -> Check:
     """Whole numbers from `minimum` upwards."""
     return Check(f"a whole number of at least {minimum}", lambda x: x == int(x) and x >= minimum)
+
+
+def between(minimum: int, maximum: int) -> Check:
+    """Whole numbers from one to another."""
+    return Check(f"a whole number from {minimum} to {maximum}", lambda x: x == int(x) and minimum <= x <= maximum)
+
+
+LAYERS = between(1, 1000)  # each is compiled by itself
 
 
 def traced(
@@ -210,8 +219,12 @@ def values_of(value: Any) -> tuple:
     return (value,)
 
 
-def validate(config: C) -> C:
+def validate(config: C, tuned: bool = True) -> C:
     """Checks every field and returns the configuration.
+
+    Args:
+        config: to be checked.
+        tuned: whether fields without a default have been filled in; else they may be None.
 
     Raises:
         UserError: naming the field, its value and what is allowed.
@@ -219,6 +232,8 @@ def validate(config: C) -> C:
     hints = {name: _without_none(hint) for name, hint in typing.get_type_hints(type(config)).items()}
     for field in fields(config):
         given = getattr(config, field.name)
+        if given is None and field.default is None and not tuned:
+            continue
         values = values_of(given) if field.metadata["traced"] else (given,)
         if not values:
             raise UserError(f"--{field.name} needs at least one value.")
@@ -263,19 +278,20 @@ def _check_value(field: dataclasses.Field, hint: Any, value: Any) -> None:
     elif hint in (int, float):
         check = check or FINITE
         numeric = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
-        whole = hint is float or (numeric and math.isfinite(value) and value == int(value))
-        allowed, fine = check.allowed, numeric and whole and _accepts(check, value)
+        fine = numeric and (hint is float or _accepts(WHOLE, value)) and _accepts(check, value)
+        allowed = check.allowed
         if fine and hint is int and abs(value) > LARGEST_WHOLE:
             allowed, fine = f"{allowed} and at most {LARGEST_WHOLE} (32 bits)", False
     else:
         of_kind = isinstance(value, str if hint is str else Hashable)
-        allowed, fine = (check.allowed, check.accepts(value)) if check else ("text", of_kind)
+        allowed, fine = (check.allowed, of_kind and check.accepts(value)) if check else ("text", of_kind)
     if not fine:
         raise UserError(f"--{field.name} must be {allowed}, got {value!r}.")
 
 
 def _accepts(check: Check, value: Any) -> bool:
     try:
+        float(value)
         return check.accepts(value)
     except OverflowError:  # a whole number of more than 308 digits
         return False

@@ -4,8 +4,11 @@
 class UserError(ValueError):
     """Bad input, told in one sentence: which field, what value, what is allowed.
 
-    Scripts print it and exit with status 2.
+    Scripts print it and exit with status 2. It is one line, whatever names and values it quotes.
     """
+
+    def __init__(self, sentence: str):
+        super().__init__(" ".join(sentence.splitlines()))
 
 
 class Interrupted(Exception):

@@ -142,7 +142,7 @@ class Config(Start, settings.PPO, Evolution, Lives, Schedule):
         Raises:
             UserError: for a value that is not allowed, or two that do not go together.
         """
-        config = AGENTS.tuned(update_rules.with_rates(self))
+        config = update_rules.with_rates(AGENTS.tuned(self))
         validate(config)
         _check_together(config)
         return config

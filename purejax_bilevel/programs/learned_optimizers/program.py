@@ -55,7 +55,7 @@ class Config(PPO, Evaluation):
         Raises:
             UserError: for a value that is not allowed, or two that do not go together.
         """
-        config = AGENTS.tuned(update_rules.with_model(update_rules.with_rates(self)))
+        config = update_rules.with_model(update_rules.with_rates(AGENTS.tuned(self)))
         validate(config)
         config = replace(config, horizon=config.horizon or config.num_train_steps)
         _check_together(config)

@@ -2,7 +2,16 @@
 
 from typing import Literal
 
-from purejax_bilevel.configuration import FRACTION, NONNEGATIVE, POSITIVE, at_least, configuration, static, traced
+from purejax_bilevel.configuration import (
+    FRACTION,
+    LAYERS,
+    NONNEGATIVE,
+    POSITIVE,
+    at_least,
+    configuration,
+    static,
+    traced,
+)
 
 
 @configuration
@@ -62,7 +71,7 @@ class ActorCritic:
     """The two networks."""
 
     hidden_dim: int = static(64, "units in each hidden layer", at_least(1), "networks")
-    num_layers: int = static(2, "hidden layers of actor and critic each", at_least(1), "networks")
+    num_layers: int = static(2, "hidden layers of actor and critic each", LAYERS, "networks")
     activation: Literal["relu", "tanh"] = static("relu", "of the hidden layers", group="networks")
 
 

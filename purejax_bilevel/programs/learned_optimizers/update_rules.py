@@ -44,7 +44,7 @@ def with_rates(config: C) -> C:
     own = tuned.rates(config.optimizer, getattr(config, "env_name", ""))  # another optimiser is refused later
     given = {name: value for name in own._fields if (value := getattr(config, name)) is not None}
     for name, value in given.items():
-        if getattr(own, name) is None and value != UNUSED and config.optimizer in tuned.GENERAL:
+        if getattr(own, name) is None and values_of(value) != (UNUSED,) and config.optimizer in tuned.GENERAL:
             users = ", ".join(other for other, rates in tuned.GENERAL.items() if getattr(rates, name) is not None)
             text = " ".join(map(str, values_of(value)))
             raise UserError(f"--{name} {text} is for --optimizer {users}, not {config.optimizer}.")

@@ -22,6 +22,7 @@ import optax
 
 from purejax_bilevel.configuration import (
     FRACTION,
+    LAYERS,
     NONNEGATIVE,
     POSITIVE,
     Check,
@@ -49,7 +50,7 @@ class Fitting:
         "probabilistic", "whether networks predict variances too", group=GROUP
     )
     model_hidden_dim: int = static(200, "units in each hidden layer of a network", at_least(1), GROUP)
-    model_layers: int = static(4, "hidden layers of a network", at_least(1), GROUP)
+    model_layers: int = static(4, "hidden layers of a network", LAYERS, GROUP)
     model_joint: bool = static(
         False, "one trunk for observation and reward, as in MBPO (default: one of its own, 3 x 64, for the reward)",
         group=GROUP,

@@ -8,6 +8,7 @@ from typing import Literal
 from purejax_bilevel.configuration import (
     FINITE,
     FRACTION,
+    LAYERS,
     NONNEGATIVE,
     POSITIVE,
     Check,
@@ -54,7 +55,7 @@ class Networks:
     """Policy and critics."""
 
     hidden_dim: int = static(256, "units in each hidden layer of critics and policy", at_least(1), "agent")
-    num_layers: int = static(2, "hidden layers of critics and policy", at_least(1), "agent")
+    num_layers: int = static(2, "hidden layers of critics and policy", LAYERS, "agent")
     num_critics: int = static(2, "critics, of whose values the lowest counts", at_least(1), "agent")
     layer_norm: bool = static(False, "layer norm in the critics", group="agent")
     normalise_observations: bool = static(True, "agents see observations in units of the dataset", group="agent")
