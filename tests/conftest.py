@@ -45,6 +45,9 @@ def _cache_directory() -> Path | None:
         return None
 
 
+gc.disable()  # what is traced stays until its file is done, and looking through it takes a tenth of the time
+
+
 def _configure_jax() -> None:
     directory = _cache_directory()
     if directory is not None:
