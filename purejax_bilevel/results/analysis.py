@@ -13,7 +13,7 @@ import xarray
 
 from purejax_bilevel.errors import UserError
 from purejax_bilevel.results import dataset as datasets
-from purejax_bilevel.results import statistics
+from purejax_bilevel.results import plots, statistics
 from purejax_bilevel.results.checks import choice, known_entries, mapping_of, number_of, text_of
 from purejax_bilevel.results.dataset import SEED, STEP, setting_dimensions
 from purejax_bilevel.results.statistics import Estimate, ranking, setting_scores, stratified_bootstrap_interval
@@ -40,6 +40,7 @@ class Reporting:
         select_by: what chooses the best setting; by default `variable`.
         select_over: as `over`, for `select_by`.
         solved: score regarded as solved, for the optimality gap.
+        baseline: label of an agent whose mean on each task all scores are divided by, in a section of the report.
         figures: the study's own, first in the report: {kind: sensitivity, axis: lr}, {kind: curves, variable: x} or
             {kind: K, figure: x}, K being a key of `OWN_FIGURES` and x a name in the FIGURES of its module.
     """
@@ -49,6 +50,7 @@ class Reporting:
     select_by: str = ""
     select_over: float | None = None
     solved: float | None = None
+    baseline: str = ""
     figures: tuple = ()
 
 
@@ -60,7 +62,7 @@ def reporting(given: Any) -> Reporting:
     """
     stated = known_entries(given, [field.name for field in dataclasses.fields(Reporting)], "report")
     values = {name: value for name, value in stated.items() if value not in (None, "")}
-    for name in ("variable", "select_by"):
+    for name in ("variable", "select_by", "baseline"):
         text_of(values.get(name, "the default"), f"report: {name}")
     for name in ("over", "select_over", "solved"):
         if name in values:
@@ -184,6 +186,10 @@ def curve(dataset: xarray.Dataset, setting: int, variable: str) -> np.ndarray:
     failed = statistics.failed_members(dataset).reshape(array.shape[:-1])
     values = np.where(failed[..., None], np.nan, array.values)
     return np.stack([statistics.by_task(dataset, row)[setting] for row in np.moveaxis(values, -1, 0)], axis=1)
+
+
+def words(setting: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={plots._text(value)}" for name, value in setting.items())
 
 
 def reported_variable(dataset: xarray.Dataset, report: Reporting) -> str:

@@ -17,7 +17,7 @@ import numpy as np
 
 from purejax_bilevel.errors import UserError
 from purejax_bilevel.members import bytes_in_words, counted, format_value
-from purejax_bilevel.results import comparison, plots, residuals, statistics
+from purejax_bilevel.results import comparison, relative, residuals, statistics
 from purejax_bilevel.results import dataset as datasets
 from purejax_bilevel.results.analysis import (
     OWN_FIGURES,
@@ -30,6 +30,7 @@ from purejax_bilevel.results.analysis import (
     curve,
     reported_variable,
     reporting,
+    words,
 )
 from purejax_bilevel.results.checks import load_yaml, mapping_of
 from purejax_bilevel.results.dataset import SEED, STEP, setting_dimensions
@@ -115,6 +116,7 @@ class _Report:
             *self._best(),
             *self._improvement(),
             *self._profiles(),
+            *self._relative(),
             *self._sensitivities(),
             *self._search(),
             *self._settings(),
@@ -244,6 +246,13 @@ class _Report:
         scores = [(agent.label, agent.best_runs) for agent in self.succeeded]
         path = comparison.profiles(scores, self.score_name, self._path("profiles.png"), self.lower)
         return [Heading("Performance profiles"), Picture(path, "Fraction of runs that are better than a score.")]
+
+    def _relative(self) -> list[Block]:
+        baseline = next((agent for agent in self.succeeded if agent.label == self.report.baseline), None)
+        if baseline is None:  # none is asked for, or all its runs failed
+            return []
+        path = self._path("relative_profiles.png")
+        return relative.blocks(self.succeeded, baseline, self.lower, self.score_name, path)
 
     def _sensitivities(self) -> list[Block]:
         history = self._history()
@@ -442,10 +451,6 @@ class _Report:
 
 
 # ---------------------------------------------------------------- words
-
-
-def words(setting: dict[str, Any]) -> str:
-    return ", ".join(f"{name}={plots._text(value)}" for name, value in setting.items())
 
 
 def _scores(values: Sequence[float | None]) -> np.ndarray:

@@ -18,9 +18,8 @@ from purejax_bilevel.errors import UserError
 from purejax_bilevel.members import counted
 from purejax_bilevel.results import comparison, plots, statistics
 from purejax_bilevel.results import dataset as datasets
-from purejax_bilevel.results.analysis import Reporting, curve, reported_variable, scores_of
+from purejax_bilevel.results.analysis import Reporting, curve, reported_variable, scores_of, words
 from purejax_bilevel.results.dataset import STEP
-from purejax_bilevel.results.report import words
 from purejax_bilevel.results.statistics import Estimate, stratified_bootstrap_interval
 
 CONFIG = "config.yaml"

@@ -123,11 +123,21 @@ def check_report(study: Study, agents: Sequence[SweptAgent]) -> None:
     """Whether the report asks for what the sweep has; before hours of training, not after.
 
     Raises:
-        UserError: no such variable or axis.
+        UserError: no such variable, axis or agent.
     """
+    labels = [agent.label for agent in agents]
+    if study.report.baseline and study.report.baseline not in labels:
+        raise UserError(
+            f"report: baseline must be one of the agents, {', '.join(labels)}, got {study.report.baseline!r}."
+        )
+    _check_shown(study, agents)
+
+
+def _check_shown(study: Study, agents: Sequence[SweptAgent]) -> None:
+    """Variables and figures, program by program."""
     if study.families:
         for family in study.families:
-            check_report(family, [agent for agent in agents if agent.label in family.agents])
+            _check_shown(family, [agent for agent in agents if agent.label in family.agents])
         _check_one_score(study, agents)
         return
     program = agents[0].templates[0].config.program()

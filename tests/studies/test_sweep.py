@@ -92,6 +92,7 @@ WRONG = [
     ({"search": {"algorithm": "open_es", "population": 7}}, "must be even"),
     ({"search": {"space": {"lr": [1, 0.1]}}}, "0 < low < high"),
     ({"report": {"variable": "points"}}, "measures no 'points'"),
+    ({"report": {"baseline": "adam"}}, "report: baseline must be one of the agents, left, right, got 'adam'."),
     ({"report": {"over": 2}}, "share of the run from 0 to 1, got 2"),
     ({"report": {"figures": [{"kind": "pie"}]}}, "kind of a figure must be one of"),
     ({"report": {"figures": [{"kind": "sensitivity"}]}}, "needs axis"),
