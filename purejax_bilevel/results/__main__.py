@@ -8,11 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-
 from purejax_bilevel.errors import UserError
-from purejax_bilevel.results import dataset as datasets
-from purejax_bilevel.results import outputs, report
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,6 +30,11 @@ def write(folder: Path) -> Path:
     Raises:
         UserError: the folder holds neither.
     """
+    from rich.console import Console
+
+    from purejax_bilevel.results import dataset as datasets  # here: `--help` needs none of them
+    from purejax_bilevel.results import outputs, report
+
     if not (folder / datasets.FILE_NAME).is_file():
         report.write_again(folder)
         return folder / report.HTML
