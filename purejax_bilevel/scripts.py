@@ -6,7 +6,7 @@ What takes time to import is imported inside the functions: an interrupt meanwhi
 
 from collections.abc import Iterator, Sequence
 
-from purejax_bilevel import interrupts
+from purejax_bilevel import garbage, interrupts
 
 
 def rl_configuration(arguments: Sequence[str] | None = None) -> type:
@@ -66,6 +66,7 @@ def regression_configuration() -> type:
 def train_rl() -> int:
     """Trains bilevel model-based agents; returns the exit status."""
     interrupts.end_at_once()
+    garbage.put_off()
     from purejax_bilevel.studies import command_line
 
     return command_line.main(
@@ -79,6 +80,7 @@ def train_rl() -> int:
 def train_regression() -> int:
     """Tracks a moving regression problem; returns the exit status."""
     interrupts.end_at_once()
+    garbage.put_off()
     from purejax_bilevel.studies import command_line
 
     return command_line.main(
@@ -90,6 +92,7 @@ def train_regression() -> int:
 def sweep() -> int:
     """Runs a whole study; returns the exit status."""
     interrupts.end_at_once()
+    garbage.put_off()
     from purejax_bilevel.studies import sweep_command
 
     return sweep_command.main()

@@ -15,6 +15,7 @@ PACKAGE = ROOT / "purejax_bilevel"
 RANKS = {
     "bilevel": 0,
     "errors": 0,
+    "garbage": 0,
     "interrupts": 0,
     "configuration": 1,
     "agents": 2,

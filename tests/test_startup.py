@@ -61,5 +61,26 @@ def test_help_imports_nothing_that_it_does_not_use(script: str, more: tuple[str,
         f"import contextlib, io, sys; from purejax_bilevel import scripts; sys.argv = ['{script}.py', '--help']\n"
         f"with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()): scripts.{script}()\n"
         f"print([name for name in {(*UNUSED, *UNUSED_BY_HELP, *more)} if name in sys.modules])\n"
+        "import gc; print(gc.isenabled())\n"
+    )
+    assert printed(code) == ["[]", "False"]
+
+
+def test_help_of_results_imports_no_package() -> None:
+    code = (
+        "import contextlib, io, runpy, sys; sys.argv = ['results', '--help']\n"
+        "with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):\n"
+        "    runpy.run_module('purejax_bilevel.results', run_name='__main__', alter_sys=True)\n"
+        f"print([name for name in {(*UNUSED_BY_HELP, 'numpy', 'jax')} if name in sys.modules])\n"
     )
     assert printed(code) == ["[]"]
+
+
+def test_garbage_is_collected_again_once_all_is_compiled() -> None:
+    code = (
+        "import gc; from purejax_bilevel import garbage\n"
+        "garbage.collect_from_now_on(); print(gc.isenabled(), gc.get_freeze_count())\n"  # nobody put it off
+        "garbage.put_off(); print(gc.isenabled())\n"
+        "garbage.collect_from_now_on(); print(gc.isenabled(), gc.get_freeze_count() > 0)\n"
+    )
+    assert printed(code) == ["True 0", "False", "True True"]

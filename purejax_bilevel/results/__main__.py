@@ -10,11 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-
 from purejax_bilevel.errors import UserError
-from purejax_bilevel.results import dataset as datasets
-from purejax_bilevel.results import outputs, report, runs
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,7 +36,7 @@ def read_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     own.set_defaults(work=lambda asked: print(write(asked.folder)))
     own = actions.add_parser("list", help="the runs in a folder, the latest first")
     own.add_argument("folder", type=Path, nargs="?", default=Path("runs"), help="default: runs")
-    own.set_defaults(work=lambda asked: Console().print(runs.listing(asked.folder)))
+    own.set_defaults(work=_list)
     own = actions.add_parser("compare", help="runs and sweeps in one table and one figure")
     own.add_argument("folders", type=Path, nargs="+", metavar="folder", help="of a run or a sweep")
     own.add_argument("--variable", default="", help="what is compared (default: what the first one reports)")
@@ -58,7 +54,19 @@ def _share(text: str) -> float:
     return float(text)
 
 
+def _list(asked: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from purejax_bilevel.results import runs  # here: `--help` needs no package
+
+    Console().print(runs.listing(asked.folder))
+
+
 def _compare(asked: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from purejax_bilevel.results import runs
+
     Console().print(runs.compare(asked.folders, asked.figure, asked.variable, asked.over))
     print(asked.figure)
 
@@ -69,6 +77,11 @@ def write(folder: Path) -> Path:
     Raises:
         UserError: the folder holds neither.
     """
+    from rich.console import Console
+
+    from purejax_bilevel.results import dataset as datasets
+    from purejax_bilevel.results import outputs, report
+
     if not (folder / datasets.FILE_NAME).is_file():
         report.write_again(folder)
         return folder / report.HTML

@@ -25,7 +25,7 @@ import numpy as np
 import xarray
 from rich.console import Console
 
-from purejax_bilevel import interrupts
+from purejax_bilevel import garbage, interrupts
 from purejax_bilevel.configuration import RUN_LENGTH, to_dict
 from purejax_bilevel.errors import Interrupted, UserError
 from purejax_bilevel.members import counted
@@ -182,6 +182,7 @@ class Run:
                     self.program.compile(self.schedule.stage_at(self.steps))
                     if self.watcher is not None:
                         self._state = self.watcher.compiled(self.program, self._state, self.steps, self.total)
+            garbage.collect_from_now_on()
             self._saved_at = time.monotonic()
             chunk = self._first_chunk()
             while self.steps < self.stop:

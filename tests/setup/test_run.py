@@ -215,6 +215,23 @@ def test_without_uv_venv_and_pip_do_it(repository: Repository) -> None:
     assert result.stdout == "2\n"
     (install,) = repository.installs()
     assert "requirements-base.txt" in install
+    assert "--no-compile" in install
+
+
+def test_modules_are_compiled_where_python_may_not_write_them_later(repository: Repository) -> None:
+    def compiled(**environment: str) -> list[Path]:
+        folder = repository.root / ".venv"
+        shutil.rmtree(folder, ignore_errors=True)
+        (folder / "lib").mkdir(parents=True)
+        (folder / "lib" / "module.py").touch()
+        (folder / "pyvenv.cfg").touch()
+        (folder / "bin").mkdir()
+        (folder / "bin" / "python").symlink_to(sys.executable)
+        assert repository.run("true", **environment).returncode == 0
+        return list(folder.rglob("*.pyc"))
+
+    assert len(compiled(PYTHONDONTWRITEBYTECODE="1")) == 1
+    assert not compiled(PYTHONDONTWRITEBYTECODE="")
 
 
 def test_a_folder_that_is_no_environment_is_left_alone(repository: Repository, tmp_path: Path) -> None:
