@@ -77,11 +77,12 @@ def speeds(small: bool) -> Iterator[Speed]:
 
 
 def measure_device() -> dict[str, Any]:
-    """What this machine is."""
+    """What this machine is; members are spread over all its GPUs."""
     import jax
 
-    device = jax.devices()[0]
-    return {"platform": device.platform, "kind": device.device_kind, "jax": jax.__version__}
+    device, count = jax.devices()[0], jax.device_count()
+    several = f"{count} x " if count > 1 and device.platform != "cpu" else ""
+    return {"platform": device.platform, "kind": several + device.device_kind, "jax": jax.__version__}
 
 
 def measure_speed(members: int, at_once: int, steps: int, repeats: int) -> dict[str, float]:

@@ -45,7 +45,7 @@ CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "ppo-adam": ("ppo", {"optimizer": "adam"}),
     "ppo-open": ("ppo", {"optimizer": "open"}),
     "open-training": ("open_training", {}),
-    "offline-sac": ("offline", {"agent_type": "sac", "dataset": DATASET}),
+    "offline-sac": ("offline", {"agent_type": "offline_sac", "dataset": DATASET}),
     "mopo": ("offline", {"agent_type": "mopo", "dataset": DATASET}),
     "lpg": ("meta_objectives", {}),
 }

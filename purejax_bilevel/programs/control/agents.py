@@ -52,6 +52,7 @@ from purejax_bilevel.programs.control.settings import (
 )
 from purejax_bilevel.replay import Batch
 
+MOST_WRITTEN_OUT = 4  # steps: each adds to the time to compile
 GMRES_CYCLES = 20  # a full Krylov space first of all: short ones stagnate on the critic's indefinite Hessian
 
 Draw = Callable[[jax.Array], Batch]
@@ -121,7 +122,9 @@ def _repeat(
     if count == 1:
         return step(learner, key)
     keys = None if key is None else jax.random.split(key, count)
-    learner, losses = jax.lax.scan(step, learner, keys, length=count)
+    # On an accelerator a few steps are written out: what is the same in all of them is computed once.
+    written_out = networks.together() and count <= MOST_WRITTEN_OUT
+    learner, losses = jax.lax.scan(step, learner, keys, length=count, unroll=count if written_out else 1)
     return learner, jax.tree.map(lambda x: x[-1], losses)
 
 
