@@ -1,5 +1,6 @@
 """The contract, held by three small programs that use nothing else: `examples/`, the documentation of adding one."""
 
+import json
 import os
 import signal
 import threading
@@ -245,9 +246,12 @@ def test_a_wrong_artefact_is_refused_in_one_sentence(tmp_path: Path):
         with pytest.raises(UserError, match="is not a whole artefact"):
             artefacts.load(tmp_path, "policy")
     path.write_bytes(content)
-    path.with_suffix(".json").write_text("{}")
-    with pytest.raises(UserError, match="is not a whole artefact"):
-        artefacts.load(tmp_path, "policy")
+    about = json.loads(path.with_suffix(".json").read_text())
+    read = ("format", "kind", "members", "config", "sha256")
+    for damaged in ("", "3", "{}", *(json.dumps({**about, name: other}) for name in read for other in (None, 3))):
+        path.with_suffix(".json").write_text(damaged)
+        with pytest.raises(UserError, match=r"is not a whole artefact|is a (None|3), not a policy"):
+            artefacts.load(tmp_path, "policy")
 
 
 @pytest.mark.parametrize(("text", "found"), [("runs/x", ("runs/x", 0)), ("runs/x#3", ("runs/x", 3))])

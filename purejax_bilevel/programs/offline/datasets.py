@@ -169,7 +169,7 @@ def checked(arrays: Mapping[str, Any], source: str, action_bound: float = 1.0, *
     Raises:
         UserError: naming the array, the row and what is wrong with it.
     """
-    numbers = {name: np.asarray(arrays[name], np.float32) for name in COLUMNS}
+    numbers = {name: _real(arrays[name], name, source) for name in COLUMNS}
     for name in ("rewards", "terminals", "timeouts"):
         numbers[name] = numbers[name].reshape(len(numbers[name]), -1)
         if numbers[name].shape[1] != 1:
@@ -191,6 +191,14 @@ def checked(arrays: Mapping[str, Any], source: str, action_bound: float = 1.0, *
     )
     _check_terminals(dataset)
     return dataset
+
+
+def _real(array: Any, name: str, source: str) -> np.ndarray:
+    found = np.asarray(array)
+    if found.dtype.kind not in "biuf" or not found.ndim:
+        raise UserError(f"{source}: {name} must be an array of real numbers, got {found.dtype}{list(found.shape)}.")
+    with np.errstate(over="ignore"):  # what is not finite then is refused
+        return found.astype(np.float32)
 
 
 def _check_shapes(numbers: Mapping[str, np.ndarray], source: str) -> None:

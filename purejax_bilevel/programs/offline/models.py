@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from purejax_bilevel.configuration import fields, replace
+from purejax_bilevel.configuration import fields, replace, validate
 from purejax_bilevel.errors import UserError
 from purejax_bilevel.programs.offline import ensemble, fitting
 from purejax_bilevel.programs.offline.datasets import Dataset
@@ -61,10 +61,13 @@ def with_architecture(config: C, data: Dataset) -> C:
     where, member = artefacts.place_and_member(config.model)  # type: ignore[attr-defined]
     artefact = artefacts.load(where, KIND)
     arrays = artefact.member(member)
-    _check_data(config, data, arrays["normaliser.mean"], arrays["normaliser.std"])
+    normaliser = [arrays.get(f"normaliser.{name}") for name in ("mean", "std")]
+    if any(np.ndim(array) != 1 for array in normaliser):
+        raise UserError(f"--model {config.model} has no normaliser: it is no ensemble of this program.")  # type: ignore[attr-defined]
+    _check_data(config, data, *normaliser)
     saved = artefact.about["config"]
     own = {field.name for field in fields(Fitting, is_traced=False)}
-    return replace(config, **{name: saved[name] for name in own & set(saved)})
+    return validate(replace(config, **{name: saved[name] for name in own & set(saved)}))
 
 
 def _check_data(config: Any, data: Dataset, mean: np.ndarray, std: np.ndarray) -> None:
