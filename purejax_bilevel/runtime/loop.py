@@ -300,7 +300,7 @@ class Run:
             self.parts[number].grid,
             folder / (file_name(self.parts[number].label) or f"part-{number}") if several else folder,
             folder.name or "run",
-            fingerprint(self.parts[number : number + 1]),
+            self._own_fingerprint(number),
             wandb_mode=options.wandb_mode,
             runs=options.wandb_runs,
             label=self.parts[number].label if several else "",
@@ -308,6 +308,15 @@ class Run:
             resume=options.resume,
             note=progress.note,
         )
+
+    def _own_fingerprint(self, number: int) -> dict[str, Any]:
+        """The fingerprint of one part alone, without reading its shared inputs again."""
+        prefix = f"part {number} " if len(self.parts) > 1 else ""
+        return {
+            name.removeprefix(prefix): value
+            for name, value in self._fingerprint.items()
+            if name.startswith(prefix) and name != PLACEMENT
+        }
 
     # --- chunks ---
 
@@ -447,15 +456,18 @@ def file_name(label: str) -> str:
 def fingerprint(parts: Sequence[Part]) -> dict[str, Any]:
     """What two runs must share for one to go on where the other stopped: everything but the number of steps."""
     described: dict[str, Any] = {}
-    for number, part in enumerate(parts):
+    digests: dict[tuple[int, ...], str] = {}  # parts that share a dataset return the same object
+    shared = [jax.tree.leaves(part.program.shared()) for part in parts]
+    for number, (part, leaves) in enumerate(zip(parts, shared, strict=True)):
         prefix = f"part {number} " if len(parts) > 1 else ""
         described[f"{prefix}seeds"] = list(part.grid.seeds)
         for name, value in to_dict(part.config).items():
             if name not in RUN_LENGTH:
                 described[f"{prefix}{name}"] = _distinct(value)
         described[f"{prefix}precision"] = str(np.asarray(1.0, _float_type(parts)).dtype)
-        if leaves := jax.tree.leaves(part.program.shared()):
-            described[f"{prefix}shared inputs"] = _digest(leaves)
+        if leaves:
+            same = tuple(map(id, leaves))
+            digests[same] = described[f"{prefix}shared inputs"] = digests.get(same) or _digest(leaves)
     return described
 
 

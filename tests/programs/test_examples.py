@@ -184,8 +184,14 @@ def test_a_dataset_is_in_no_checkpoint_and_costs_no_compile_time(tmp_path: Path)
     assert seconds[1_000_000] < 2 * seconds[2000] + 0.5
 
 
-def test_parts_share_one_copy_of_a_dataset():
+def test_parts_share_one_copy_of_a_dataset_which_is_read_once(monkeypatch: pytest.MonkeyPatch):
     parts = [runs.make_part(replace(TWO, ensemble_steps=steps), 1, 0) for steps in (40, 40)]
+    read, digest = [], loop._digest
+    monkeypatch.setattr(loop, "_digest", lambda leaves: read.append(leaves) or digest(leaves))
+    experiment = loop.Run(parts, loop.RunOptions(quiet=True), Console())
+    own = experiment._own_fingerprint(1)
+    assert len(read) == 1
+    assert own == loop.fingerprint(parts[1:])
     program = compiled.CompiledProgram(parts, compiled.mesh_of(parts, 1), 1)
     first, second = program._shared
     assert first is second
