@@ -371,7 +371,7 @@ class Run:
         placement = _check_placement(path, self._fingerprint[PLACEMENT])
         saved = checkpoints.load(path, self.program.structure, self._fingerprint | placement)
         if saved.steps > self.total:
-            raise UserError(f"{path} has done {saved.steps} steps, more than the {self.total} asked for.")
+            raise UserError(f"{path} has done {counted(saved.steps, 'step')}, more than the {self.total} asked for.")
         self.steps, self.failed, self.earlier_seconds = saved.steps, saved.failed, saved.seconds
         # A shorter run may have ended between two regular evaluations: a longer one does without that last row.
         kept = [
@@ -406,7 +406,7 @@ class Run:
             self._unsaved = ""
         except UserError as error:  # hours of training are worth more than a checkpoint: tried again when next due
             self._unsaved = str(error).rstrip(".")
-            progress.note(f"no checkpoint after {self.steps} steps: {self._unsaved}")
+            progress.note(f"no checkpoint after {counted(self.steps, 'step')}: {self._unsaved}")
         self._saved_at = time.monotonic()
 
     def _final_state(self) -> list[Any]:
@@ -417,7 +417,7 @@ class Run:
         return checkpoints.load(self._path, self.program.structure, self._fingerprint).state
 
     def _how_to_resume(self) -> str:
-        done = f"stopped after {self.steps} of {self.total} steps"
+        done = f"stopped after {self.steps} of {counted(self.total, 'step')}"
         if self.options.folder is None:
             return f"{done}; nothing was written because no output folder was given."
         if not self._unsaved:

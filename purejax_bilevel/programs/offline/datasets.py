@@ -20,6 +20,7 @@ import numpy as np
 
 from purejax_bilevel.configuration import warn
 from purejax_bilevel.errors import UserError
+from purejax_bilevel.members import counted
 from purejax_bilevel.programs.offline import termination
 
 # D4RL's lowest and highest returns, of MuJoCo's physics alone: Brax's tasks of these names have other returns.
@@ -205,14 +206,14 @@ def _check_shapes(numbers: Mapping[str, np.ndarray], source: str) -> None:
     rows = len(numbers["observations"])
     for name, array in numbers.items():
         if len(array) != rows:
-            raise UserError(f"{source}: {name} has {len(array)} rows, observations has {rows}.")
+            raise UserError(f"{source}: {name} has {counted(len(array), 'row')}, observations has {rows}.")
         if array.ndim != (1 if name in ("rewards", "terminals", "timeouts") else 2):
             raise UserError(f"{source}: {name} must be [rows, numbers], got {list(array.shape)}.")
     widths = [numbers[name].shape[1] for name in ("observations", "next_observations")]
     if widths[0] != widths[1]:
         raise UserError(f"{source}: observations have {widths[0]} numbers, next_observations {widths[1]}.")
     if rows < 2 or not widths[0] or not numbers["actions"].shape[1]:
-        raise UserError(f"{source}: a dataset needs 2 rows, observations and actions, got {rows} rows.")
+        raise UserError(f"{source}: a dataset needs 2 rows, observations and actions, got {counted(rows, 'row')}.")
 
 
 def _check_numbers(numbers: Mapping[str, np.ndarray], source: str) -> None:

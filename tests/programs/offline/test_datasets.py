@@ -175,6 +175,7 @@ NAN[[7, 9]] = np.nan
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
+        ({"rewards": np.zeros(1)}, "rewards has 1 row, observations has 12"),
         ({"rewards": np.zeros(11)}, "rewards has 11 rows, observations has 12"),
         ({"rewards": NAN}, "rewards has numbers that are not finite in 2 rows, first in row 7"),
         ({"rewards": np.full(12, 1e39)}, "rewards has numbers that are not finite in 12 rows"),
