@@ -4,7 +4,8 @@ from typing import Literal
 
 from purejax_bilevel.configuration import FRACTION, NONNEGATIVE, POSITIVE, Check, configuration, static, traced
 
-EVEN = Check("an even whole number of at least 2", lambda x: x == int(x) and x >= 2 and x % 2 == 0)
+MOST = 1_000_000  # candidates: more are told here, not by a compiler that takes minutes to find out
+EVEN = Check(f"an even whole number from 2 to {MOST}", lambda x: x == int(x) and 2 <= x <= MOST and x % 2 == 0)
 DECAY = Check("a number above 0, at most 1", lambda x: 0 < x <= 1)
 MOMENTUM = Check("a number from 0 to below 1", lambda x: 0 <= x < 1)
 GROUP = "evolution strategy"

@@ -243,7 +243,9 @@ def test_wins_of_pairs() -> None:
     np.testing.assert_array_equal(evolution.pair_wins(fitness, False), [0.5] * 4 + [-0.5] * 4)
 
 
-@pytest.mark.parametrize("population", [7, 0, 1])
+@pytest.mark.parametrize("population", [7, 0, 1, 1_000_000_000])
 def test_a_population_is_even(population: int) -> None:
-    with pytest.raises(UserError, match=f"--population must be an even whole number of at least 2, got {population}"):
+    with pytest.raises(
+        UserError, match=f"--population must be an even whole number from 2 to 1000000, got {population}"
+    ):
         validate(Evolution(population=population))

@@ -113,8 +113,10 @@ def load(place: str | Path, kind: str) -> Artefact:
         arrays = safetensors.numpy.load(content)
         if any(len(array) != len(about["members"]) for array in arrays.values()):
             raise ValueError("it does not have all members")
+        if not isinstance(about["config"], dict) or not isinstance(about["members"], list):
+            raise ValueError("its settings or members are none")
         found = about["kind"]
-    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, safetensors.SafetensorError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{path} is not a whole artefact ({reason}): make it again.") from error
     if found != kind:

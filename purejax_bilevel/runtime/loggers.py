@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from purejax_bilevel.errors import Interrupted, UserError
-from purejax_bilevel.members import Grid
+from purejax_bilevel.members import Grid, counted
 from purejax_bilevel.results.dataset import SEED, STEP, as_plain, write_text
 from purejax_bilevel.results.statistics import iqm
 from purejax_bilevel.runtime.sinks import LoggedRun, Sink, TensorBoardSink, WandbSink, first_line, is_synced
@@ -300,7 +300,7 @@ class Loggers:
             del settings[SEED]
             words = words.rpartition(f"{SEED}=")[0].rstrip(", ")
         if key in self._overviews:
-            words = f"{words}, IQM of {len(self._grid.seeds)} seeds".removeprefix(", ")
+            words = f"{words}, IQM of {counted(len(self._grid.seeds), 'seed')}".removeprefix(", ")
         name = ", ".join(part for part in (self._label, words) if part) or self._name
         return LoggedRun(key, name, f"{self._identifier}-{key}", {**self._config, **as_plain(settings)})
 

@@ -304,7 +304,7 @@ class Run:
             self.parts[number].grid,
             folder / (file_name(self.parts[number].label) or f"part-{number}") if several else folder,
             folder.name or "run",
-            fingerprint(self.parts[number : number + 1]),
+            self._own_fingerprint(number),
             wandb_mode=options.wandb_mode,
             runs=options.wandb_runs,
             label=self.parts[number].label if several else "",
@@ -312,6 +312,15 @@ class Run:
             resume=options.resume,
             note=progress.note,
         )
+
+    def _own_fingerprint(self, number: int) -> dict[str, Any]:
+        """The fingerprint of one part alone, without reading its shared inputs again."""
+        prefix = f"part {number} " if len(self.parts) > 1 else ""
+        return {
+            name.removeprefix(prefix): value
+            for name, value in self._fingerprint.items()
+            if name.startswith(prefix) and name != PLACEMENT
+        }
 
     # --- chunks ---
 
@@ -366,7 +375,7 @@ class Run:
         placement = _check_placement(path, self._fingerprint[PLACEMENT])
         saved = checkpoints.load(path, self.program.structure, self._fingerprint | placement)
         if saved.steps > self.total:
-            raise UserError(f"{path} has done {saved.steps} steps, more than the {self.total} asked for.")
+            raise UserError(f"{path} has done {counted(saved.steps, 'step')}, more than the {self.total} asked for.")
         self.steps, self.failed, self.earlier_seconds = saved.steps, saved.failed, saved.seconds
         # A shorter run may have ended between two regular evaluations: a longer one does without that last row.
         kept = [
@@ -401,7 +410,7 @@ class Run:
             self._unsaved = ""
         except UserError as error:  # hours of training are worth more than a checkpoint: tried again when next due
             self._unsaved = str(error).rstrip(".")
-            progress.note(f"no checkpoint after {self.steps} steps: {self._unsaved}")
+            progress.note(f"no checkpoint after {counted(self.steps, 'step')}: {self._unsaved}")
         self._saved_at = time.monotonic()
 
     def _final_state(self) -> list[Any]:
@@ -412,7 +421,7 @@ class Run:
         return checkpoints.load(self._path, self.program.structure, self._fingerprint).state
 
     def _how_to_resume(self) -> str:
-        done = f"stopped after {self.steps} of {self.total} steps"
+        done = f"stopped after {self.steps} of {counted(self.total, 'step')}"
         if self.options.folder is None:
             return f"{done}; nothing was written because no output folder was given."
         if not self._unsaved:
@@ -451,15 +460,18 @@ def file_name(label: str) -> str:
 def fingerprint(parts: Sequence[Part]) -> dict[str, Any]:
     """What two runs must share for one to go on where the other stopped: everything but the number of steps."""
     described: dict[str, Any] = {}
-    for number, part in enumerate(parts):
+    digests: dict[tuple[int, ...], str] = {}  # parts that share a dataset return the same object
+    shared = [jax.tree.leaves(part.program.shared()) for part in parts]
+    for number, (part, leaves) in enumerate(zip(parts, shared, strict=True)):
         prefix = f"part {number} " if len(parts) > 1 else ""
         described[f"{prefix}seeds"] = list(part.grid.seeds)
         for name, value in to_dict(part.config).items():
             if name not in RUN_LENGTH:
                 described[f"{prefix}{name}"] = _distinct(value)
         described[f"{prefix}precision"] = str(np.asarray(1.0, _float_type(parts)).dtype)
-        if leaves := jax.tree.leaves(part.program.shared()):
-            described[f"{prefix}shared inputs"] = _digest(leaves)
+        if leaves:
+            same = tuple(map(id, leaves))
+            digests[same] = described[f"{prefix}shared inputs"] = digests.get(same) or _digest(leaves)
     return described
 
 

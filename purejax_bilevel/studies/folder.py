@@ -20,6 +20,7 @@ import yaml
 from purejax_bilevel import interrupts
 from purejax_bilevel.configuration import RUN_LENGTH, from_dict, to_dict, validate
 from purejax_bilevel.errors import Interrupted, UserError
+from purejax_bilevel.members import counted
 from purejax_bilevel.program import Configuration
 from purejax_bilevel.results import dataset as datasets
 from purejax_bilevel.runtime import checkpoint as checkpoints
@@ -283,7 +284,7 @@ def check_unchanged(folder: Path, config: Configuration, run: Mapping[str, int])
     now, done = {**to_dict(config.resolved()), **run}, loop.steps_done(folder)
     for name in RUN_LENGTH:
         if name in now and now[name] < done:
-            raise UserError(f"--{name} {now[name]} is less than the {done} steps that {folder} has done.")
+            raise UserError(f"--{name} {now[name]} is less than the {counted(done, 'step')} that {folder} has done.")
     for name, before in {**to_dict(saved.config.resolved()), **saved.run}.items():
         if now[name] == before or name in RUN_LENGTH:
             continue

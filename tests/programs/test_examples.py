@@ -1,5 +1,6 @@
 """The contract, held by three small programs that use nothing else: `examples/`, the documentation of adding one."""
 
+import json
 import os
 import re
 import signal
@@ -186,8 +187,14 @@ def test_a_dataset_is_in_no_checkpoint_and_costs_no_compile_time(tmp_path: Path)
     assert seconds[1_000_000] < 2 * seconds[2000] + 0.5
 
 
-def test_parts_share_one_copy_of_a_dataset():
+def test_parts_share_one_copy_of_a_dataset_which_is_read_once(monkeypatch: pytest.MonkeyPatch):
     parts = [runs.make_part(replace(TWO, ensemble_steps=steps), 1, 0) for steps in (40, 40)]
+    read, digest = [], loop._digest
+    monkeypatch.setattr(loop, "_digest", lambda leaves: read.append(leaves) or digest(leaves))
+    experiment = loop.Run(parts, loop.RunOptions(quiet=True), Console())
+    own = experiment._own_fingerprint(1)
+    assert len(read) == 1
+    assert own == loop.fingerprint(parts[1:])
     program = compiled.CompiledProgram(parts, compiled.mesh_of(parts, 1), 1)
     first, second = program._shared
     assert first is second
@@ -248,9 +255,12 @@ def test_a_wrong_artefact_is_refused_in_one_sentence(tmp_path: Path):
         with pytest.raises(UserError, match="is not a whole artefact"):
             artefacts.load(tmp_path, "policy")
     path.write_bytes(content)
-    path.with_suffix(".json").write_text("{}")
-    with pytest.raises(UserError, match="is not a whole artefact"):
-        artefacts.load(tmp_path, "policy")
+    about = json.loads(path.with_suffix(".json").read_text())
+    read = ("format", "kind", "members", "config", "sha256")
+    for damaged in ("", "3", "{}", *(json.dumps({**about, name: other}) for name in read for other in (None, 3))):
+        path.with_suffix(".json").write_text(damaged)
+        with pytest.raises(UserError, match=r"is not a whole artefact|is a (None|3), not a policy"):
+            artefacts.load(tmp_path, "policy")
 
 
 @pytest.mark.parametrize(("text", "found"), [("runs/x", ("runs/x", 0)), ("runs/x#3", ("runs/x", 3))])

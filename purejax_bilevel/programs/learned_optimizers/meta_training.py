@@ -27,6 +27,8 @@ import numpy as np
 from purejax_bilevel import evolution
 from purejax_bilevel.agents import Agents
 from purejax_bilevel.configuration import (
+    LARGEST,
+    SMALLEST,
     at_least,
     changed,
     configuration,
@@ -180,7 +182,7 @@ def _pair(given: str, text: str) -> tuple[float, float]:
         low, high = (float(number) for number in text.split(":"))
     except ValueError:
         low = high = math.nan
-    if not (math.isfinite(high - low) and low != high):
+    if not (math.isfinite(high - low) and SMALLEST <= abs(high - low) <= LARGEST):
         raise UserError(
             f"--fitness_ranges must be low:high, two different numbers, for each environment, got {given!r}."
         )

@@ -107,7 +107,7 @@ def load_weights(path: str | Path) -> np.ndarray:
             weights = np.lib.format.read_array(file, allow_pickle=False)
     except OSError as error:
         raise UserError(f"no weights of OPEN at {path}: {error.strerror or error}.") from error
-    except (ValueError, EOFError) as error:
+    except Exception as error:  # a damaged header fails in several ways
         raise UserError(f"{path} is not a whole .npy file of numbers.") from error
     check_weights(weights)
     if not np.isfinite(weights).all():

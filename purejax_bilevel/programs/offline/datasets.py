@@ -20,6 +20,7 @@ import numpy as np
 
 from purejax_bilevel.configuration import warn
 from purejax_bilevel.errors import UserError
+from purejax_bilevel.members import counted
 from purejax_bilevel.programs.offline import termination
 
 # D4RL's lowest and highest returns, of MuJoCo's physics alone: Brax's tasks of these names have other returns.
@@ -169,7 +170,7 @@ def checked(arrays: Mapping[str, Any], source: str, action_bound: float = 1.0, *
     Raises:
         UserError: naming the array, the row and what is wrong with it.
     """
-    numbers = {name: np.asarray(arrays[name], np.float32) for name in COLUMNS}
+    numbers = {name: _real(arrays[name], name, source) for name in COLUMNS}
     for name in ("rewards", "terminals", "timeouts"):
         numbers[name] = numbers[name].reshape(len(numbers[name]), -1)
         if numbers[name].shape[1] != 1:
@@ -193,18 +194,26 @@ def checked(arrays: Mapping[str, Any], source: str, action_bound: float = 1.0, *
     return dataset
 
 
+def _real(array: Any, name: str, source: str) -> np.ndarray:
+    found = np.asarray(array)
+    if found.dtype.kind not in "biuf" or not found.ndim:
+        raise UserError(f"{source}: {name} must be an array of real numbers, got {found.dtype}{list(found.shape)}.")
+    with np.errstate(over="ignore"):  # what is not finite then is refused
+        return found.astype(np.float32)
+
+
 def _check_shapes(numbers: Mapping[str, np.ndarray], source: str) -> None:
     rows = len(numbers["observations"])
     for name, array in numbers.items():
         if len(array) != rows:
-            raise UserError(f"{source}: {name} has {len(array)} rows, observations has {rows}.")
+            raise UserError(f"{source}: {name} has {counted(len(array), 'row')}, observations has {rows}.")
         if array.ndim != (1 if name in ("rewards", "terminals", "timeouts") else 2):
             raise UserError(f"{source}: {name} must be [rows, numbers], got {list(array.shape)}.")
     widths = [numbers[name].shape[1] for name in ("observations", "next_observations")]
     if widths[0] != widths[1]:
         raise UserError(f"{source}: observations have {widths[0]} numbers, next_observations {widths[1]}.")
     if rows < 2 or not widths[0] or not numbers["actions"].shape[1]:
-        raise UserError(f"{source}: a dataset needs 2 rows, observations and actions, got {rows} rows.")
+        raise UserError(f"{source}: a dataset needs 2 rows, observations and actions, got {counted(rows, 'row')}.")
 
 
 def _check_numbers(numbers: Mapping[str, np.ndarray], source: str) -> None:

@@ -63,7 +63,8 @@ def against(axis: str, datasets: Datasets, path: str | Path) -> Path:
             plots.draw_means(gap, dataset, axis, statistics.member_scores(dataset, "return_gap"), color, label)
         dataset = next(iter(datasets.values()))
         seeds = max(own.sizes[SEED] for own in datasets.values())
-        true.set(ylabel=f"{dataset[_score(dataset)].attrs['long_name']}\nmean over {seeds} seeds, 95 % interval")
+        over = f"\nmean over {seeds} seeds, 95 % interval" if seeds > 1 else ""
+        true.set(ylabel=f"{dataset[_score(dataset)].attrs['long_name']}{over}")
         belief.set(ylabel="critics' value minus true discounted return")
         gap.set(ylabel="return predicted by the ensemble minus true return")
         units = UNITS[axis] if dataset.attrs["config"].get("units") == "relative" else ""

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from purejax_bilevel.configuration import fields, replace
+from purejax_bilevel.configuration import fields, replace, validate
 from purejax_bilevel.errors import UserError
 from purejax_bilevel.programs.offline import ensemble, fitting
 from purejax_bilevel.programs.offline.datasets import Dataset
@@ -101,12 +101,16 @@ def _read(config: Any) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 
     where, member = artefacts.place_and_member(config.model)
     artefact = artefacts.load(where, KIND)
-    return artefact.member(member), artefact.about["config"]
+    arrays = artefact.member(member)
+    normaliser = [arrays.get(f"normaliser.{name}") for name in ("mean", "std")]
+    if any(np.ndim(array) != 1 for array in normaliser):
+        raise UserError(f"--model {config.model} has no normaliser: it is no ensemble of this program.")
+    return arrays, artefact.about["config"]
 
 
 def _with_settings(config: C, saved: dict[str, Any]) -> C:
     own = {field.name for field in fields(Fitting, is_traced=False)}
-    return replace(config, **{name: saved[name] for name in own & set(saved)})
+    return validate(replace(config, **{name: saved[name] for name in own & set(saved)}))
 
 
 def _check_sizes(config: Any, mean: np.ndarray, told: str, obs_dim: int, action_dim: int) -> None:

@@ -19,6 +19,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
+from purejax_bilevel.members import counted
 from purejax_bilevel.programs.regression import GRID_LIMIT, GRID_POINTS
 from purejax_bilevel.results import plots, statistics
 from purejax_bilevel.results.dataset import SEED, STEP, setting_dimensions, setting_labels
@@ -275,7 +276,7 @@ def _title(dataset: xarray.Dataset, note: str) -> str:
 
 def _seeds_in_words(dataset: xarray.Dataset) -> str:
     seeds, failed = dataset.sizes[SEED], int(statistics.failed_members(dataset).sum())
-    left_out = f"; {failed} diverged members left out" if failed else ""
+    left_out = f"; {counted(failed, 'diverged member')} left out" if failed else ""
     return (f"IQM over {seeds} seeds, 95 % interval" if seeds > 1 else "one seed") + left_out
 
 

@@ -202,7 +202,7 @@ def test_own_weights_are_small_and_read_by_name(path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"population": 7}, "--population must be an even whole number of at least 2, got 7"),
+        ({"population": 7}, "--population must be an even whole number from 2 to 1000000, got 7"),
         ({"num_epochs": 1}, "--num_epochs 1 is too few"),
         ({"num_train_steps": 10}, "--num_train_steps 10 must be a multiple of --eval_frequency 4"),
         ({"num_iterations": 1}, "--num_iterations must be a whole number of at least 2, got 1"),
@@ -216,6 +216,7 @@ def test_own_weights_are_small_and_read_by_name(path: Path) -> None:
         ({"fitness_ranges": "0:1,0:1"}, "must have low:high for each of GridWorld-debug"),
         ({"fitness_ranges": "1:1"}, "two different numbers"),
         ({"fitness_ranges": "one"}, "two different numbers"),
+        ({"fitness_ranges": "0:1e39"}, "two different numbers"),
         ({"env_name": "CartPole-v1", "num_iterations": 200, "draw_level": True}, "--draw_level is for Grid-Worlds"),
         ({"optimizer": "adam"}, "--optimizer must be one of open, no_features, got 'adam'"),
         ({"lr": 0.1}, "--lr 0.1 is for --optimizer"),

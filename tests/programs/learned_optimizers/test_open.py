@@ -135,6 +135,9 @@ def test_files_of_weights(tmp_path: Path) -> None:
     np.save(tmp_path / "nan.npy", np.where(good == good[7], np.nan, good))
     np.save(tmp_path / "object.npy", np.array([{}], object), allow_pickle=True)
     (tmp_path / "text.npy").write_text("weights")
+    content = (tmp_path / "good.npy").read_bytes()
+    (tmp_path / "header.npy").write_bytes(content.replace(b"(3571,)", b"(3571,(", 1))
+    (tmp_path / "huge.npy").write_bytes(content.replace(b"(3571,), }" + b" " * 9, b"(3571" + b"0" * 9 + b",), }", 1))
     (tmp_path / "cut.npy").write_bytes((tmp_path / "good.npy").read_bytes()[:-8])
     for name, message in {
         "none.npy": "No such file",
@@ -142,6 +145,8 @@ def test_files_of_weights(tmp_path: Path) -> None:
         "nan.npy": "not finite",
         "object.npy": "not a whole .npy file",
         "text.npy": "not a whole .npy file",
+        "header.npy": "not a whole .npy file",
+        "huge.npy": "not a whole .npy file",
         "cut.npy": "not a whole .npy file",
     }.items():
         with pytest.raises(UserError, match=message):

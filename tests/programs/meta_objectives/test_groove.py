@@ -135,7 +135,7 @@ def test_the_first_step_of_adam_is_the_rate() -> None:
         (GROOVE, {"population": 8}, "--population 8 is for --agent_type ta_lpg, not groove"),
         (GROOVE, {"score_function": "best"}, "--score_function must be one of"),
         (GROOVE, {"agent_type": "lpg"}, "--buffer_size 12 is for --agent_type groove, not lpg"),
-        (TA_LPG, {"population": 7}, "--population must be an even whole number of at least 2, got 7"),
+        (TA_LPG, {"population": 7}, "--population must be an even whole number from 2 to 1000000, got 7"),
         (TA_LPG, {"num_mini_batches": 3}, "--num_mini_batches 3 must divide the 8 agents of --population"),
         (TA_LPG, {"num_agents": 4}, "--num_agents 4 is for --agent_type lpg, groove, not ta_lpg"),
     ],

@@ -2,6 +2,7 @@
 
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -174,8 +175,15 @@ NAN[[7, 9]] = np.nan
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
+        ({"rewards": np.zeros(1)}, "rewards has 1 row, observations has 12"),
         ({"rewards": np.zeros(11)}, "rewards has 11 rows, observations has 12"),
         ({"rewards": NAN}, "rewards has numbers that are not finite in 2 rows, first in row 7"),
+        ({"rewards": np.full(12, 1e39)}, "rewards has numbers that are not finite in 12 rows"),
+        ({"rewards": np.zeros(12, complex)}, r"rewards must be an array of real numbers, got complex128\[12\]"),
+        ({"actions": np.full((12, 2), "0.5")}, "actions must be an array of real numbers, got <U3"),
+        ({"terminals": np.float32(1)}, r"terminals must be an array of real numbers, got float32\[\]"),
+        ({"about": "[1"}, "is not a whole dataset"),
+        ({"ref_min_score": "x", "ref_max_score": 1.0}, "is not a whole dataset"),
         ({"rewards": np.zeros((12, 2))}, "rewards must be one number per row, got 2"),
         ({"next_observations": np.zeros((12, 4))}, "observations have 3 numbers, next_observations 4"),
         ({"observations": np.zeros((12, 2, 2))}, r"observations must be \[rows, numbers\], got \[12, 2, 2\]"),
@@ -213,6 +221,25 @@ def test_files_that_are_none_are_refused(tmp_path: Path) -> None:
     }.items():
         with pytest.raises(UserError, match=sentence):
             dataset_files.load(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("write", [write_npz, write_hdf5])
+def test_damaged_files_are_read_or_refused(write: Any, tmp_path: Path) -> None:
+    entries = {name: np.asarray(array) for name, array in arrays().items()}
+    whole = write(tmp_path / ("whole.npz" if write is write_npz else "whole.hdf5"), entries)
+    content, random, told = whole.read_bytes(), np.random.default_rng(0), []
+    for place in random.integers(0, len(content), 200):
+        damaged = bytearray(content)
+        damaged[place] ^= int(random.integers(1, 256))
+        whole.write_bytes(bytes(damaged) if place % 5 else content[:place])
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # of zipfile and numpy, about what they then refuse
+                dataset_files.load(str(whole))
+        except UserError as error:
+            told.append(str(error))
+    assert 40 < len(told) < 200
+    assert not any("\n" in sentence for sentence in told)
 
 
 def test_minari_episodes_of_wrong_lengths_are_refused(tmp_path: Path) -> None:

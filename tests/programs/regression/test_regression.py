@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import xarray
 
 from purejax_bilevel.configuration import replace
 from purejax_bilevel.errors import UserError
@@ -442,3 +443,15 @@ def test_bad_input_is_refused_in_words(changes: dict[str, Any], words: str):
     with pytest.raises(UserError) as error:
         replace(SMALL, **changes).resolved()
     assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("failed", "words"),
+    [
+        ([False], "one seed"),
+        ([True, False], "IQM over 2 seeds, 95 % interval; 1 diverged member left out"),
+        ([True, True, False], "IQM over 3 seeds, 95 % interval; 2 diverged members left out"),
+    ],
+)
+def test_words_under_a_figure_are_singular_where_there_is_one(failed: list[bool], words: str):
+    assert regression_figures._seeds_in_words(xarray.Dataset({"failed": ("seed", failed)}, attrs={"axes": {}})) == words
