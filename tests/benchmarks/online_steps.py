@@ -26,10 +26,17 @@ SHARED: dict[str, Any] = {
     "hidden_dim": 64,
     "batch_size": 128,
     "policy_lr": 1e-3,
+    "tau": 0.01,
     "init_steps": 250,
     "eval_frequency": 250,
 }
-MODEL: dict[str, Any] = {"model_networks": 5, "model_hidden_dim": 64, "model_layers": 2, "num_rollouts": 20}
+MODEL: dict[str, Any] = {
+    "model_networks": 5,
+    "model_hidden_dim": 64,
+    "model_layers": 2,
+    "num_rollouts": 20,
+    "capacity": 50_000,
+}
 TRAINED = {
     "mbpo": Config(agent_type="mbpo", q_lr=1e-3, num_train_steps=5000, **SHARED, **MODEL),
     "sac": ContinuousConfig(agent_type="sac", inner_lr=1e-3, num_train_steps=20_000, **SHARED),

@@ -63,6 +63,7 @@ def test_rollouts_get_longer():
     np.testing.assert_array_equal(whole, np.arange(101))  # not rounded down to one less
 
 
+@pytest.mark.slow  # compiles the whole program, as the last test of this file does
 def test_a_program_keeps_to_its_schedule():
     """Case (a) and (b) by what changes: networks, policy, imagined rows, and whether actions are the policy's."""
     config = config_of(num_train_steps=500, init_steps=300, random_steps=50, model_every=50).resolved()
