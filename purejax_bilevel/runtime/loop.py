@@ -39,7 +39,7 @@ from purejax_bilevel.runtime.devices import AXIS
 from purejax_bilevel.runtime.loggers import Loggers
 from purejax_bilevel.runtime.options import RunOptions
 from purejax_bilevel.runtime.progress import Progress
-from purejax_bilevel.runtime.schedule import Schedule
+from purejax_bilevel.runtime.schedule import StageSchedule
 from purejax_bilevel.runtime.steps import ROWS
 
 CHUNK_SECONDS = 3.0  # between two looks of the host, unless --chunks says how many
@@ -582,7 +582,7 @@ def to_dataset(
         "bytes_per_member": outcome.bytes_per_member[number],
         **attrs,
     }
-    schedule = Schedule.of(part.program)
+    schedule = StageSchedule.of(part.program)
     *earlier, steps = (schedule.row_steps(stage) for stage in schedule.stages)
     described = _described(part.program.measures, outcome.stage_of)
     named = dict(zip(schedule.names, earlier, strict=False))

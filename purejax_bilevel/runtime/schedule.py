@@ -8,7 +8,7 @@ import numpy as np
 from purejax_bilevel.program import Part, Program
 
 
-class Schedule(NamedTuple):
+class StageSchedule(NamedTuple):
     """Lengths and evaluation intervals of the stages; steps are counted over all of them."""
 
     names: tuple[str, ...]
@@ -16,7 +16,7 @@ class Schedule(NamedTuple):
     eval_every: tuple[int, ...]
 
     @classmethod
-    def of(cls, program: Program) -> "Schedule":
+    def of(cls, program: Program) -> "StageSchedule":
         stages = program.stages
         return cls(*zip(*((stage.name, stage.num_steps, stage.eval_every) for stage in stages), strict=True))
 
@@ -50,13 +50,13 @@ class Schedule(NamedTuple):
         return row_steps(self.lengths[stage], self.eval_every[stage])
 
 
-def common_schedule(parts: Sequence[Part]) -> Schedule:
+def common_schedule(parts: Sequence[Part]) -> StageSchedule:
     """The schedule of parts that run together.
 
     Raises:
         ValueError: they do not have the same.
     """
-    found = {Schedule.of(part.program) for part in parts}
+    found = {StageSchedule.of(part.program) for part in parts}
     if len(found) > 1:
         raise ValueError("the parts of one program must have the same stages, lengths and evaluation intervals")
     return found.pop()

@@ -19,7 +19,7 @@ from purejax_bilevel.program import Part
 from purejax_bilevel.runtime import devices
 from purejax_bilevel.runtime.compiled import CompiledProgram, mesh_of, precision, state_shapes
 from purejax_bilevel.runtime.devices import AXIS
-from purejax_bilevel.runtime.schedule import Schedule
+from purejax_bilevel.runtime.schedule import StageSchedule
 
 SAFE_SHARE = 0.9  # of the free memory that a run may plan with
 BYTES_PER_RESULT = 8  # 32 bits, and a copy while a chunk's rows are appended
@@ -67,7 +67,7 @@ def check(parts: Sequence[Part], free: Callable[[Any], int | None] = devices.fre
 
 
 def _results_of(part: Part) -> int:
-    schedule = Schedule.of(part.program)
+    schedule = StageSchedule.of(part.program)
     rows = sum(schedule.rows(stage, schedule.total) for stage in schedule.stages)
     return rows * len(part.program.measures) * BYTES_PER_RESULT
 

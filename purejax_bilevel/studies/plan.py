@@ -14,7 +14,7 @@ from purejax_bilevel.configuration import fields, replace, validate
 from purejax_bilevel.errors import UserError
 from purejax_bilevel.members import Axis, Grid, batch_config, format_value
 from purejax_bilevel.program import Configuration, Part, Program
-from purejax_bilevel.runtime.schedule import Schedule
+from purejax_bilevel.runtime.schedule import StageSchedule
 from purejax_bilevel.studies.intervals import Interval, intervals, random_axis
 from purejax_bilevel.studies.study import Study
 from purejax_bilevel.studies.values import distinct
@@ -108,7 +108,7 @@ def make_agents(study: Study) -> list[SweptAgent]:
         return [made[label] for label in study.agents]
     agents = [_make_agent(study, label) for label in study.agents]
     _check_tasks(study, agents)
-    schedules = [Schedule.of(template.config.program()) for agent in agents for template in agent.templates]
+    schedules = [StageSchedule.of(template.config.program()) for agent in agents for template in agent.templates]
     for name, words in (("names", "stages"), ("lengths", "number of steps"), ("eval_every", "eval_frequency")):
         found = [" + ".join(map(str, values)) for values in sorted({getattr(schedule, name) for schedule in schedules})]
         if len(found) > 1:
