@@ -28,7 +28,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from purejax_bilevel.program import POPULATION, Part, Program, Tree, called_outside
+from purejax_bilevel.program import POPULATION, Configuration, Part, Program, Tree, called_outside
 from purejax_bilevel.runtime import devices, processes
 from purejax_bilevel.runtime.devices import AXIS
 from purejax_bilevel.runtime.schedule import common_schedule, num_rows
@@ -391,7 +391,7 @@ def mesh_of(parts: Sequence[Part], num_devices: int | None = None) -> Mesh:
 # --- arrays -----------------------------------------------------------------------------------------------------------
 
 
-def _member_arrays(mesh: Mesh, functions: Functions, config: Any, seeds: Any, shared: Tree) -> Stored:
+def _member_arrays(mesh: Mesh, functions: Functions, config: Configuration, seeds: Any, shared: Tree) -> Stored:
     """Shapes and types of what the members of a part carry, with their whole population.
 
     The functions are traced as the compiled program will call them, on the mesh: it need not trace them again.
@@ -440,7 +440,7 @@ def typed_state(part: Part, plain: Tree) -> Tree:
     return typed_keys(plain, state_shapes(part.program, own))
 
 
-def state_shapes(program: Program, config: Any) -> Tree:
+def state_shapes(program: Program, config: Configuration) -> Tree:
     """Shapes and types of one member's state, with its whole population.
 
     Args:

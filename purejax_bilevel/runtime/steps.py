@@ -14,7 +14,7 @@ import jax
 import jax.flatten_util
 import jax.numpy as jnp
 
-from purejax_bilevel.program import Program, Stage, Tree
+from purejax_bilevel.program import Configuration, Program, Stage, Tree
 
 Cycle = Sequence[tuple[int, Callable]]  # as `Stage.cycle`
 ROWS = 32  # most evaluations in one call: the size of the arrays that take them
@@ -88,16 +88,18 @@ def map_members(
     return jax.lax.fori_loop(0, batches, batch, (members[0], *empty))
 
 
-def fresh_state(functions: Functions, config: Any, seed: jax.Array, shared: Tree) -> Tree:
+def fresh_state(functions: Functions, config: Configuration, seed: jax.Array, shared: Tree) -> Tree:
     """A member's state before its first step, keys as plain numbers."""
     return plain_keys(_made(functions, config, seed, shared))
 
 
-def _made(functions: Functions, config: Any, seed: jax.Array, shared: Tree) -> Tree:
+def _made(functions: Functions, config: Configuration, seed: jax.Array, shared: Tree) -> Tree:
     return functions.init(jax.random.key(seed), config, shared)
 
 
-def fresh_member(functions: Functions, state: Tree, config: Any, seed: jax.Array, shared: Tree, t: jax.Array) -> Stored:
+def fresh_member(
+    functions: Functions, state: Tree, config: Configuration, seed: jax.Array, shared: Tree, t: jax.Array
+) -> Stored:
     """A member with this state, before its first step `t`."""
     keyed = typed_keys(state, jax.eval_shape(functools.partial(_made, functions), config, seed, shared))
     metrics = [jax.eval_shape(stage.update, keyed, config, t, shared)[1] for stage in functions.stages]
@@ -110,7 +112,7 @@ def run_member(
     number: int,
     block_steps: int,
     stored: Stored,
-    config: Any,
+    config: Configuration,
     seed: jax.Array,
     shared: Tree,
     start: jax.Array,
@@ -156,7 +158,7 @@ def _begun(
     block_steps: int,
     stored: Stored,
     keyed: Tree,
-    config: Any,
+    config: Configuration,
     seed: jax.Array,
     shared: Tree,
     start: jax.Array,
@@ -181,7 +183,7 @@ def _begun(
 
 def _evaluated(
     stage: Stage,
-    config: Any,
+    config: Configuration,
     shared: Tree,
     total: jax.Array,
     state: Tree,
@@ -219,7 +221,7 @@ def _block_end(stage: Stage, t: jax.Array, stop: jax.Array) -> jax.Array:
 
 def _steps(
     stage: Stage,
-    config: Any,
+    config: Configuration,
     shared: Tree,
     block_steps: int,
     t: jax.Array,
