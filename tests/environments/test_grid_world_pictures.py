@@ -94,6 +94,7 @@ def test_bad_input_is_told_in_a_sentence(words: str, sentence: str, capsys: pyte
     assert told.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_an_agent_trains_on_a_level_and_its_video_shows_the_level() -> None:
     sizes = {"num_train_steps": 20, "init_steps": 10, "batch_size": 8, "capacity": 20, "eval_frequency": 10}
     config = RLConfig(

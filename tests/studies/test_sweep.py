@@ -529,6 +529,7 @@ def test_labels_that_cannot_be_folders_are_refused(toy, tmp_path, capsys, labels
     assert not (tmp_path / "sweep").exists()
 
 
+@pytest.mark.slow  # one of the regression: test_outside_agents.py
 def test_a_real_program_end_to_end(tmp_path):
     settings = {
         "num_train_steps": 40,

@@ -163,6 +163,7 @@ def test_step_counter_stays_shared_under_vmap():
     assert count_conds(config, 4, None, mesh) == count_conds(config, 1, 1, mesh) >= 3
 
 
+@pytest.mark.slow  # the loop is that of test_q_learning.py
 def test_resume_is_bitwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     config = replace(SMALL, agent_type="omd", smoothing="window", smoothing_window=9, num_envs=2, model_hidden_dim=4)
     check_resume_is_bitwise(config, tmp_path, monkeypatch)

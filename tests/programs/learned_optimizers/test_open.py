@@ -34,6 +34,7 @@ from purejax_bilevel.programs.learned_optimizers.optimizer import _Seen, dormanc
 from purejax_bilevel.programs.learned_optimizers.update_rules import PUBLISHED
 from purejax_bilevel.programs.learned_optimizers.weights import shapes
 from purejax_bilevel.runtime import artefacts
+from tests.programs.programs import mostly
 from tests.test_benchmarks import load
 
 TESTS = Path(__file__).parents[2]
@@ -598,7 +599,7 @@ def test_python_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 # --- the benchmark ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [SMALL, LARGER])
+@pytest.mark.parametrize("size", mostly([SMALL, LARGER], [LARGER]))
 def test_the_benchmark_times_the_same_computation_array_by_array(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """But for the noise, of which each draws its own: its output is silent here."""
     speed = load("open_speed", monkeypatch)
@@ -619,6 +620,7 @@ def test_the_benchmark_times_the_same_computation_array_by_array(size: int, monk
         np.testing.assert_allclose(rows[:, : len(own)].T, own, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_benchmark_works_small(monkeypatch: pytest.MonkeyPatch) -> None:
     number, medians = load("open_speed", monkeypatch).measure(4, 3, 5, 2, SMALL)
     assert number == 3 * 4 + 4 + 4 * 4 + 4 + 4 * 3 + 3 + 3 * 4 + 4 + 4 * 4 + 4 + 4 + 1

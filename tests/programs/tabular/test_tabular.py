@@ -481,6 +481,7 @@ def test_figures_of_the_studies(tmp_path: Path):
             figure({"omd": datasets[wrong]}, tmp_path / "wrong.png")
 
 
+@pytest.mark.slow  # the figures themselves: below
 def test_a_sweep_draws_its_figure_where_the_axes_are_those_of_the_figure(tmp_path: Path):
     words = ["tabular_norm_bound", "num_train_steps=10", "eval_frequency=5", "norm_bound=1,4", "seeds.count=4"]
     where = ["--output_dir", str(tmp_path), "--quiet", "--name"]
