@@ -201,11 +201,11 @@ def test_no_home_and_no_user_name_are_no_reason_to_stop(monkeypatch: pytest.Monk
         devices.jax.config.update("jax_compilation_cache_dir", cache)
 
 
-def test_sigterm_before_the_loop_is_an_interrupt():
+def test_sigterm_before_the_loop_is_an_interrupt_with_its_own_status():
     def work(console: object) -> None:
         os.kill(os.getpid(), 15)
 
-    assert command_line.exit_status(work, []) == 130
+    assert command_line.exit_status(work, []) == 143
 
 
 def test_cleaning_up_after_a_search_leaves_what_is_not_its_own(tmp_path: Path):
