@@ -4,7 +4,9 @@ from typing import Any, TypeVar
 
 import flax.struct
 import jax
+import jax.numpy as jnp
 
+from purejax_bilevel import environments, replay
 from purejax_bilevel.program import Measure, Metrics, Program, Stage, Tree
 from purejax_bilevel.programs.control import rollouts
 from purejax_bilevel.programs.control.settings import Evaluation
@@ -14,6 +16,7 @@ INIT, STEP, EVALUATE, VIDEO = range(4)  # of a member
 ACT, ENVIRONMENT, LEARN = range(3)  # of a step
 
 C = TypeVar("C", bound=Evaluation)
+S = TypeVar("S", bound=Any)  # a state with more than, or other learners than, `State`
 
 
 class State(flax.struct.PyTreeNode):
@@ -29,6 +32,36 @@ class State(flax.struct.PyTreeNode):
     storage: jax.Array
     # learning
     learner: Any  # an `agents.Learner`; that of continuous actions has more
+
+
+def step_copies(
+    task: environments.Continuous, state: S, action: jax.Array, key: jax.Array, number: jax.Array
+) -> tuple[S, Metrics]:
+    """One step of every copy of an environment, into the buffer.
+
+    Args:
+        task: the environment.
+        state: of one member, with what `State` has of acting and data.
+        action: `[copies, action]`.
+        key: consumed.
+        number: which block of the buffer is written.
+    """
+    dtype = state.obs.dtype
+    step = jax.vmap(task.environment.step, (0, 0, 0, None))
+    keys = jax.random.split(key, action.shape[0])
+    obs, environment, reward, terminated, truncated, info = step(keys, state.environment, action, task.params)
+    next_obs = info["final_observation"].astype(dtype)
+    storage = replay.add_block(state.storage, number, state.obs, action, reward, next_obs, terminated)
+    done = (terminated | truncated).astype(dtype)
+    episode_return = state.episode_return + reward
+    metrics = {"training_return": (jnp.vdot(done, episode_return), done.sum())}
+    state = state.replace(
+        obs=obs.astype(dtype),
+        environment=environment,
+        storage=storage,
+        episode_return=(1.0 - done) * episode_return,
+    )
+    return state, metrics
 
 
 class Acting(Program[C]):

@@ -31,7 +31,7 @@ from purejax_bilevel.configuration import (
 from purejax_bilevel.errors import UserError
 from purejax_bilevel.program import Measure, Metrics, Tree
 from purejax_bilevel.programs.control import agents, policies, rollouts, soft_actor_critic_agents
-from purejax_bilevel.programs.control.acting import ACT, ENVIRONMENT, INIT, LEARN, Acting, State
+from purejax_bilevel.programs.control.acting import ACT, ENVIRONMENT, INIT, LEARN, Acting, State, step_copies
 from purejax_bilevel.programs.control.settings import (
     Copies,
     Evaluation,
@@ -203,21 +203,7 @@ class ActorCritic(Acting[Config]):
         outputs = networks.apply_network(state.learner.policy, state.obs.T)
         sampled, _ = policies.sample_and_log_prob(outputs, jax.random.normal(noise_key, shape, dtype).T)
         action = jnp.where(t < config.init_steps, uniform, sampled.T)
-        step = jax.vmap(self.task.environment.step, (0, 0, 0, None))
-        keys = jax.random.split(jax.random.fold_in(key, ENVIRONMENT), config.num_envs)
-        obs, environment, reward, terminated, truncated, info = step(keys, state.environment, action, self.task.params)
-        next_obs = info["final_observation"].astype(dtype)
-        storage = replay.add_block(state.storage, t, state.obs, action, reward, next_obs, terminated)
-        done = (terminated | truncated).astype(dtype)
-        episode_return = state.episode_return + reward
-        metrics = {"training_return": (jnp.vdot(done, episode_return), done.sum())}
-        state = state.replace(
-            obs=obs.astype(dtype),
-            environment=environment,
-            storage=storage,
-            episode_return=(1.0 - done) * episode_return,
-        )
-        return state, metrics
+        return step_copies(self.task, state, action, jax.random.fold_in(key, ENVIRONMENT), t)
 
     def _learn(
         self,

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from purejax_bilevel import environments, replay
 from purejax_bilevel.configuration import changed, configuration, replace, validate, warn_if_idle
 from purejax_bilevel.program import Measure, Metrics, Stage, Tree
+from purejax_bilevel.programs.control import acting
 from purejax_bilevel.programs.control import agents as control
 from purejax_bilevel.programs.control import settings as control_settings
 from purejax_bilevel.programs.offline import (
@@ -324,21 +325,8 @@ class Online(policy_program.PolicyProgram):
         uniform = jax.random.uniform(uniform_key, shape, dtype, -1.0, 1.0)
         sampled = policy_program.sampled_action(state.learner, shape[1])(state.obs, noise_key)
         action = jnp.where(self.schedule.is_random(t), uniform, sampled)
-        step = jax.vmap(self.task.environment.step, (0, 0, 0, None))
-        keys = jax.random.split(jax.random.fold_in(key, ENVIRONMENT), config.num_envs)
-        obs, environment, reward, terminated, truncated, info = step(keys, state.environment, action, self.task.params)
-        next_obs, number = info["final_observation"].astype(dtype), t + self.given // config.num_envs
-        storage = replay.add_block(state.storage, number, state.obs, action, reward, next_obs, terminated)
-        done = (terminated | truncated).astype(dtype)
-        episode_return = state.episode_return + reward
-        metrics = {"training_return": (jnp.vdot(done, episode_return), done.sum())}
-        state = state.replace(
-            obs=obs.astype(dtype),
-            environment=environment,
-            storage=storage,
-            episode_return=(1.0 - done) * episode_return,
-        )
-        return state, metrics
+        number = t + self.given // config.num_envs
+        return acting.step_copies(self.task, state, action, jax.random.fold_in(key, ENVIRONMENT), number)
 
     def _learn(self, state: State, config: Any, t: jax.Array, key: jax.Array) -> tuple[State, Metrics]:
         """All updates of a step, each after a step of all rollouts."""
