@@ -19,8 +19,7 @@ DECADES = 1000.0  # ratio of values from which an axis is logarithmic
 
 
 def curves(
-    steps: np.ndarray,
-    series: Sequence[tuple[str, np.ndarray]],
+    series: Sequence[tuple[str, np.ndarray, np.ndarray]],
     step_name: str,
     score_name: str,
     path: Path,
@@ -29,8 +28,7 @@ def curves(
     """Draws each agent's series against the step.
 
     Args:
-        steps: `[steps]`.
-        series: per agent its label and `[seeds, steps, tasks]`; NaN is left out.
+        series: per agent its label, its steps `[steps]` and `[seeds, steps, tasks]`; NaN is left out.
         step_name: what a step is.
         score_name: of what was measured.
         path: the figure's file.
@@ -39,7 +37,7 @@ def curves(
     with matplotlib.rc_context(plots.STYLE):
         figure, (panel,) = plots._panels(1, 1, 1)
         entries = []
-        for number, (label, values) in enumerate(series):
+        for number, (label, steps, values) in enumerate(series):
             color, dash = _look(number)
             found = stratified_bootstrap_interval(np.moveaxis(values, 1, 0))
             marker = "o" if len(steps) == 1 else None
@@ -47,10 +45,11 @@ def curves(
             if len(series) <= plots.MANY_BANDS:
                 panel.fill_between(steps, found.low, found.high, color=color, alpha=0.18, linewidth=0)
             entries.append((label, color, dash))
-        finite = np.concatenate([values[np.isfinite(values)] for _, values in series])
+        finite = np.concatenate([values[np.isfinite(values)] for *_, values in series])
         if len(finite) and finite.min() > 0 and finite.max() > DECADES * finite.min():
             panel.set_yscale("log")
-        panel.set_xlim(steps[0], max(steps[-1], steps[0] + 1))
+        first, last = min(steps[0] for _, steps, _ in series), max(steps[-1] for _, steps, _ in series)
+        panel.set_xlim(first, max(last, first + 1))
         panel.xaxis.set_major_formatter(EngFormatter(sep=""))
         plots._label(figure, [panel], step_name, f"{score_name}\nIQM over seeds, 95 % interval")
         plots._legend(figure, [panel], [("", entries)])

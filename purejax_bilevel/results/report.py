@@ -443,9 +443,12 @@ class _Report:
         measured = variable.replace("_", " ")
         pictures: list[Block] = []
         for number, ((step_name, steps), agents) in enumerate(groups.items()):
-            series = [(agent.label, curve(agent.dataset, agent.best, variable)[agent.reported]) for agent in agents]
+            series = [
+                (agent.label, np.array(steps), curve(agent.dataset, agent.best, variable)[agent.reported])
+                for agent in agents
+            ]
             path = self._path(f"{number + 1}_{name}" if number else name)
-            path = comparison.curves(np.array(steps), series, step_name, measured, path, title)
+            path = comparison.curves(series, step_name, measured, path, title)
             pictures.append(Picture(path, f"{measured} of the best setting of each agent."))
         return pictures
 

@@ -7,16 +7,14 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import xarray
-from matplotlib.ticker import EngFormatter
 from rich.markup import escape
 from rich.table import Table
 
 from purejax_bilevel.errors import UserError
 from purejax_bilevel.members import counted
-from purejax_bilevel.results import comparison, plots, statistics
+from purejax_bilevel.results import comparison, statistics
 from purejax_bilevel.results import dataset as datasets
 from purejax_bilevel.results.analysis import Reporting, curve, reported_variable, scores_of, words
 from purejax_bilevel.results.dataset import STEP
@@ -34,19 +32,19 @@ class Result:
     dataset: xarray.Dataset
 
 
-def results_of(folder: Path) -> list[Result]:
-    """What a run's or a sweep's folder holds: one result, or one per agent.
+def results_of(folder: Path, name: str) -> list[Result]:
+    """What a run's or a sweep's folder holds: one result, or one per agent, under its name.
 
     Raises:
         UserError: there is none.
     """
     if (folder / datasets.FILE_NAME).is_file():
-        return [Result(folder.name, datasets.load(folder))]
+        return [Result(name, datasets.load(folder))]
     files = sorted(folder.glob(f"*/{datasets.FILE_NAME}"))
     if not files or not (folder / CONFIG).is_file():
         raise UserError(f"{folder} holds no results: name the folder of a finished run or sweep.")
     loaded = [datasets.load(file) for file in files]
-    return [Result(f"{folder.name}: {dataset.attrs['agent']}", dataset) for dataset in loaded]
+    return [Result(f"{name}: {dataset.attrs['agent']}", dataset) for dataset in loaded]
 
 
 # ---------------------------------------------------------------- a list
@@ -72,7 +70,7 @@ def listing(folder: Path) -> Table:
 
 def _rows_of(place: Path) -> list[tuple[str, ...]]:
     try:
-        found = results_of(place)
+        found = results_of(place, place.name)
     except UserError:
         return [(place.name, "not finished: go on with --resume", "", "", "")]
     rows: list[tuple[str, ...]] = []
@@ -114,21 +112,14 @@ def compare(folders: Sequence[Path], path: Path, variable: str = "", over: float
     Raises:
         UserError: a folder without results, a variable that some do not measure, or a place that is not writable.
     """
-    found = [result for folder in folders for result in results_of(folder)]
-    found = [Result(name, result.dataset) for name, result in zip(_names(folders, found), found, strict=True)]
+    short = len({folder.name for folder in folders}) == len(folders)  # else whole paths tell them apart
+    found = [result for folder in folders for result in results_of(folder, folder.name if short else str(folder))]
     first = found[0].dataset
     variable = variable or reported_variable(first, Reporting())
     lower = statistics.lower_is_better(first, variable)
     settings = [_settings(result, variable, over) for result in found]
     _draw(found, [rows[0] for rows in settings], variable, path)
     return _table(settings, variable, lower)
-
-
-def _names(folders: Sequence[Path], found: Sequence[Result]) -> list[str]:
-    """Names of results; whole paths where two folders have one name."""
-    if len({result.name for result in found}) == len(found):
-        return [result.name for result in found]
-    return [result.name.replace(folder.name, str(folder), 1) for folder in folders for result in results_of(folder)]
 
 
 def _settings(result: Result, variable: str, over: float) -> list[Row]:
@@ -176,19 +167,12 @@ def _draw(found: Sequence[Result], best: Sequence[Row], variable: str, path: Pat
     """Curves of the reported variable where it is a series, else of the first run's headline."""
     shown = variable if STEP in found[0].dataset[variable].dims else str(found[0].dataset.attrs["headline"])
     units = dict.fromkeys(str(result.dataset.attrs.get("step_name", "steps")) for result in found)
-    with matplotlib.rc_context(plots.STYLE):
-        figure, (panel,) = plots._panels(1, 1, 1)
-        entries = []
-        for number, (result, row) in enumerate(zip(found, best, strict=True)):
-            color, dash = comparison._look(number)
-            series = curve(result.dataset, row.number, shown)
-            interval = stratified_bootstrap_interval(np.moveaxis(series, 1, 0))
-            steps = result.dataset[STEP].values
-            panel.plot(steps, interval.estimate, color=color, linestyle=dash, marker="o" if len(steps) == 1 else None)
-            if len(found) <= plots.MANY_BANDS:
-                panel.fill_between(steps, interval.low, interval.high, color=color, alpha=0.18, linewidth=0)
-            entries.append((f"{row.name}, {row.setting}" if row.setting else row.name, color, dash))
-        panel.xaxis.set_major_formatter(EngFormatter(sep=""))
-        plots._label(figure, [panel], " or ".join(units), f"{shown.replace('_', ' ')}\nIQM over seeds, 95 % interval")
-        plots._legend(figure, [panel], [("", entries)])
-        plots._write(figure, path)
+    series = [
+        (
+            f"{row.name}, {row.setting}" if row.setting else row.name,
+            result.dataset[STEP].values,
+            curve(result.dataset, row.number, shown),
+        )
+        for result, row in zip(found, best, strict=True)
+    ]
+    comparison.curves(series, " or ".join(units), shown.replace("_", " "), path)

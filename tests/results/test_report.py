@@ -287,9 +287,8 @@ def test_labels_and_titles_are_shown_as_written(tmp_path, monkeypatch):
 def test_powers_of_ten_are_still_drawn_as_such(monkeypatch, tmp_path):
     figures = drawn(monkeypatch)
     wide = np.array([[1.0, 10.0, 1e5]] * 3)
-    comparison.curves(
-        STEPS[:3], [("omd", wide[..., None]), ("mle", wide[..., None])], "steps", "regret", tmp_path / "a.png"
-    )
+    series = [(label, STEPS[:3], wide[..., None]) for label in ("omd", "mle")]
+    comparison.curves(series, "steps", "regret", tmp_path / "a.png")
     (panel,) = figures[0].axes
     ticks = [label for label in panel.get_yticklabels() if "$" in label.get_text()]
     assert ticks
@@ -374,10 +373,9 @@ def test_sensitivity_shows_every_kind_of_line(monkeypatch, tmp_path):
 def test_curves_over_decades_are_logarithmic(monkeypatch, tmp_path):
     figures = drawn(monkeypatch)
     narrow, wide = np.array([[1.0, 2.0, np.nan]] * 3), np.array([[1.0, 10.0, 1e5]] * 3)
-    for series in (narrow, wide, -wide):
-        comparison.curves(
-            STEPS[:3], [("omd", series[..., None]), ("mle", series[..., None])], "steps", "regret", tmp_path / "a.png"
-        )
+    for values in (narrow, wide, -wide):
+        series = [(label, STEPS[:3], values[..., None]) for label in ("omd", "mle")]
+        comparison.curves(series, "steps", "regret", tmp_path / "a.png")
     assert [figure.axes[0].get_yscale() for figure in figures] == ["linear", "log", "linear"]
     assert len(figures[0].axes[0].lines) == 2
 
