@@ -178,7 +178,8 @@ class Run:
             stopped = stack.enter_context(_stop_on_interrupt(progress))
             if self.steps < self.stop and not self.program.is_compiled:
                 alone = processes.count() == 1
-                with progress.compiling(), interrupts.while_compiling(STOPPED_COMPILING, alone):
+                sentence = STOPPED_COMPILING if self.options.folder else "stopped while compiling."
+                with progress.compiling(), interrupts.while_compiling(sentence, alone):
                     self.program.compile(self.schedule.stage_at(self.steps))
                     if self.watcher is not None:
                         self._state = self.watcher.compiled(self.program, self._state, self.steps, self.total)

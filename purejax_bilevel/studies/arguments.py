@@ -4,12 +4,14 @@ Every traced setting takes several values; groups and explanations come from the
 """
 
 import dataclasses
+import difflib
 import itertools
 import sys
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from pathlib import Path
+from types import NoneType
 from typing import Annotated, Any
 
 import tyro
@@ -17,10 +19,12 @@ import tyro
 from purejax_bilevel import agents
 from purejax_bilevel.configuration import fields
 from purejax_bilevel.errors import UserError
+from purejax_bilevel.results.checks import load_yaml
 from purejax_bilevel.runtime.options import HowToRun, option
 
 MARKERS = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
 RUN = "run"  # the section of a parser that holds the options
+NOT_IN_FILES = ("config", "resume", "dry_run", "coordinator", "num_processes", "process_id")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,6 +34,10 @@ class Options(HowToRun):
     output_dir: Path = option(Path("runs"), "folder of all runs")  # noqa: RUF009
     name: str = option("", "folder of this run inside output_dir (default: made from what runs and when)")
     resume: Path | None = option(None, "go on with the run in this folder")  # noqa: RUF009
+    config: Path | None = option(  # noqa: RUF009
+        None, "YAML file of options and settings, or the config.yaml of an earlier run; the command line comes first"
+    )
+    dry_run: bool = option(False, "compile, tell members, memory and time, and stop; nothing is written")
     seed: int = option(0, "first seed")
     num_seeds: int = option(1, "members per setting, with seeds seed, seed + 1, ...")
     video: bool = option(False, "write a GIF of the median member's policy")
@@ -62,6 +70,65 @@ def stated(words: Sequence[str], name: str) -> str:
         if option_name(word) == name:
             value = word.partition("=")[2] if "=" in word else following
     return value
+
+
+# --- a file of settings -----------------------------------------------------------------------------------------------
+
+
+def settings_file(words: Sequence[str]) -> dict[str, Any]:
+    """Options and settings in the file that `--config` names; {} where none is named.
+
+    Raises:
+        UserError: the file cannot be read, or is none of settings.
+    """
+    path = stated(words, "config")
+    if not path:
+        return {}
+    try:
+        content = load_yaml(Path(path).read_text(encoding="utf-8"), f"--config {path}")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no text"
+        raise UserError(f"--config {path} cannot be read ({reason}).") from error
+    if isinstance(content, dict) and "sweep" in content:
+        raise UserError(f"--config {path} is of a sweep: run it by sweep.py.")
+    if isinstance(content, dict) and isinstance(content.get("config"), dict):  # an earlier run's
+        content = {**(content.get("run") or {}), **(content.get("options") or {}), **content["config"]}
+    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
+        raise UserError(f"--config {path} must hold lines `name: value`, one per option or setting.")
+    for name, value in content.items():
+        if name in NOT_IN_FILES:
+            raise UserError(f"--config {path}: {name} belongs on the command line.")
+        if not all(isinstance(entry, (str, int, float, NoneType)) for entry in _listed(value)) or value == []:
+            raise UserError(f"--config {path}: {name} must be a value or a list of values, got {value!r}.")
+    return content
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def with_settings_file(words: Sequence[str], parser: type, left_out: Container[str] = ()) -> list[str]:
+    """The words of a command line after those that say the same as the file that `--config` names.
+
+    Args:
+        words: of the command line; what they state is not taken from the file.
+        parser: from `parser_of`.
+        left_out: names in the file that are of no option.
+
+    Raises:
+        UserError: no such file, or it names what is no option.
+    """
+    known, given = declared_types(parser), {option_name(word) for word in words}
+    said: list[str] = []
+    for name, value in settings_file(words).items():
+        if name in left_out or name in given or value is None:
+            continue
+        if name not in known:
+            close = difflib.get_close_matches(name, known, 1)
+            hint = f"; did you mean {close[0]}?" if close else "."
+            raise UserError(f"--config {stated(words, 'config')}: there is no option {name}{hint}")
+        said += [f"--{name}={value}"] if known[name] is bool else [f"--{name}", *map(str, _listed(value))]
+    return [*said, *words]
 
 
 # --- the parser -------------------------------------------------------------------------------------------------------

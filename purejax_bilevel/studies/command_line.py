@@ -149,6 +149,12 @@ def execute(options: Options, config: "Configuration", console: Console) -> int:
     from purejax_bilevel.studies import run as runs
 
     devices.prepare()
+    if options.dry_run:
+        from purejax_bilevel.studies.forecast import check_dry_run
+
+        check_dry_run(options)
+        runs.forecast(config, options.num_seeds, options.seed, RunOptions(**how_to_run(options)), console)
+        return 0
     resume = options.resume is not None
     title = config.resolved().title
     with folders.opened(
@@ -173,14 +179,18 @@ def named_environment(given: Sequence[str] | None = None) -> str:
 
 
 def named_setting(name: str, given: Sequence[str] | None = None) -> str:
-    """The value of an option, or of the run that `--resume` names, by which a script chooses its configuration.
+    """The value of an option, or in the file or run named by `--config` or `--resume`: it chooses a configuration.
 
     Nothing is checked here: where nothing is found ("" then), the usual reading of the command line says what is wrong.
     """
     words = words_of(given)
     folder = stated(words, "resume")
-    if (value := stated(words, name)) or not folder:
+    if value := stated(words, name):
         return value
+    if not folder:
+        with contextlib.suppress(UserError):
+            return str(arguments.settings_file(words).get(name, ""))
+        return ""
     import yaml
 
     from purejax_bilevel.studies.folder import CONFIG
@@ -201,12 +211,17 @@ def parse(config_class: type, description: str, given: Sequence[str] | None = No
     Raises:
         UserError: a value that is not allowed, or a setting that differs from the run to be resumed.
     """
-    words = _spell_agent_type(words_of(given))
-    if ":" in (agent := stated(words, agents.FIELD)) and (known := agents.registry(config_class)) is not None:
-        known.check(agent)  # loaded now, so that `--help` knows it
+    words = words_of(given)
+    named = stated(words, agents.FIELD) or str(arguments.settings_file(words).get(agents.FIELD, ""))
+    if ":" in named and (known := agents.registry(config_class)) is not None:
+        known.check(named)  # loaded now, so that `--help` knows it
     parser = arguments.parser_of(Options, config_class)
+    hidden = [field.name for field in fields(config_class) if field.metadata.get("hidden")]
+    words = _spell_agent_type(arguments.with_settings_file(words, parser, hidden))
     values = arguments.read(parser, description, words)
     if values["resume"] is not None:
+        if values["config"] is not None:
+            raise UserError(f"--config {values['config']} does not go with --resume, which goes on unchanged.")
         from purejax_bilevel.studies import folder as folders
 
         told = folders.read_description(values["resume"], config_class)

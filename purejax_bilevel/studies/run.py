@@ -18,6 +18,7 @@ from purejax_bilevel.runtime.compiled import mesh_of
 from purejax_bilevel.runtime.loop import make_seeds, to_dataset
 from purejax_bilevel.runtime.options import RunOptions
 from purejax_bilevel.studies import folder as folders
+from purejax_bilevel.studies import forecast as forecasts
 from purejax_bilevel.studies import training
 from purejax_bilevel.studies import video as videos
 from purejax_bilevel.studies.plan import SweptAgent, Template
@@ -78,12 +79,38 @@ def run_in(
     return _train(part, resolved, dataclasses.replace(options, folder=folder), video)
 
 
+def forecast(config: Configuration, num_seeds: int, seed: int, options: RunOptions, console: Console) -> None:
+    """Compiles what `run` would train and tells its members, memory and time; nothing is written.
+
+    Args:
+        config: as for `run`, and so the next two.
+        num_seeds: members per setting.
+        seed: first seed.
+        options: how it would run.
+        console: where to print.
+    """
+    resolved = config.resolved()
+    part = make_part(resolved, num_seeds, seed)
+    mesh_of([part], options.devices)
+    with forecasts.dry_run(console):
+        training.train(
+            [_as_agent(part, resolved)],
+            dataclasses.replace(options, wandb_mode="disabled", tensorboard=False, quiet=True),
+            console,
+            forecasts.Forecast(resolved.title, console, only=True),
+            [part],
+        )
+
+
+def _as_agent(part: Part, config: Configuration) -> SweptAgent:
+    settings = np.arange(len(part.grid) // len(part.grid.seeds))
+    return SweptAgent("", part.grid, (Template("", config, {}, ()),), (settings,))
+
+
 def _train(part: Part, config: Configuration, options: RunOptions, video: bool = False) -> xarray.Dataset:
     """Trains the one agent of a run and writes results and figures to the options' folder, if there is one."""
     num_seeds = len(part.grid.seeds)
-    settings = np.arange(len(part.grid) // num_seeds)
-    agent = SweptAgent("", part.grid, (Template("", config, {}, ()),), (settings,))
-    trained = training.train([agent], options, watcher=sizes.Limits(), parts=[part])
+    trained = training.train([_as_agent(part, config)], options, watcher=sizes.Limits(), parts=[part])
     outcome = trained.outcome
     dataset = to_dataset(part, outcome, 0, config, {"command": datasets.command_line()})
     if processes.is_first():
@@ -132,4 +159,4 @@ def tell(dataset: xarray.Dataset, folder: Path, console: Console) -> None:
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-__all__ = ["make_part", "run", "run_in", "tell", "write_outputs"]
+__all__ = ["forecast", "make_part", "run", "run_in", "tell", "write_outputs"]

@@ -6,15 +6,18 @@ report.
     folder/report.html, report.md  with figures/
     folder/checkpoint.npz          or rounds/ while a search runs; programs/*/ where agents have several programs
 
-Before it starts, a sweep tells its members, sub-programs, memory and time; what does not fit is refused.
+Before it starts, a sweep tells what it needs (`forecast.py`).
 """
 
+import contextlib
 import dataclasses
+import functools
 import importlib
 import os
+import tempfile
+import types
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import xarray
@@ -22,7 +25,7 @@ from rich.console import Console
 
 from purejax_bilevel.configuration import fields, warn
 from purejax_bilevel.errors import UserError
-from purejax_bilevel.members import bytes_in_words, check_count, counted
+from purejax_bilevel.members import check_count, counted
 from purejax_bilevel.program import Part
 from purejax_bilevel.results import analysis, report, residuals
 from purejax_bilevel.results import dataset as datasets
@@ -36,17 +39,15 @@ from purejax_bilevel.results.statistics import (
 )
 from purejax_bilevel.runtime import checkpoint as checkpoints
 from purejax_bilevel.runtime import devices, loop, processes, sizes
-from purejax_bilevel.runtime.compiled import CompiledProgram
 from purejax_bilevel.runtime.loggers import LOGGED, Loggers
 from purejax_bilevel.runtime.options import RunOptions
-from purejax_bilevel.runtime.progress import duration
-from purejax_bilevel.runtime.schedule import num_rows
 from purejax_bilevel.studies import folder as folders
 from purejax_bilevel.studies import rounds, training
 from purejax_bilevel.studies import search as searches
 from purejax_bilevel.studies import video as videos
 from purejax_bilevel.studies.arguments import Options
 from purejax_bilevel.studies.command_line import how_to_run
+from purejax_bilevel.studies.forecast import Forecast, Told, check_dry_run, dry_run
 from purejax_bilevel.studies.plan import SweptAgent, make_agents
 from purejax_bilevel.studies.study import Study
 from purejax_bilevel.studies.training import Trained
@@ -75,12 +76,28 @@ def run(study: Study, options: Options, console: Console) -> list[xarray.Dataset
     if options.video:
         _check_video(study, agents)
     devices.make_mesh(1, options.devices)
+    if options.dry_run:
+        _forecast(study, agents, options, console)
+        return []
 
     def chosen() -> Path:
         return folders.choose(options.output_dir, options.name, options.resume, loop.file_name(study.name))
 
     with folders.opened(chosen, options.resume is not None) as folder:
         return _run_in(folder, study, agents, options, console)
+
+
+def _forecast(study: Study, agents: Sequence[SweptAgent], options: Options, console: Console) -> None:
+    """Tells what each program of a sweep will need; a search keeps its rounds, so it has a folder for this long."""
+    check_dry_run(options)
+    told = dataclasses.replace(options, wandb_mode="disabled", tensorboard=False, quiet=True)
+    forecast = Forecast(study.name, console, work=_work(study), only=True)
+    with dry_run(console), tempfile.TemporaryDirectory() as place:
+        if study.search.in_rounds:
+            _in_rounds(study, agents, RunOptions(Path(place), **how_to_run(told)), console, forecast)
+        for family in study.by_program:
+            with contextlib.suppress(Told):
+                _train_family(study, family, agents, RunOptions(**how_to_run(told)), console, forecast)
 
 
 def _run_in(
@@ -90,17 +107,17 @@ def _run_in(
     if processes.is_first():
         folders.describe(folder, {"sweep": study.description}, options, resume, options.video)
     run_options = RunOptions(folder, resume, **how_to_run(options))
-    plan = Plan(study, agents, console, options.quiet)
+    forecast = Forecast(study.name, console, work=_work(study), quiet=options.quiet)
     files = [folder / loop.file_name(agent.label) / datasets.FILE_NAME for agent in agents]
     finished = processes.from_first(lambda: all(file.exists() for file in files))
     trained = None
     if study.search.in_rounds and finished:  # a finished search: its report is made again
         found = [datasets.load(file) for file in files]
     elif study.search.in_rounds:
-        found = _in_rounds(study, agents, run_options, console, plan)
+        found = _in_rounds(study, agents, run_options, console, forecast)
     else:
-        trained = _at_once(study, agents, run_options, console, plan)
-        found = _datasets(study, agents, trained, plan)
+        trained = _at_once(study, agents, run_options, console, forecast)
+        found = _datasets(study, agents, trained, forecast)
     if not processes.is_first():
         return found
     for file, dataset in zip(files, found, strict=True):
@@ -179,14 +196,26 @@ def _check_names(agents: Sequence[SweptAgent]) -> None:
 
 
 def _at_once(
-    study: Study, agents: Sequence[SweptAgent], options: RunOptions, console: Console, plan: "Plan"
+    study: Study, agents: Sequence[SweptAgent], options: RunOptions, console: Console, forecast: Forecast
 ) -> list[Trained]:
     """One compiled call for each program."""
-    trained = []
-    for family in study.by_program:
-        own = [agent for agent in agents if agent.label in family.agents]
-        trained.append(training.train(own, _in_own_folder(study, family, options), console, plan))
-    return trained
+    return [_train_family(study, family, agents, options, console, forecast) for family in study.by_program]
+
+
+def _train_family(
+    study: Study,
+    family: Study,
+    agents: Sequence[SweptAgent],
+    options: RunOptions,
+    console: Console,
+    forecast: Forecast,
+) -> Trained:
+    own = [agent for agent in agents if agent.label in family.agents]
+    return training.train(own, _in_own_folder(study, family, options), console, forecast)
+
+
+def _work(study: Study) -> Callable[[int, int], int] | None:
+    return functools.partial(searches.work, study) if study.search.in_rounds else None
 
 
 def _in_own_folder(study: Study, family: Study, options: RunOptions) -> RunOptions:
@@ -197,12 +226,12 @@ def _in_own_folder(study: Study, family: Study, options: RunOptions) -> RunOptio
 
 
 def _datasets(
-    study: Study, agents: Sequence[SweptAgent], trained: Sequence[Trained], plan: "Plan"
+    study: Study, agents: Sequence[SweptAgent], trained: Sequence[Trained], forecast: Forecast
 ) -> list[xarray.Dataset]:
-    found = {}
+    found, about = {}, _about(agents, forecast)
     for family, together in zip(study.by_program, trained, strict=True):
         for number, agent in enumerate(together.agents):
-            found[agent.label] = _dataset(family, agent, *together.outcome_of(number), plan, {})
+            found[agent.label] = _dataset(family, agent, *together.outcome_of(number), about)
     return [found[agent.label] for agent in agents]
 
 
@@ -223,11 +252,11 @@ def _write_videos(trained: Trained, results: Mapping[str, AgentResult], places: 
 
 
 def _in_rounds(
-    study: Study, agents: Sequence[SweptAgent], options: RunOptions, console: Console, plan: "Plan"
+    study: Study, agents: Sequence[SweptAgent], options: RunOptions, console: Console, forecast: Forecast
 ) -> list[xarray.Dataset]:
     """The finalists of a search."""
     with sizes.explained():
-        found = searches.search(study, agents, options, console, plan)
+        found = searches.search(study, agents, options, console, forecast)
     datasets = []
     for agent, finding in zip(agents, found.findings, strict=True):
         template = agent.templates[0]
@@ -243,15 +272,26 @@ def _in_rounds(
             [finding.bytes_per_member],
             finding.stage_of,
         )
-        dataset = _dataset(study, agent, part, outcome, plan, {analysis.SELECTION: finding.selection})
+        dataset = _dataset(
+            study, agent, part, outcome, _about(agents, forecast), {analysis.SELECTION: finding.selection}
+        )
         if processes.is_first():
             _log_finalists(dataset, part, outcome, options)
         datasets.append(dataset)
     return datasets
 
 
+def _about(agents: Sequence[SweptAgent], forecast: Forecast) -> dict[str, int]:
+    return {"sub_programs": sum(len(agent.templates) for agent in agents), "devices": forecast.num_devices}
+
+
 def _dataset(
-    study: Study, agent: SweptAgent, part: Part, outcome: loop.Outcome, plan: "Plan", extra: dict[str, np.ndarray]
+    study: Study,
+    agent: SweptAgent,
+    part: Part,
+    outcome: loop.Outcome,
+    about: Mapping[str, int],
+    extra: Mapping[str, np.ndarray] = types.MappingProxyType({}),
 ) -> xarray.Dataset:
     by, over = rounds.selecting(study, part.program)
     attrs = {
@@ -261,8 +301,7 @@ def _dataset(
         "sweep": study.name,
         "tasks": [field.name for field in fields(part.config) if field.metadata.get("task")],
         "selection_seeds": list(searches.split_seeds(study)[0]),
-        "sub_programs": plan.num_parts,
-        "devices": plan.num_devices,
+        **about,
         "compilations": outcome.num_traces,
         "command": datasets.command_line(),
     }
@@ -325,73 +364,3 @@ def _print_summary(
     note = f"; {counted(failed, 'member')} failed" if failed else ""
     seconds = f"compiled in {about['compile_seconds']:.1f} s, ran {about['run_seconds']:.1f} s"
     console.print(f"{seconds}{note}. Report: {folder / report.HTML}", markup=False, highlight=False, soft_wrap=True)
-
-
-# ---------------------------------------------------------------- before it starts
-
-
-class Plan:
-    """Tells members, sub-programs, memory and time before a sweep starts, and refuses what does not fit.
-
-    Args:
-        study: what is swept.
-        agents: its agents.
-        console: where to print.
-        quiet: print nothing.
-        free: bytes that may still be used on a device; for tests.
-    """
-
-    def __init__(
-        self,
-        study: Study,
-        agents: Sequence[SweptAgent],
-        console: Console,
-        quiet: bool = False,
-        free: Callable[[Any], int | None] = devices.free_memory,
-    ):
-        self.study, self.agents, self.quiet, self._console, self._free = study, agents, quiet, console, free
-        self.num_parts = sum(len(agent.templates) for agent in agents)
-        self.num_devices = 0
-
-    def planned(self, program: CompiledProgram) -> None:
-        """Prints what will run; refuses states that do not fit."""
-        self.num_devices = int(program.mesh.devices.size)
-        parts = program.parts
-        members = sum(len(part.grid) for part in parts)
-        device = program.mesh.local_devices[0]
-        names = ", ".join(f"{part.label} {len(part.grid)}" for part in parts)
-        steps = f"{parts[0].program.num_steps:,} {parts[0].program.step_unit}"
-        at_once = counted(members, "member") + (" at a time" if self.study.search.in_rounds else "")
-        self._say(
-            f"{self.study.name}: {at_once} in {counted(len(parts), 'sub-program')} ({names}), "
-            f"{steps} each, on {counted(self.num_devices, f'{device.platform} device')}"
-        )
-        sizes.check_states(parts, program.bytes_per_member, program.mesh, self._free)
-
-    def compiled(self, program: CompiledProgram, state: Any, steps: int, total: int) -> Any:
-        """Prints memory and time of the compiled program; refuses what does not fit."""
-        needed = program.device_bytes
-        if needed is not None:
-            what = "the compiled program"
-            sizes.check_fits(program.parts, program.bytes_per_member, program.mesh, needed, what, self._free)
-            free = self._free(program.mesh.local_devices[0])
-            shared = " (all devices share it)" if self._shared(program) and self.num_devices > 1 else ""
-            of = "" if free is None else f" of {bytes_in_words(free)} free{shared}"
-            self._say(f"memory per device: {bytes_in_words(needed)}{of}; compiled in {program.compile_seconds:.1f} s")
-        if steps > 0 or self.quiet:
-            return state
-        seconds, in_rounds = 0.0, self.study.search.in_rounds
-        for stage, length in enumerate(program.schedule.lengths):
-            state, per_step, per_evaluation = program.time_steps(state, length, stage)
-            frequency = program.schedule.eval_every[stage]
-            work = searches.work(self.study, length, frequency) if in_rounds else length
-            seconds += per_step * work + per_evaluation * num_rows(length, length, frequency) * work / length
-        self._say(f"time: about {duration(seconds)}" + (", then the finalists" if in_rounds else ""))
-        return state
-
-    def _shared(self, program: CompiledProgram) -> bool:
-        return program.mesh.devices.flat[0].platform == "cpu"
-
-    def _say(self, text: str) -> None:
-        if not self.quiet:
-            self._console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -66,6 +66,8 @@ def main(given: Sequence[str] | None = None) -> int:
         from purejax_bilevel.studies import sweep
 
         found = sweep.run(study, options, console)
+        if options.dry_run:
+            return 0
         return status_of(found, [reported_variable(dataset, study.report) for dataset in found])
 
     return exit_status(work, words)
@@ -80,6 +82,10 @@ def read_arguments(given: Sequence[str]) -> tuple[SweepOptions, "Study"]:
     words, changes = split_overrides(given)
     parser = arguments.parser_of(SweepOptions)
     values = arguments.read(parser, DESCRIPTION, words, is_positional=_is_sweep)
+    if (file := values["config"]) is not None:
+        if values["sweep"]:
+            raise UserError(f"name one sweep, got {values['sweep']} and --config {file}.")
+        values["sweep"] = str(file)
     changes |= {entry: values[name] for name, entry in ENTRIES.items() if values[name] is not None}
     _prepare_devices()
     if values["resume"] is None:

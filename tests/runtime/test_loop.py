@@ -95,7 +95,10 @@ def test_no_function_is_traced_twice(devices: int, member_batch: int | None, nam
     compiled.CompiledProgram([part], compiled.mesh_of([part], devices), member_batch).lower()
 
 
-def test_a_script_that_is_stopped_while_it_compiles_ends_at_once(monkeypatch: pytest.MonkeyPatch, capfd):
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_script_that_is_stopped_while_it_compiles_ends_at_once(
+    kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd
+):
     class Ended(BaseException):
         pass
 
@@ -106,8 +109,9 @@ def test_a_script_that_is_stopped_while_it_compiles_ends_at_once(monkeypatch: py
     monkeypatch.setattr(loop.interrupts.os, "_exit", end)
     monkeypatch.setattr(compiled.CompiledProgram, "compile", lambda *arguments: signal.raise_signal(signal.SIGTERM))
     with pytest.raises(Ended, match="143"):
-        run(Walk())
-    assert capfd.readouterr().err.endswith(f"{loop.STOPPED_COMPILING}\n")
+        run(Walk(), folder=tmp_path if kept else None)
+    sentence = loop.STOPPED_COMPILING if kept else "stopped while compiling."
+    assert capfd.readouterr().err.endswith(f"{sentence}\n")
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 

@@ -136,6 +136,69 @@ def test_a_run_leaves_everything_behind_and_resumes(tmp_path: Path, capsys: pyte
     assert len((place / "command.txt").read_text().splitlines()) == 2
 
 
+def test_a_dry_run_tells_the_plan_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture):
+    words = f"{TINY} --output_dir {tmp_path / 'runs'} --num_seeds 3 --lr 1e-3 1e-2 --devices 2 --dry_run"
+    assert main(f"{words} --tensorboard --wandb_mode offline") == 0
+    told = " ".join(capsys.readouterr().err.split())
+    assert "sql-CartPole-v1: 6 members in 1 sub-program, 40 environment steps each, on 2 cpu devices" in told
+    assert "memory per device: " in told
+    assert "time: about " in told
+    assert "stopped" not in told
+    assert told.endswith("dry run: nothing was written.")
+    assert not list(tmp_path.iterdir())
+    assert main(f"--dry_run --resume {tmp_path}") == 2
+
+
+def test_settings_may_come_from_a_file(tmp_path: Path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("agent_type: funcBO\nlr: [1e-3, 3e-4]\nno_warm: true\nnum_seeds: 4\nalpha: 0.03\nvideo: false\n")
+    run, config = parse(f"--config {file} --alpha 0.5 0.6")
+    assert (run.num_seeds, run.video) == (4, False)
+    assert (config.agent_type, config.lr, config.alpha, config.no_warm) == ("funcbo", (1e-3, 3e-4), (0.5, 0.6), True)
+    assert parse(f"--config={file} --agent_type=omd")[1].agent_type == "omd"
+    assert command_line.named_setting("agent_type", ["--config", str(file)]) == "funcBO"
+
+
+def test_settings_may_come_from_an_earlier_run(tmp_path: Path):
+    before = parse("--agent_type vep --lr 1e-3 3e-4 --hidden_dim 7 8 --num_seeds 3 --seed 2")
+    options, config = before
+    folder.describe(tmp_path, folder.as_told(config, {"seed": 2, "num_seeds": 3}), options, False, False)
+    run, again = parse(f"--config {tmp_path / 'config.yaml'}")
+    assert (run.num_seeds, run.seed, run.config) == (3, 2, tmp_path / "config.yaml")
+    assert again.resolved() == config.resolved()
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (None, "cannot be read"),
+        ("lr: [", "is not YAML"),
+        ("- lr", "must hold lines"),
+        ("1: 2", "must hold lines"),
+        ("lr: 1\nlr: 2", "stated twice"),
+        ("lr: {a: 1}", "lr must be a value or a list of values"),
+        ("lr: []", "lr must be a value or a list of values"),
+        ("resume: runs/a", "resume belongs on the command line"),
+        ("leraning_rate: 3", "there is no option leraning_rate"),
+        ("hidden_dims: 3", "did you mean hidden_dim?"),
+        ("sweep: {program: rl}", "is of a sweep"),
+        ("num_seeds: [1, 2]", "--num_seeds takes one value"),
+        ("lr: -1", "--lr must be"),
+        ("video: 3", "--video must be True or False"),
+    ],
+)
+def test_bad_files_of_settings_are_one_sentence(
+    content: str | None, sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    file = tmp_path / "mine.yaml"
+    if content is not None:
+        file.write_text(content)
+    assert main(f"--config {file} --output_dir {tmp_path} --name run") == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert sentence in error
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     "code",
     [

@@ -16,7 +16,7 @@ from purejax_bilevel.results import analysis, statistics
 from purejax_bilevel.results import dataset as datasets
 from purejax_bilevel.results.statistics import TASKS
 from purejax_bilevel.runtime import compiled, loop
-from purejax_bilevel.studies import presets, study, sweep, sweep_command
+from purejax_bilevel.studies import forecast, presets, study, sweep, sweep_command
 from purejax_bilevel.studies import run as runs
 from purejax_bilevel.studies.intervals import Interval
 from purejax_bilevel.studies.overrides import override
@@ -480,12 +480,27 @@ def test_the_plan_is_told_and_memory_is_checked(toy, tmp_path, capsys, monkeypat
     assert "plan: 24 members in 2 sub-programs (left 12, right 12), 16 steps each, on 2 cpu devices" in told
     assert "memory per device: " in told
     assert "time: about " in told
-    monkeypatch.setattr(sweep.Plan.__init__, "__defaults__", (False, lambda device: 300))
+    monkeypatch.setitem(forecast.Forecast.__init__.__kwdefaults__, "free", lambda device: 300)
     assert sweep_command.main([*words, "--name", "too_large"]) == 2
     refused = capsys.readouterr().err
     assert "24 members do not fit" in refused
     assert "--num_seeds" in refused
     assert not list((tmp_path / "too_large").glob("*/results.nc"))
+
+
+@pytest.mark.parametrize("changes", [{}, {"search": {"halving": 1}}])
+def test_a_dry_run_tells_the_plan_and_writes_nothing(toy, tmp_path, capsys, changes):
+    path = tmp_path / "plan.yaml"
+    path.write_text(yaml.safe_dump(TOY | changes))
+    words = ["--config", str(path), "--output_dir", str(tmp_path / "runs"), "--dry_run", "--tensorboard"]
+    assert sweep_command.main(words) == 0
+    told = capsys.readouterr().err
+    assert "plan: " in told
+    assert "time: about " in told
+    assert told.endswith("dry run: nothing was written.\n")
+    assert list(tmp_path.iterdir()) == [path]
+    assert sweep_command.main([str(path), *words]) == 2
+    assert "name one sweep" in capsys.readouterr().err
 
 
 def test_memory_of_the_compiled_program_counts(toy):
@@ -495,9 +510,9 @@ def test_memory_of_the_compiled_program_counts(toy):
     program = compiled.CompiledProgram(parts, loop.devices.make_mesh(4, 2), 1)
     program.compile()
     assert program.device_bytes >= sum(3 * size for size in program.bytes_per_member)
-    plan = sweep.Plan(checked, agents, Console(quiet=True), free=lambda device: program.device_bytes)
+    watcher = forecast.Forecast("", Console(quiet=True), free=lambda device: program.device_bytes)
     with pytest.raises(UserError, match="the compiled program would need"):
-        plan.compiled(program, program.initial(), 0, 16)
+        watcher.compiled(program, program.initial(), 0, 16)
 
 
 def test_timing_leaves_no_trace_in_the_numbers(toy, tmp_path):
