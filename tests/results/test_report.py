@@ -422,7 +422,7 @@ def test_the_report_of_a_sweep_is_made_again_without_jax(tmp_path):
 
 
 def test_declarations_are_read_without_jax():
-    families = ("control", "learned_optimizers", "meta_objectives", "regression", "tabular")
+    families = ("control", "learned_optimizers", "meta_objectives", "offline", "regression", "tabular")
     code = (
         "import importlib, sys; sys.modules['jax'] = sys.modules['jaxlib'] = None\n"
         "from purejax_bilevel.configuration import fields\n"

@@ -20,37 +20,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from purejax_bilevel.agents import Agent, Agents
-from purejax_bilevel.configuration import Check, at_least, changed, configuration, static, validate
+from purejax_bilevel.configuration import changed, configuration, validate
 from purejax_bilevel.errors import UserError
 from purejax_bilevel.program import Measure, Metrics, Program, Stage, Tree
 from purejax_bilevel.programs.offline import calibration, ensemble, fitting, own_datasets, termination, toy
 from purejax_bilevel.programs.offline.datasets import Dataset
 from purejax_bilevel.programs.offline.ensemble import Normaliser, Transitions
-from purejax_bilevel.programs.offline.fitting import Fitting, Model
+from purejax_bilevel.programs.offline.fitting import Model
+from purejax_bilevel.programs.offline.settings import Data, Fitting, TwoDatasets
 
 # Named streams of random numbers of a member; a constant each, so that adding one moves no other.
 INIT, RESAMPLE, EPOCH = range(3)
 
 KIND = "dynamics ensemble"
 REPORTED_ROWS = 1000  # most rows whose errors and uncertainties are kept
-BOUND = Check("a finite number above 0", lambda x: 0 < x < float("inf"))
-
-
-@configuration
-class Data:
-    """What is learned from."""
-
-    agent_type: str = static("", "who learns", group="agent")
-    dataset: str = static("", "file of transitions: .npz, or D4RL's or Minari's .hdf5", group="data", task=True)
-    dataset_rows: int = static(0, "rows of it that are used, drawn at random (0: all)", at_least(0), "data")
-    action_bound: float = static(1.0, "what the dataset's actions are divided by to be in [-1, 1]", BOUND, "data")
-
-
-@configuration
-class TwoDatasets(Data):
-    """And what else errors are measured on."""
-
-    test_dataset: str = static("", "another one, for errors and uncertainties outside of the first", group="data")
 
 
 AGENTS = Agents(

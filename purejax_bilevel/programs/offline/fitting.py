@@ -12,7 +12,7 @@ Janner et al. 2019, whose code has 5 epochs and 1 %).
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -20,62 +20,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from purejax_bilevel.configuration import (
-    FRACTION,
-    LAYERS,
-    NONNEGATIVE,
-    POSITIVE,
-    Check,
-    at_least,
-    configuration,
-    static,
-    traced,
-)
 from purejax_bilevel.errors import UserError
 from purejax_bilevel.programs.offline import ensemble
 from purejax_bilevel.programs.offline.datasets import Dataset
 from purejax_bilevel.programs.offline.ensemble import Architecture, Networks, Normaliser, Transitions
+from purejax_bilevel.programs.offline.settings import Fitting
 
-SHARE = Check("a number above 0 and below 1", lambda x: 0 < x < 1)
 HEAD_UNITS, HEAD_LAYERS = 64, 3  # of the trunks of reward and terminals
-GROUP = "dynamics ensemble"
-
-
-@configuration
-class Fitting:
-    """The ensemble and how it is fitted."""
-
-    model_networks: int = static(7, "networks of the ensemble", at_least(1), GROUP)
-    model_type: Literal["probabilistic", "deterministic"] = static(
-        "probabilistic", "whether networks predict variances too", group=GROUP
-    )
-    model_hidden_dim: int = static(200, "units in each hidden layer of a network", at_least(1), GROUP)
-    model_layers: int = static(4, "hidden layers of a network", LAYERS, GROUP)
-    model_joint: bool = static(
-        False, "one trunk for observation and reward, as in MBPO (default: one of its own, 3 x 64, for the reward)",
-        group=GROUP,
-    )  # fmt: skip
-    model_activation: Literal["leaky_relu", "relu", "swish"] = static("leaky_relu", "of the hidden layers", group=GROUP)
-    model_layer_norm: bool = static(False, "layer norm in every hidden layer", group=GROUP)
-    model_terminals: Literal["auto", "rule", "learned", "never"] = static(
-        "auto",
-        "what ends imagined episodes: the environment's rule, a learned trunk or nothing (auto: the rule where it is "
-        "known, else learned, and nothing where the dataset has no terminals)",
-        group=GROUP,
-    )
-    raw_inputs: bool = static(False, "do not normalise inputs and targets", group=GROUP)
-    raw_targets: bool = static(False, "loss and variances in the data's units", group=GROUP)
-    fixed_bounds: bool = static(False, "do not learn the bounds of the log-variances", group=GROUP)
-    no_bootstrap: bool = static(False, "the same batches for all networks", group=GROUP)
-    model_lr: float = traced(1e-3, "AdamW rate of the networks", POSITIVE, GROUP)
-    model_weight_decay: float = traced(2.5e-5, "decay of AdamW (Mr-Pepe's code: 0.01)", NONNEGATIVE, GROUP)
-    model_batch_size: int = static(256, "rows per network and step", at_least(1), GROUP)
-    model_epochs: int = static(200, "most epochs", at_least(1), GROUP)
-    model_epoch_steps: int = static(0, "steps of an epoch (0: as many as the rows have batches)", at_least(0), GROUP)
-    model_patience: int = traced(5, "epochs without improvement that end it", at_least(1), GROUP)
-    model_improvement: float = traced(0.01, "share by which an error must fall to count", FRACTION, GROUP)
-    held_out: float = static(0.2, "share of the rows that only measures the error", SHARE, GROUP)
-    most_held_out: int = static(5000, "most rows of it", at_least(1), GROUP)
 
 
 def architecture_of(config: Fitting, obs_dim: int, action_dim: int, learned_terminals: bool = False) -> Architecture:

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from purejax_bilevel import replay
 from purejax_bilevel.programs.offline import buffers, ensemble, uncertainty
 from purejax_bilevel.programs.offline.buffers import Ring
-from purejax_bilevel.programs.offline.pessimism import Imagined, mode_named, pessimise
+from purejax_bilevel.programs.offline.modes import mode_named
+from purejax_bilevel.programs.offline.pessimism import Imagined, pessimise
 
 Policy = Callable[[jax.Array, jax.Array], jax.Array]
 """Actions `[batch, action]` for observations `[batch, obs]` and a key."""

@@ -13,9 +13,10 @@ from purejax_bilevel.programs.offline import ensemble, fitting
 from purejax_bilevel.programs.offline.datasets import Dataset
 from purejax_bilevel.programs.offline.ensemble import Architecture
 from purejax_bilevel.programs.offline.ensemble_program import KIND
-from purejax_bilevel.programs.offline.fitting import Fitting, Model
+from purejax_bilevel.programs.offline.fitting import Model
+from purejax_bilevel.programs.offline.settings import Fitting, Offline
 
-C = TypeVar("C", bound=Fitting)
+C = TypeVar("C", bound=Offline)
 PARTS = (
     "model_networks",
     "model_type",
@@ -68,7 +69,7 @@ def with_architecture(config: C, data: Dataset) -> C:
         UserError: there is none, or it was fitted to another dataset.
     """
     arrays, saved = _read(config)
-    told = f"--dataset {config.dataset}"  # type: ignore[attr-defined]
+    told = f"--dataset {config.dataset}"
     _check_sizes(config, arrays["normaliser.mean"], told, data.obs_dim, data.action_dim)
     _check_data(config, data, arrays["normaliser.mean"], arrays["normaliser.std"])
     return _with_settings(config, saved)
@@ -95,7 +96,7 @@ def with_parts(config: C, environment: str, obs_dim: int, action_dim: int) -> C:
     return _with_settings(config, parts | {"model_terminals": "learned" if learned else config.model_terminals})
 
 
-def _read(config: Any) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def _read(config: Offline) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Arrays and settings of the ensemble that a configuration names."""
     from purejax_bilevel.runtime import artefacts
 
@@ -113,7 +114,7 @@ def _with_settings(config: C, saved: dict[str, Any]) -> C:
     return validate(replace(config, **{name: saved[name] for name in own & set(saved)}))
 
 
-def _check_sizes(config: Any, mean: np.ndarray, told: str, obs_dim: int, action_dim: int) -> None:
+def _check_sizes(config: Offline, mean: np.ndarray, told: str, obs_dim: int, action_dim: int) -> None:
     if len(mean) != obs_dim + action_dim:
         raise UserError(
             f"--model {config.model} predicts from {len(mean)} numbers, observations and actions of {told} have "
@@ -121,7 +122,7 @@ def _check_sizes(config: Any, mean: np.ndarray, told: str, obs_dim: int, action_
         )
 
 
-def _check_data(config: Any, data: Dataset, mean: np.ndarray, std: np.ndarray) -> None:
+def _check_data(config: Offline, data: Dataset, mean: np.ndarray, std: np.ndarray) -> None:
     told = f"--model {config.model}"
     own = fitting.shared_rows(data, bool((mean == 0).all() and (std == 1).all()))
     if np.abs((mean - own["mean"]) / own["std"]).max() > SAME or np.abs(std / own["std"] - 1).max() > SAME:

@@ -42,7 +42,6 @@ from purejax_bilevel.programs.offline import (
 )
 from purejax_bilevel.programs.offline.agents import ONLINE_AGENTS, Learner, Sources, Units
 from purejax_bilevel.programs.offline.ensemble import no_normaliser
-from purejax_bilevel.programs.offline.fitting import Fitting
 from purejax_bilevel.programs.offline.imagination import World
 from purejax_bilevel.programs.offline.policy_program import (
     ENSEMBLE,
@@ -55,7 +54,7 @@ from purejax_bilevel.programs.offline.policy_program import (
     STEP,
 )
 from purejax_bilevel.programs.offline.schedule import Schedule, rollout_length
-from purejax_bilevel.programs.offline.settings import Learning, Task
+from purejax_bilevel.programs.offline.settings import Fitting, Learning, Task
 
 # Further streams of random numbers: of a member, and of a step.
 RESET = 101
@@ -63,7 +62,7 @@ ACT, ENVIRONMENT = 101, 102
 
 
 @configuration
-class Config(Fitting, settings.Online, Learning, Task):
+class Config(settings.Online):
     """Settings of one training program; a traced field may hold several values, one per point of a grid."""
 
     agent_type: str = changed(Task, "agent_type", "mbpo", choices=ONLINE_AGENTS)
@@ -328,7 +327,7 @@ class Online(policy_program.PolicyProgram):
         number = t + self.given // config.num_envs
         return acting.step_copies(self.task, state, action, jax.random.fold_in(key, ENVIRONMENT), number)
 
-    def _learn(self, state: State, config: Any, t: jax.Array, key: jax.Array) -> tuple[State, Metrics]:
+    def _learn(self, state: State, config: Config, t: jax.Array, key: jax.Array) -> tuple[State, Metrics]:
         """All updates of a step, each after a step of all rollouts."""
 
         def update(carry: tuple, i: jax.Array) -> tuple[tuple, Metrics]:
@@ -350,7 +349,7 @@ class Online(policy_program.PolicyProgram):
     def _imagined(
         self,
         state: State,
-        config: Any,
+        config: Config,
         t: jax.Array,
         key: jax.Array,
         learner: Learner,
@@ -371,16 +370,18 @@ class Online(policy_program.PolicyProgram):
             self._length(config, t),
         )
 
-    def _length(self, config: Any, t: jax.Array) -> jax.Array:
+    def _length(self, config: Config, t: jax.Array) -> jax.Array:
+        assert config.rollout_length is not None  # resolved
         ends = (config.rollout_length, config.last_rollout_length)
         return rollout_length(t, *ends, config.lengthening_start, config.lengthening_end)
 
-    def _sources(self, state: State, ring: buffers.Ring | None, config: Any, t: jax.Array) -> Sources:
-        stored = self._stored(t + 1)
+    def _sources(self, state: State, ring: buffers.Ring | None, config: Config, t: jax.Array) -> Sources:
+        stored, real_ratio = self._stored(t + 1), config.real_ratio
+        assert real_ratio is not None  # resolved
 
         def draw(ring: buffers.Ring | None, key: jax.Array) -> replay.Batch:
             sizes = (config.batch_size, self.task.obs_dim)
-            return buffers.mixed(state.storage, ring, key, *sizes, config.real_ratio, stored)
+            return buffers.mixed(state.storage, ring, key, *sizes, real_ratio, stored)
 
         return Sources(lambda key: draw(ring, key), lambda key: draw(None, key))
 

@@ -1,18 +1,18 @@
 """Checks of the settings of agents in the environment (`online`), and what follows from several of them."""
 
 import math
-from typing import Any
 
 from purejax_bilevel.configuration import values_of
 from purejax_bilevel.errors import UserError
 from purejax_bilevel.programs.offline import ensemble_program, refitting, termination
 from purejax_bilevel.programs.offline.agents import OfflineAgent
+from purejax_bilevel.programs.offline.settings import Online
 
 LARGEST_CAPACITY = 1_000_000  # real transitions kept unless told otherwise
 LARGEST_COUNT = 2**31 - 1  # steps are counted in 32 bits
 
 
-def given_rows(config: Any) -> int:
+def given_rows(config: Online) -> int:
     """Rows of the dataset that the real buffer begins with: whole steps of all copies."""
     if not config.dataset:
         return 0
@@ -20,7 +20,7 @@ def given_rows(config: Any) -> int:
     return rows - rows % config.num_envs
 
 
-def capacity_of(config: Any) -> int:
+def capacity_of(config: Online) -> int:
     """Rows of the real buffer, a multiple of what its layout needs."""
     everything = given_rows(config) + config.num_train_steps * config.num_envs
     capacity = config.real_capacity or max(min(everything, LARGEST_CAPACITY), given_rows(config))
@@ -28,7 +28,7 @@ def capacity_of(config: Any) -> int:
     return -(-capacity // unit) * unit
 
 
-def check_together(config: Any, agent: OfflineAgent) -> None:
+def check_together(config: Online, agent: OfflineAgent) -> None:
     """Refuses settings that do not go together.
 
     Args:
@@ -61,7 +61,7 @@ def check_together(config: Any, agent: OfflineAgent) -> None:
         )
 
 
-def terminals_of(config: Any) -> termination.Termination | None:
+def terminals_of(config: Online) -> termination.Termination | None:
     """The rule that ends imagined episodes; None where the ensemble learns it.
 
     Raises:

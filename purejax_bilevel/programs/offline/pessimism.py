@@ -1,8 +1,6 @@
 """Pessimism: what is made of a model's predictions where the model is uncertain, as one pure function.
 
-The modes have the names of Mr-Pepe's code (offline-model-based-rl), which says in one word whose uncertainty is meant
-and what is done with it; `mopo`, `morel` and `truncation` are added. u is the uncertainty of a prediction, lambda
-`pessimism` and tau `ood_threshold`:
+What each mode (`modes.py`) does; u is the uncertainty of a prediction, lambda `pessimism` and tau `ood_threshold`:
 
     penalty                            mean reward of the networks - lambda u
     mopo                               sampled reward - lambda u (Yu et al. 2020, arXiv 2005.13239, equation 4)
@@ -19,34 +17,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from purejax_bilevel.errors import UserError
+from purejax_bilevel.programs.offline.modes import mode_named
 
 SLACK = 1.00001  # of the bound on underestimated rewards
-
-
-class Mode(NamedTuple):
-    """Which uncertainty a mode looks at ("": none), what it does, and which of the two coefficients it needs."""
-
-    uncertainty: str
-    treatment: str
-    has_pessimism: bool = False
-    has_threshold: bool = False
-
-
-MODES = {
-    "none": Mode("", "none"),
-    "aleatoric-penalty": Mode("max_variance", "penalty", has_pessimism=True),
-    "epistemic-penalty": Mode("max_distance", "penalty", has_pessimism=True),
-    "aleatoric-partitioning": Mode("max_variance", "partitioning", has_threshold=True),
-    "epistemic-partitioning": Mode("max_distance", "partitioning", has_threshold=True),
-    "mopo": Mode("max_std_norm", "sampled penalty", has_pessimism=True),
-    "morel": Mode("max_distance", "partitioning", has_threshold=True),
-    "survival": Mode("max_distance", "survival", has_threshold=True),
-    "offline-exploration-penalty": Mode("max_distance", "bonus", has_pessimism=True, has_threshold=True),
-    "offline-exploration-partitioning": Mode("max_distance", "band", has_pessimism=True, has_threshold=True),
-    "underestimation": Mode("", "underestimation"),
-    "truncation": Mode("max_distance", "truncation", has_threshold=True),
-}
 
 
 class Imagined(NamedTuple):
@@ -58,17 +31,6 @@ class Imagined(NamedTuple):
     mean_reward: jax.Array  # of the means of all networks
     lowest_reward: jax.Array  # of the samples of all networks
     is_used: jax.Array  # boolean: whether anything is learned from it, and the rollout goes on
-
-
-def mode_named(name: str) -> Mode:
-    """The mode of a name.
-
-    Raises:
-        UserError: there is none.
-    """
-    if name not in MODES:
-        raise UserError(f"--mode must be one of {', '.join(MODES)}, got {name!r}.")
-    return MODES[name]
 
 
 def pessimise(

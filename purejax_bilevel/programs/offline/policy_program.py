@@ -19,8 +19,10 @@ from purejax_bilevel.programs.offline.agents import Learner, OfflineAgent
 from purejax_bilevel.programs.offline.buffers import Ring
 from purejax_bilevel.programs.offline.ensemble_program import KIND
 from purejax_bilevel.programs.offline.imagination import Pessimism, Rollouts, World
-from purejax_bilevel.programs.offline.pessimism import coefficients, mode_named
+from purejax_bilevel.programs.offline.modes import mode_named
+from purejax_bilevel.programs.offline.pessimism import coefficients
 from purejax_bilevel.programs.offline.saved_policies import SavedPolicy
+from purejax_bilevel.programs.offline.settings import Offline
 from purejax_bilevel.programs.offline.uncertainty import ALEATORIC
 
 ENSEMBLE_FOLDER = "ensemble"  # in the folder of a run that fits one beside its policy
@@ -60,7 +62,7 @@ EVALUATION_RETURN = Measure("evaluation_return", "return of evaluation episodes"
 # --- settings ---------------------------------------------------------------------------------------------------------
 
 
-def check_imagination(config: Any) -> None:
+def check_imagination(config: Offline) -> None:
     """Refuses settings of ensemble and rollouts that do not go together.
 
     Raises:
@@ -80,7 +82,7 @@ def check_imagination(config: Any) -> None:
         )
 
 
-def check_pessimism(config: Any, defaults: Mapping[str, Any]) -> None:
+def check_pessimism(config: Offline, defaults: Mapping[str, Any]) -> None:
     """A coefficient that changes nothing would be mistaken for an experiment.
 
     Args:
@@ -130,20 +132,25 @@ def imagine(
 
 
 def pessimism_of(
-    config: Any, largest_reward: jax.Array | float, largest: jax.Array, halt: jax.Array | float
+    config: Offline, largest_reward: jax.Array | float, largest: jax.Array, halt: jax.Array | float
 ) -> Pessimism:
     """Settings of pessimism in absolute numbers.
 
     Args:
-        config: of one member.
+        config: of one member, resolved.
         largest_reward: r_max, by size.
         largest: u_max.
         halt: minus the reward of a halted rollout.
     """
-    given = (config.pessimism, config.ood_threshold)
+    mode, weight, threshold = config.mode, config.pessimism, config.ood_threshold
+    assert mode is not None
+    assert weight is not None
+    assert threshold is not None
     if config.units == "relative":
-        given = coefficients(*given, largest_reward, largest)
-    return Pessimism(config.mode, imagination.kind_of(config.mode, config.uncertainty), *given, halt)
+        own = coefficients(weight, threshold, largest_reward, largest)
+    else:
+        own = (weight, threshold)
+    return Pessimism(mode, imagination.kind_of(mode, config.uncertainty), *own, halt)
 
 
 def sampled_action(learner: Learner, action_dim: int) -> imagination.Policy:
@@ -169,10 +176,10 @@ class PolicyProgram(Program):
     agent: OfflineAgent
     fits: bool  # whether its state has a `fit`, an ensemble of its own
 
-    def __init__(self, config: Any):
+    def __init__(self, config: Offline):
         self.settings = {field.name: getattr(config, field.name) for field in fields(config, is_traced=False)}
 
-    def measured(self, state: Any, config: Any, key: jax.Array, is_last: jax.Array, world: World | None) -> dict:
+    def measured(self, state: Any, config: Offline, key: jax.Array, is_last: jax.Array, world: World | None) -> dict:
         """True returns of the policy's mean action, and what critics and ensemble expect.
 
         Args:
@@ -196,7 +203,7 @@ class PolicyProgram(Program):
             found |= {"predicted_return": predicted, "return_gap": predicted - found["evaluation_return"]}
         return found
 
-    def _first_observations(self, config: Any, key: jax.Array) -> jax.Array:
+    def _first_observations(self, config: Offline, key: jax.Array) -> jax.Array:
         """Of new episodes, `[eval_episodes, obs]`."""
         keys = jax.random.split(jax.random.fold_in(key, FIRST), config.eval_episodes)
         obs, _ = jax.vmap(self.task.environment.reset, (0, None))(keys, self.task.params)
@@ -207,7 +214,7 @@ class PolicyProgram(Program):
         key = jax.random.fold_in(key, IMAGINED)
         return imagination.expected_return(world, act, first, key, self.task.max_steps)
 
-    def episode(self, state: Any, config: Any, t: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def episode(self, state: Any, config: Offline, t: jax.Array) -> tuple[jax.Array, jax.Array]:
         """One episode of the policy's mean action, for a video.
 
         Returns:

@@ -35,11 +35,11 @@ from purejax_bilevel.programs.offline import (
     models,
     policy_program,
     saved_policies,
+    settings,
 )
 from purejax_bilevel.programs.offline.agents import AGENTS, Learner, OfflineAgent, Sources, Units
 from purejax_bilevel.programs.offline.datasets import Dataset
 from purejax_bilevel.programs.offline.ensemble import Normaliser
-from purejax_bilevel.programs.offline.fitting import Fitting
 from purejax_bilevel.programs.offline.imagination import World
 from purejax_bilevel.programs.offline.policy_program import (
     ENSEMBLE,
@@ -52,14 +52,14 @@ from purejax_bilevel.programs.offline.policy_program import (
     STARTS,
     STEP,
 )
-from purejax_bilevel.programs.offline.settings import Learning, Task
+from purejax_bilevel.programs.offline.settings import Task
 from purejax_bilevel.replay import Batch
 
 C = TypeVar("C", bound=Task)
 
 
 @configuration
-class Config(Fitting, Learning, Task):
+class Config(settings.Offline):
     """Settings of one training program; a traced field may hold several values, one per point of a grid."""
 
     agent_type: str = changed(Task, "agent_type", "mopo", choices=AGENTS)

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 
 from purejax_bilevel.programs.offline import ensemble, fitting
 from purejax_bilevel.programs.offline.ensemble import Architecture, Normaliser, Transitions
-from purejax_bilevel.programs.offline.fitting import Fit, Fitting
+from purejax_bilevel.programs.offline.fitting import Fit
+from purejax_bilevel.programs.offline.settings import Fitting
 
 SHORTEST_EPOCH = 50  # steps: a few rows make a few batches, and patience would end before anything could improve
 

@@ -17,15 +17,70 @@ from purejax_bilevel.configuration import (
     static,
     traced,
 )
-from purejax_bilevel.programs.offline import uncertainty
-from purejax_bilevel.programs.offline.ensemble_program import Data
-from purejax_bilevel.programs.offline.fitting import GROUP
-from purejax_bilevel.programs.offline.pessimism import MODES
+from purejax_bilevel.programs.offline import KINDS
+from purejax_bilevel.programs.offline.modes import MODES
 
+GROUP = "dynamics ensemble"
 MODE = Check(f"one of {', '.join(MODES)}", lambda name: isinstance(name, str) and name in MODES)
-KINDS = ("mode", *uncertainty.UNCERTAINTIES)
-UNCERTAINTY = Check(f"one of {', '.join(KINDS)}", lambda name: isinstance(name, str) and name in KINDS)
+UNCERTAINTIES = ("mode", *KINDS)
+UNCERTAINTY = Check(f"one of {', '.join(UNCERTAINTIES)}", lambda name: isinstance(name, str) and name in UNCERTAINTIES)
+BOUND = Check("a finite number above 0", lambda x: 0 < x < float("inf"))
+SHARE = Check("a number above 0 and below 1", lambda x: 0 < x < 1)
 THRESHOLD = Check("a number (inf: none)", lambda x: x == x)
+
+
+@configuration
+class Data:
+    """What is learned from."""
+
+    agent_type: str = static("", "who learns", group="agent")
+    dataset: str = static("", "file of transitions: .npz, or D4RL's or Minari's .hdf5", group="data", task=True)
+    dataset_rows: int = static(0, "rows of it that are used, drawn at random (0: all)", at_least(0), "data")
+    action_bound: float = static(1.0, "what the dataset's actions are divided by to be in [-1, 1]", BOUND, "data")
+
+
+@configuration
+class TwoDatasets(Data):
+    """And what else errors are measured on."""
+
+    test_dataset: str = static("", "another one, for errors and uncertainties outside of the first", group="data")
+
+
+@configuration
+class Fitting:
+    """The ensemble and how it is fitted."""
+
+    model_networks: int = static(7, "networks of the ensemble", at_least(1), GROUP)
+    model_type: Literal["probabilistic", "deterministic"] = static(
+        "probabilistic", "whether networks predict variances too", group=GROUP
+    )
+    model_hidden_dim: int = static(200, "units in each hidden layer of a network", at_least(1), GROUP)
+    model_layers: int = static(4, "hidden layers of a network", LAYERS, GROUP)
+    model_joint: bool = static(
+        False, "one trunk for observation and reward, as in MBPO (default: one of its own, 3 x 64, for the reward)",
+        group=GROUP,
+    )  # fmt: skip
+    model_activation: Literal["leaky_relu", "relu", "swish"] = static("leaky_relu", "of the hidden layers", group=GROUP)
+    model_layer_norm: bool = static(False, "layer norm in every hidden layer", group=GROUP)
+    model_terminals: Literal["auto", "rule", "learned", "never"] = static(
+        "auto",
+        "what ends imagined episodes: the environment's rule, a learned trunk or nothing (auto: the rule where it is "
+        "known, else learned, and nothing where the dataset has no terminals)",
+        group=GROUP,
+    )
+    raw_inputs: bool = static(False, "do not normalise inputs and targets", group=GROUP)
+    raw_targets: bool = static(False, "loss and variances in the data's units", group=GROUP)
+    fixed_bounds: bool = static(False, "do not learn the bounds of the log-variances", group=GROUP)
+    no_bootstrap: bool = static(False, "the same batches for all networks", group=GROUP)
+    model_lr: float = traced(1e-3, "AdamW rate of the networks", POSITIVE, GROUP)
+    model_weight_decay: float = traced(2.5e-5, "decay of AdamW (Mr-Pepe's code: 0.01)", NONNEGATIVE, GROUP)
+    model_batch_size: int = static(256, "rows per network and step", at_least(1), GROUP)
+    model_epochs: int = static(200, "most epochs", at_least(1), GROUP)
+    model_epoch_steps: int = static(0, "steps of an epoch (0: as many as the rows have batches)", at_least(0), GROUP)
+    model_patience: int = traced(5, "epochs without improvement that end it", at_least(1), GROUP)
+    model_improvement: float = traced(0.01, "share by which an error must fall to count", FRACTION, GROUP)
+    held_out: float = static(0.2, "share of the rows that only measures the error", SHARE, GROUP)
+    most_held_out: int = static(5000, "most rows of it", at_least(1), GROUP)
 
 
 @configuration
@@ -141,8 +196,13 @@ class Learning(Imagination, Conservative):
 
 
 @configuration
-class Online:
-    """Learning in the environment itself, beside what is imagined."""
+class Offline(Fitting, Learning, Task):
+    """All that an agent needs to learn from a dataset, with an ensemble or without."""
+
+
+@configuration
+class Online(Offline):
+    """And what it needs to learn in the environment itself, beside what is imagined."""
 
     num_envs: int = static(1, "copies of the environment of each member", at_least(1), "environment")
     updates_per_step: int = static(

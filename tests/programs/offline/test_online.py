@@ -11,7 +11,7 @@ import pytest
 import train_rl
 from purejax_bilevel.configuration import replace
 from purejax_bilevel.errors import UserError
-from purejax_bilevel.programs.offline import ensemble, fitting, refitting, schedule
+from purejax_bilevel.programs.offline import ensemble, fitting, refitting, schedule, settings
 from purejax_bilevel.programs.offline.agents import ONLINE_AGENTS
 from purejax_bilevel.programs.offline.online import Config
 from purejax_bilevel.programs.offline.schedule import Schedule
@@ -103,7 +103,7 @@ def test_a_program_keeps_to_its_schedule():
 
 
 def test_held_out_places_are_every_fifth_and_stay():
-    every = refitting.period(fitting.Fitting())
+    every = refitting.period(settings.Fitting())
     assert every == 5
     for stored in (5, 9, 23):
         held_out = stored // every
@@ -115,7 +115,7 @@ def test_held_out_places_are_every_fifth_and_stay():
 
 def test_fits_see_stored_rows_alone_and_learn_from_no_held_out_one():
     config = replace(
-        fitting.Fitting(),
+        settings.Fitting(),
         model_networks=2,
         model_hidden_dim=4,
         model_layers=1,

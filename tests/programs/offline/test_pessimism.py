@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from purejax_bilevel.programs.offline.pessimism import MODES, Imagined, coefficients, pessimise
+from purejax_bilevel.programs.offline.modes import MODES
+from purejax_bilevel.programs.offline.pessimism import Imagined, coefficients, pessimise
 
 FOLDER = Path(os.environ.get("PUREJAX_BILEVEL_REFERENCE_DATA", Path(__file__).parents[2] / "data" / "offline"))
 FILES = sorted(FOLDER.rglob("offline_predictions*.npz")) or sorted(
