@@ -49,7 +49,7 @@ def test_gpu_works_small_on_a_cpu(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     (row,) = (line for line in lines if line.startswith("| 4 | 2 | whole loop | "))
     assert int(row.split("|")[4].replace(",", "")) > 0
     assert lines[-2].startswith("* learning: passed; sql, 40 steps, 2 seeds: ")
-    assert lines[-1].startswith("* resume: passed; omd, 2 members, stopped after 20 of 40 steps: 0 of ")
+    assert lines[-1].startswith("* resume: passed; sql, 2 members, stopped after 20 of 40 steps: 0 of ")
 
 
 def test_gpu_says_what_did_not_work(monkeypatch: pytest.MonkeyPatch) -> None:

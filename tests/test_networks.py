@@ -57,7 +57,7 @@ def test_inputs_that_are_not_features_first_are_refused(shape: tuple[int, ...]):
         networks.apply_network(network, jnp.zeros(shape))
 
 
-@pytest.mark.parametrize("width", [2, 8])
+@pytest.mark.parametrize("width", [2, pytest.param(8, marks=pytest.mark.slow)])
 def test_traced_width_trains_as_the_small_network(width: int, float64: None):
     """Outputs, gradients and hypergradients agree, and dead units stay dead through Adam-like steps."""
     inputs, targets = jax.random.normal(jax.random.key(1), (4, 12)), jax.random.normal(jax.random.key(2), (2, 12))

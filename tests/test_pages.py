@@ -317,7 +317,7 @@ def variables(kind: str) -> set[str]:
 
 def test_variables_are_those_in_the_file(first_page: Path) -> None:
     shape = {"n_samples": 8, "batch_size": 4, "hidden_dim": 4, "window_size": 3, "regret_grid_size": 2}
-    regression = run(RegressionConfig(T_max=2, eval_frequency=1, **shape), quiet=True)
+    regression = run(RegressionConfig(T_max=2, eval_frequency=1, **shape), quiet=True, devices=1)
     tabular = run(TabularConfig(num_train_steps=2, eval_frequency=1), quiet=True)
     control = datasets.load(first_page / "runs" / "widths")
     assert set(regression.data_vars) == variables("regression") | {"failed"}

@@ -50,6 +50,7 @@ print(Visualizer.__name__)
 """
 
 
+@pytest.mark.slow  # gymnax and its packages are pinned
 def test_gymnax_can_still_draw() -> None:
     assert printed(DRAWN) == ["[]", "# #ff0000", "True module module", "Visualizer"]
     assert printed(f"import matplotlib, seaborn\n{DRAWN}")[1:] == ["# #ff0000", "True module module", "Visualizer"]

@@ -124,9 +124,9 @@ def measure_resume(small: bool) -> dict[str, Any]:
     from purejax_bilevel.runtime import loop
     from purejax_bilevel.studies import run as runs
 
-    members, steps = (2, 40) if small else (64, 4000)
+    agent, members, steps = ("sql", 2, 40) if small else ("omd", 64, 4000)
     sizes = {"init_steps": 16, "batch_size": 16} if small else {}
-    config = RLConfig(agent_type="omd", num_train_steps=steps, eval_frequency=steps // 4, **sizes).resolved()
+    config = RLConfig(agent_type=agent, num_train_steps=steps, eval_frequency=steps // 4, **sizes).resolved()
     part = runs.make_part(config, members, 0)
     with tempfile.TemporaryDirectory() as folder:
         whole = loop.train([part], loop.RunOptions(Path(folder) / "whole", quiet=True))
@@ -135,10 +135,8 @@ def measure_resume(small: bool) -> dict[str, Any]:
         resumed = loop.train([part], dataclasses.replace(options, resume=True))
     ours, theirs = (jax.tree.leaves((outcome.rows, outcome.state)) for outcome in (whole, resumed))
     differing = sum(np.asarray(a).tobytes() != np.asarray(b).tobytes() for a, b in zip(ours, theirs, strict=True))
-    text = (
-        f"omd, {members} members, stopped after {steps // 2} of {steps} steps: {differing} of {len(ours)} arrays differ"
-    )
-    return {"passed": differing == 0, "text": text}
+    text = f"{agent}, {members} members, stopped after {steps // 2} of {steps} steps: "
+    return {"passed": differing == 0, "text": f"{text}{differing} of {len(ours)} arrays differ"}
 
 
 MEASUREMENTS: Mapping[str, Callable[..., dict[str, Any]]] = {

@@ -10,6 +10,7 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 
 from purejax_bilevel import bilevel
+from tests.programs.programs import mostly
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -192,7 +193,7 @@ def test_captured_values_are_differentiated_through_vmap(assert_close):
 # ---------------------------------------------------------------------------------------------------- transformations
 
 
-@pytest.mark.parametrize("solver", ALL)
+@pytest.mark.parametrize("solver", mostly(ALL, {"gmres", "neumann", "identity"}))
 def test_vmapped_hypergradients_equal_single_ones(ridge, assert_close, solver):
     scales = jnp.asarray([0.8, 1.3])
     members = jax.tree.map(lambda x: scales.reshape(-1, *[1] * x.ndim) * x, ridge.outer)

@@ -49,7 +49,7 @@ def test_a_registered_environment_goes_by_its_name(monkeypatch):
     assert (task.environment, task.obs_dim, task.num_actions, task.max_steps) == (environment, 4, 2, 7)
     assert not environments.is_continuous("Short")
     config = RLConfig(env_name="Short", num_train_steps=8, init_steps=4, batch_size=4, capacity=8, hidden_dim=2)
-    found = runs.run(config, quiet=True)
+    found = runs.run(config, quiet=True, devices=1)
     assert float(found.final_return.max()) <= 7
 
 

@@ -19,7 +19,7 @@ SIZES = {"init_steps": 8, "batch_size": 8, "hidden_dim": 8, "model_hidden_dim": 
         RLConfig(agent_type="omd", **SIZES),
         pytest.param(RLConfig(agent_type="vep", no_learn_reward=True, **SIZES), marks=pytest.mark.slow),
         pytest.param(RLConfig(agent_type="mle", prob_model=True, **SIZES), marks=pytest.mark.slow),
-        ContinuousConfig(agent_type="omd", env_name="Pendulum-v1", **SIZES),
+        pytest.param(ContinuousConfig(agent_type="omd", env_name="Pendulum-v1", **SIZES), marks=pytest.mark.slow),
     ],
     ids=["omd", "vep", "mle", "sac-omd"],
 )

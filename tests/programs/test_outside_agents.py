@@ -145,12 +145,13 @@ def test_a_module_that_fails_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_a_run_can_be_resumed_by_its_folder_alone(tmp_path: Path):
     place = tmp_path / "run"
-    words = f"--agent_type {MINE} {TINY} --num_train_steps 20 --quiet --output_dir {tmp_path} --name run".split()
+    options = f"--quiet --devices 1 --output_dir {tmp_path} --name run"
+    words = f"--agent_type {MINE} {TINY} --num_train_steps 20 {options}".split()
     assert command_line.main(lambda: scripts.rl_configuration(words), "", words) == 0
     first = datasets.load(place)
     saved = yaml.safe_load((place / "config.yaml").read_text())["config"]
     assert (saved["agent_type"], saved["lr"]) == (MINE, 2e-3)
-    longer = f"--resume {place} --num_train_steps 40 --quiet".split()
+    longer = f"--resume {place} --num_train_steps 40 --quiet --devices 1".split()
     assert command_line.main(lambda: scripts.rl_configuration(longer), "", longer) == 0
     both = datasets.load(place)
     assert both.step.values.tolist() == [20, 40]
@@ -193,7 +194,7 @@ def test_an_agent_of_another_program_cannot_be_registered():
 def trained() -> tuple[RLConfig, Any, Any]:
     """Two widths, two rates, two seeds on eight devices."""
     config = replace(SMALL, model_hidden_dim=(2, 4), lr=(1e-3, 3e-3))
-    return config, *train(config, chunks=2)
+    return config, *train(config, chunks=2, devices=8)
 
 
 def test_seeds_and_hyper_parameters_are_members_on_eight_devices(trained: tuple):
@@ -265,22 +266,25 @@ def test_a_sweep_runs_it(tmp_path: Path):
 @pytest.mark.parametrize(
     "config",
     [
-        ContinuousConfig(
-            agent_type="tests.outside:CONTINUOUS",
-            num_train_steps=20,
-            init_steps=10,
-            batch_size=8,
-            hidden_dim=3,
-            model_hidden_dim=3,
-            eval_frequency=10,
-            eval_episodes=1,
-            final_eval_episodes=1,
+        pytest.param(
+            ContinuousConfig(
+                agent_type="tests.outside:CONTINUOUS",
+                num_train_steps=20,
+                init_steps=10,
+                batch_size=8,
+                hidden_dim=3,
+                model_hidden_dim=3,
+                eval_frequency=10,
+                eval_episodes=1,
+                final_eval_episodes=1,
+            ),
+            marks=pytest.mark.slow,  # the same for discrete actions: above
         ),
         TabularConfig(agent_type="tests.outside:TABULAR", num_train_steps=20, eval_frequency=10),
     ],
     ids=["continuous", "tabular"],
 )
 def test_the_other_programs_train_it(config: Configuration):
-    found = runs.run(config, num_seeds=2, quiet=True)
+    found = runs.run(config, num_seeds=2, quiet=True, devices=1)
     assert not found.failed.values.any()
     assert (found.model_gradient_norm.values > 0).any()

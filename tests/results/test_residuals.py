@@ -65,7 +65,7 @@ def test_a_run_says_so_at_its_end(capsys: pytest.CaptureFixture):
     sizes = {"hidden_dim": 3, "model_hidden_dim": 3, "batch_size": 8, "init_steps": 8, "num_train_steps": 16}
     episodes = {"eval_frequency": 8, "eval_episodes": 1, "final_eval_episodes": 1}
     solver = {"with_inv_jac": "neumann", "solver_steps": 1, "neumann_step_size": 1e-3}
-    results = run(RLConfig(**sizes, **episodes, **solver), quiet=True)
+    results = run(RLConfig(**sizes, **episodes, **solver), quiet=True, devices=1)
     assert np.nanmin(results.solver_residual) > residuals.LARGE
     assert not statistics.failed_members(results).any()
     assert "warning: omd: the solver neumann left a relative residual of 1 " in capsys.readouterr().err

@@ -537,6 +537,7 @@ def same_sweep(first: Path, second: Path) -> None:
         same(first / label, second / label)
 
 
+@pytest.mark.slow  # as a script does: above
 def test_a_search_gives_the_numbers_of_one_process(toy, tmp_path):
     """And `run` from Python, where all processes get the whole."""
     words = ("--halving", "1")  # evolution goes through the same rounds

@@ -99,7 +99,9 @@ def test_unparsable_words_exit_with_status_2(words: str, capsys: pytest.CaptureF
 
 
 def test_a_run_leaves_everything_behind_and_resumes(tmp_path: Path, capsys: pytest.CaptureFixture):
-    arguments = f"{TINY} --output_dir {tmp_path} --name run --num_seeds 2 --inner_lr 1e-3 3e-3 --seed 5 --video"
+    arguments = (
+        f"{TINY} --output_dir {tmp_path} --name run --num_seeds 2 --inner_lr 1e-3 3e-3 --seed 5 --video --devices 1"
+    )
     assert main(arguments) == 0
     place = tmp_path / "run"
     for name in (
@@ -129,7 +131,7 @@ def test_a_run_leaves_everything_behind_and_resumes(tmp_path: Path, capsys: pyte
         assert main(f"--resume {place} {words}") == 2
         assert sentence in " ".join(capsys.readouterr().err.split())
 
-    assert main(f"--resume {place} --num_train_steps 60 --quiet") == 0
+    assert main(f"--resume {place} --num_train_steps 60 --quiet --devices 1") == 0
     longer = datasets.load(place)
     assert longer.step.values.tolist() == [20, 40, 60]
     np.testing.assert_array_equal(longer.q_loss[..., :2], dataset.q_loss)

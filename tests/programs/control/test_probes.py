@@ -20,7 +20,7 @@ from purejax_bilevel.programs.control import agents, policies, q_learning, soft_
 from tests.programs.programs import mostly, step
 
 SEEDS = 3
-SLOW = ("vep", "funcbo", "funcbo_reward_only")  # discrete actions
+SLOW = ("mle", "vep", "funcbo", "funcbo_reward_only")  # discrete actions
 SLOW_CONTINUOUS = ("omd", "vep", "mle", "funcbo")
 DISCOUNT = 0.5
 TEMPERATURE = 0.1

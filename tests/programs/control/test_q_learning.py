@@ -57,15 +57,18 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "smoothing": "ema",
         "beta": (0.0, 0.5),
     },
-    "omd_neumann_no_warm_drift_weighted": {
-        "agent_type": "omd",
-        "with_inv_jac": "neumann",
-        "solver_steps": 3,
-        "no_warm": True,
+    "mle": {
+        "agent_type": "mle",
         "non_stationary": "drift",
         "transition_steps": 20,
         "clear_buffer": True,
         "time_weighted_sampling": True,
+    },
+    "omd_neumann_no_warm_hard": {
+        "agent_type": "omd",
+        "with_inv_jac": "neumann",
+        "solver_steps": 3,
+        "no_warm": True,
         "hard": True,
         "no_double": True,
     },
@@ -80,16 +83,19 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-# Their rules are those of smoothfbo and funcbo_dual, and in tests/test_reference.py.
-COVERED = ("funcbo", "funcbo_reward_only")
+# Their rules are those of smoothfbo, funcbo_dual and mle, and in tests/test_reference.py.
+COVERED = (
+    *("funcbo", "funcbo_reward_only", "vep"),
+    *("omd_neumann_no_warm_hard", "mle_probabilistic_true_reward_acrobot"),
+)
+SHARDED = ("omd", "smoothfbo")
 
 
 @pytest.fixture(scope="module", params=mostly(VARIANTS, COVERED), ids=str)
 def trained(request: pytest.FixtureRequest) -> tuple[Config, Any, loop.Outcome]:
-    """Two model widths, two rates, two seeds (and the variant's own axes) on eight devices."""
+    """Two model widths, two rates, two seeds (and the variant's own axes), some on eight devices."""
     config = replace(SMALL, model_hidden_dim=(2, 4), lr=(1e-3, 3e-3), **VARIANTS[request.param])
-    part, outcome = train(config, chunks=2)
-    return config, part, outcome
+    return config, *train(config, chunks=2, devices=8 if request.param in SHARDED else 1)
 
 
 def test_runs_in_one_compilation(trained: tuple):
@@ -150,7 +156,7 @@ def test_member_equals_a_run_of_its_own(trained: tuple):
 @pytest.mark.parametrize("trained", ["omd"], indirect=True)
 def test_vmapped_members_agree(trained: tuple):
     config, _, one_by_one = trained
-    _, together = train(config, devices=1, member_batch=0)
+    _, together = train(config, member_batch=0)
     for name in ("q_loss", "training_return"):
         np.testing.assert_allclose(together.rows[0][name], one_by_one.rows[0][name], rtol=1e-3)
 
@@ -169,9 +175,9 @@ def test_resume_is_bitwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, devi
 
 
 def test_a_member_that_diverges_leaves_the_others_untouched(capsys: pytest.CaptureFixture):
-    small = replace(SMALL, agent_type="mle")
-    part, outcome = train(replace(small, lr=(1e-3, 1e30)), num_seeds=1)
-    _, calm = train(replace(small, lr=(1e-3, 3e-3)), num_seeds=1)
+    small = replace(SMALL, agent_type="sql")
+    part, outcome = train(replace(small, inner_lr=(1e-3, 1e30)), num_seeds=1)
+    _, calm = train(replace(small, inner_lr=(1e-3, 3e-3)), num_seeds=1)
     np.testing.assert_array_equal(outcome.failed[0], [False, True])
     assert not calm.failed[0].any()
     same(*(jax.tree.map(lambda leaf: leaf[:1], found.state) for found in (outcome, calm)))

@@ -84,14 +84,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-COVERED = ("funcbo", "omd_as_the_original")  # by smoothfbo, and in tests/test_reference.py
+COVERED = ("mle", "vep", "funcbo", "omd_as_the_original")  # by omd and smoothfbo, and in tests/test_reference.py
 
 
 @pytest.fixture(scope="module", params=mostly(VARIANTS, COVERED), ids=str)
 def trained(request: pytest.FixtureRequest) -> tuple[Config, Any, loop.Outcome]:
-    """Two model widths, two other settings, two seeds, on eight devices in two chunks."""
+    """Two model widths, two other settings, two seeds, in two chunks; omd on eight devices."""
     config = replace(SMALL, **VARIANTS[request.param])
-    return config, *train(config, chunks=2)
+    return config, *train(config, chunks=2, devices=8 if request.param == "omd" else 1)
 
 
 def test_runs_in_one_compilation(trained: tuple):
@@ -131,14 +131,8 @@ def test_seeds_act_differently(trained: tuple):
     assert not np.array_equal(state.storage[0], state.storage[1])
 
 
-ALONE = ("omd",)  # by default; the others are the same program with another step
-
-
-@pytest.mark.parametrize(
-    "trained",
-    mostly(soft_actor_critic_agents.AGENTS, set(soft_actor_critic_agents.AGENTS) - {*ALONE}),
-    indirect=True,
-)
+@pytest.mark.slow  # networks of a traced width and devices are those of test_q_learning.py
+@pytest.mark.parametrize("trained", soft_actor_critic_agents.AGENTS, indirect=True)
 def test_narrow_member_equals_a_run_of_its_own(trained: tuple):
     """The narrowest member of a grid on eight devices in the widest one's arrays, and alone in its own arrays."""
     config, part, outcome = trained
@@ -149,10 +143,11 @@ def test_narrow_member_equals_a_run_of_its_own(trained: tuple):
     np.testing.assert_allclose(storage, outcome.state[0][0].storage[0], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow  # and so is the map over members
 @pytest.mark.parametrize("trained", ["omd"], indirect=True)
 def test_vmapped_members_agree(trained: tuple):
     config, _, one_by_one = trained
-    _, together = train(config, devices=1, member_batch=0)
+    _, together = train(config, member_batch=0)
     for name in ("q_loss", "policy_loss", "model_loss"):
         np.testing.assert_allclose(together.rows[0][name], one_by_one.rows[0][name], rtol=2e-3)
 
@@ -488,11 +483,11 @@ def test_script_chooses_the_configuration(tmp_path: Path, capsys: pytest.Capture
 def test_command_line_runs_and_resumes(tmp_path: Path, capsys: pytest.CaptureFixture):
     words = (
         f"--agent_type sac --num_train_steps 20 --init_steps 10 --batch_size 8 --hidden_dim 3 --eval_frequency 10 "
-        f"--eval_episodes 1 --final_eval_episodes 1 --output_dir {tmp_path} --name run --quiet --video"
+        f"--eval_episodes 1 --final_eval_episodes 1 --output_dir {tmp_path} --name run --quiet --video --devices 1"
     ).split()
     assert command_line.main(train_rl.configuration(words), "", words) == 0
     assert (tmp_path / "run" / "policy.gif").stat().st_size > 0
-    words = f"--resume {tmp_path / 'run'} --num_train_steps 30 --quiet".split()
+    words = f"--resume {tmp_path / 'run'} --num_train_steps 30 --quiet --devices 1".split()
     assert command_line.main(train_rl.configuration(words), "", words) == 2
     assert "--capacity 0 stood for 20" in capsys.readouterr().err  # all of 20 steps are not all of 30
     words += ["--capacity", "20"]

@@ -40,7 +40,7 @@ SMALL = Config(
 
 @pytest.fixture(scope="module")
 def trained() -> tuple[Config, Any, loop.Outcome]:
-    """OPEN; four settings, two seeds, on eight devices in two chunks."""
+    """OPEN; four settings, two seeds, in two chunks."""
     config = replace(
         SMALL,
         optimizer="open",
@@ -89,10 +89,11 @@ def test_member_equals_a_run_of_its_own(trained: tuple) -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a[0], b[member], rtol=1e-3, atol=1e-4), own, other)
 
 
+@pytest.mark.slow  # the map over members is that of tests/programs/control/test_q_learning.py
 def test_vmapped_members_agree(trained: tuple) -> None:
-    """On one device all at once, where the run had one member after the other on eight."""
+    """All at once, where the run had one member after the other."""
     config, _, outcome = trained
-    _, together = train(config, devices=1, member_batch=0)
+    _, together = train(config, member_batch=0)
     for name in ("loss", "training_return", "update_norm"):
         np.testing.assert_allclose(together.rows[0][name], outcome.rows[0][name], rtol=1e-3, atol=1e-5)
 

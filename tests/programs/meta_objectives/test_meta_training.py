@@ -38,7 +38,7 @@ TEST = meta_test.Config(
 )
 
 
-def train(config: Configuration, number: int | None = None, seeds: int = 1, **options: Any) -> loop.Outcome:
+def train(config: Configuration, number: int = 1, seeds: int = 1, **options: Any) -> loop.Outcome:
     return programs.train(config, seeds, devices=number, **options)[1]
 
 
@@ -53,6 +53,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, loop.Outcome]:
 # --- meta-training ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow  # as tests/programs/test_examples.py has it for a small program, and the optimisers' own tests
 def test_a_population_learns_the_same_on_one_device(run: tuple[Path, loop.Outcome]) -> None:
     _, eight = run
     one = train(SMALL, 1)

@@ -37,7 +37,7 @@ CONFIG = Config(
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One run for all: a member that gives up early and one that does not."""
     folder = tmp_path_factory.mktemp("fit")
-    run(CONFIG, folder=folder, quiet=True)
+    run(CONFIG, folder=folder, quiet=True, devices=1)
     return folder
 
 

@@ -47,7 +47,7 @@ SMALL = Config(
 
 def train(config: Config, num_seeds: int = 2, seed: int = 0, **options: Any) -> loop.Outcome:
     part = runs.make_part(config.resolved(), num_seeds, seed)
-    return loop.train([part], loop.RunOptions(quiet=True, **options))
+    return loop.train([part], loop.RunOptions(**{"quiet": True, "devices": 1, **options}))
 
 
 def member(rows: dict[str, np.ndarray], number: int) -> dict[str, np.ndarray]:
@@ -400,7 +400,7 @@ def plain_backward(parameters: list, tape: list, error: np.ndarray) -> list:
 def test_a_run_leaves_results_and_figures(tmp_path: Path, capsys: pytest.CaptureFixture):
     arguments = (
         "--T_max 6 --eval_frequency 2 --regret_frequency 0 --n_samples 8 --batch_size 4 --input_dim 2 --hidden_dim 4 "
-        "--num_inner_steps 1 --window_size 2 3 --num_seeds 2 --agent_type funcBO_noSmooth --devices 2 "
+        "--num_inner_steps 1 --window_size 2 3 --num_seeds 2 --agent_type funcBO_noSmooth --devices 1 "
         f"--output_dir {tmp_path} --name one"
     ).split()
     assert command_line.main(Config, "", arguments) == 0
@@ -413,7 +413,7 @@ def test_a_run_leaves_results_and_figures(tmp_path: Path, capsys: pytest.Capture
     dataset = datasets.load(folder)
     assert statistics.lower_is_better(dataset, "evaluation_mse")
     assert dataset["lambda"].dims == ("window_size", "seed", "step", "lag")
-    assert command_line.main(Config, "", ["--resume", str(folder), "--T_max", "8", "--devices", "2"]) == 0
+    assert command_line.main(Config, "", ["--resume", str(folder), "--T_max", "8", "--devices", "1"]) == 0
     assert datasets.load(folder).sizes["step"] == 4
     assert command_line.main(Config, "", ["--resume", str(folder), "--T_max", "4"]) == 2
     for input_dim in (1, 3):  # the numbers are of two inputs: what counts is that every kind of figure is drawn
