@@ -23,6 +23,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
@@ -98,6 +99,7 @@ class CompiledProgram:
         ]
         self._compiled: dict[tuple[int, int], Any] = {}  # by stage and number of steps in a block; 0: as many as can be
         self.compile_seconds = 0.0
+        self.check: Callable[[int], None] | None = None  # told the bytes of a step's largest array before compiling
         self._prepare()
 
     @_in_precision
@@ -139,7 +141,11 @@ class CompiledProgram:
     def _compile(self, stage: int, block_steps: int) -> Any:
         if (stage, block_steps) not in self._compiled:
             begin = time.perf_counter()
-            self._compiled[stage, block_steps] = self.lower(stage, block_steps).compile()
+            traced = self._trace(stage, block_steps)
+            if self.check is not None:
+                self.check(largest_array(traced.jaxpr))
+            with as_compiled():
+                self._compiled[stage, block_steps] = traced.lower().compile()
             self.compile_seconds += time.perf_counter() - begin
         return self._compiled[stage, block_steps]
 
@@ -151,11 +157,16 @@ class CompiledProgram:
             stage: its number.
             block_steps: in a block, known to the compiler; 0: as many as there are.
         """
+        traced = self._trace(stage, block_steps)
+        with as_compiled():
+            return traced.lower()
+
+    def _trace(self, stage: int, block_steps: int) -> jax.stages.Traced:
         with as_compiled():
             bounds = (*(jax.ShapeDtypeStruct((), jnp.int32),) * 3, jax.ShapeDtypeStruct((len(self.parts),), jnp.int32))
             arguments = (self._structure, self._configs, self._seeds, self._shared, *bounds)
             chunk = functools.partial(self._chunk, stage, block_steps)
-            return jax.jit(chunk, donate_argnums=0).lower(*arguments)
+            return jax.jit(chunk, donate_argnums=0).trace(*arguments)
 
     @_in_precision
     def initial(self) -> Tree:
@@ -470,3 +481,35 @@ def _as_default_type(array: np.ndarray) -> np.ndarray:
 
 def _default_type(dtype: Any) -> Any:
     return jnp.result_type(float) if dtype.kind == "f" and dtype != np.float16 else dtype
+
+
+FREE = ("broadcast_in_dim", "iota")  # primitives whose results the compiler need not store
+
+
+def largest_array(program: jax.extend.core.ClosedJaxpr) -> int:
+    """Bytes of the largest array that is made inside a traced program, on one device.
+
+    Arguments and results of the program itself, which devices share, do not count.
+    """
+    inner = [_subprograms(equation) for equation in program.jaxpr.eqns]
+    return max((_largest(jaxpr) for found in inner for jaxpr in found), default=0)
+
+
+def _largest(jaxpr: jax.extend.core.Jaxpr) -> int:
+    largest = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name not in FREE:
+            made: list[Any] = [variable.aval for variable in equation.outvars if hasattr(variable.aval, "shape")]
+            sizes = [math.prod(array.shape) * getattr(array.dtype, "itemsize", 0) for array in made]
+            largest = max(largest, *sizes, 0)
+        largest = max(largest, *map(_largest, _subprograms(equation)), 0)
+    return largest
+
+
+def _subprograms(equation: jax.extend.core.JaxprEqn) -> list[jax.extend.core.Jaxpr]:
+    core = jax.extend.core
+    leaves = jax.tree.leaves(
+        list(equation.params.values()), is_leaf=lambda leaf: isinstance(leaf, (core.Jaxpr, core.ClosedJaxpr))
+    )
+    found = [leaf.jaxpr if isinstance(leaf, core.ClosedJaxpr) else leaf for leaf in leaves]
+    return [leaf for leaf in found if isinstance(leaf, core.Jaxpr)]

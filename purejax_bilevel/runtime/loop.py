@@ -11,6 +11,7 @@ Ctrl-C in any of them stops all, each saves its own members, and process 0 alone
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import re
 import signal
@@ -82,6 +83,9 @@ class Watcher(Protocol):
 
     def planned(self, program: CompiledProgram) -> None:
         """Nothing is compiled or allocated yet."""
+
+    def traced(self, program: CompiledProgram, largest: int) -> None:
+        """A stage is about to be compiled; the largest array inside its steps has so many bytes, on each device."""
 
     def compiled(self, program: CompiledProgram, state: Any, steps: int, total: int) -> Any:
         """The program is compiled; `steps` of `total` are done. Returns the state, used up where none are done."""
@@ -163,6 +167,7 @@ class Run:
     def to_the_end(self) -> Outcome:
         if self.watcher is not None:
             self.watcher.planned(self.program)
+            self.program.check = functools.partial(self.watcher.traced, self.program)
         self._restore()
         unit = self.parts[0].program.step_unit
         progress = Progress(

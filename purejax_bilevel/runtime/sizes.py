@@ -1,8 +1,8 @@
 """Sizes: whether an experiment fits the memory, asked before anything is built and again once it is compiled.
 
-The estimate before is of what every member keeps, from the shapes of one member's state, and of its results. What the
-compiled program needs on top of that, batches and derivatives, the compiler tells. What neither foresees ends the run
-with one sentence.
+The estimate before is of what every member keeps, from the shapes of one member's state, and of its results. What a
+step needs on top of that, batches and derivatives, is asked twice: no array of the traced program may be larger than
+the memory, and the compiler tells what all need together. What neither foresees ends the run with one sentence.
 """
 
 import contextlib
@@ -137,6 +137,29 @@ def check_fits(
     )
 
 
+def check_array(mesh: Mesh, largest: int, free: Callable[[Any], int | None] = devices.free_memory) -> None:
+    """Refuses a step that makes an array which does not fit, before it is compiled.
+
+    Args:
+        mesh: devices that share the members.
+        largest: bytes of the array, on each device; CPU devices share the machine's memory.
+        free: bytes that may still be used on a device.
+
+    Raises:
+        UserError: with the size, the memory there is, and what to lower.
+    """
+    device = mesh.local_devices[0]
+    shared = device.platform == "cpu"
+    available, wanted = free(device), largest * len(mesh.local_devices) if shared else largest
+    if available is None or wanted <= SAFE_SHARE * available:
+        return
+    raise UserError(
+        f"a single array of a step would need {bytes_in_words(wanted)}, "
+        f"{'this machine has' if shared else f'each {device.platform} device has'} {bytes_in_words(available)} free: "
+        "lower widths, batches, rollouts or copies of the environment, or --member_batch, or use more memory."
+    )
+
+
 class Limits:
     """Watches a run before it starts (`loop.Watcher`) and refuses what does not fit the memory.
 
@@ -150,6 +173,10 @@ class Limits:
     def planned(self, program: CompiledProgram) -> None:
         """Refuses states that do not fit the devices chosen."""
         check_states(program.parts, program.bytes_per_member, program.mesh, self._free)
+
+    def traced(self, program: CompiledProgram, largest: int) -> None:
+        """Refuses arrays that do not fit."""
+        check_array(program.mesh, largest, self._free)
 
     def compiled(self, program: CompiledProgram, state: Any, steps: int, total: int) -> Any:
         """Refuses a compiled program that does not fit; `state`, `steps` and `total` do not matter."""

@@ -65,6 +65,10 @@ class Forecast:
         if self.only:
             self._say("compiling...")  # a dry run has no progress bar, which would end as stopped
 
+    def traced(self, program: CompiledProgram, largest: int) -> None:
+        """Refuses arrays that do not fit."""
+        sizes.check_array(program.mesh, largest, self._free)
+
     def compiled(self, program: CompiledProgram, state: Any, steps: int, total: int) -> Any:
         """Prints memory and time of the compiled program; refuses what does not fit."""
         del total

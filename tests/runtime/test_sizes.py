@@ -7,7 +7,7 @@ import train_regression
 import train_rl
 from purejax_bilevel.errors import UserError
 from purejax_bilevel.runtime import devices, loop, sizes
-from purejax_bilevel.runtime.compiled import CompiledProgram
+from purejax_bilevel.runtime.compiled import CompiledProgram, largest_array
 from purejax_bilevel.studies import command_line, sweep_command
 from purejax_bilevel.studies import run as runs
 from tests import toy
@@ -32,10 +32,12 @@ def _a_machine_of_16_gib(monkeypatch):
         ("--agent_type smoothfbo --smoothing_window 1000000000", "1 member does not fit"),
         ("--num_train_steps 2000000000 --eval_frequency 1", "the results would need about 134 GiB"),
         ("--env_name Pendulum-v1 --capacity 2000000000", "1 member does not fit"),
+        ("--agent_type ppo --num_envs 10000000 --num_train_steps 1", "a single array of a step would need "),
+        ("--agent_type open_training --hidden_dim 100000", "lower widths, batches, rollouts or copies of the"),
     ],
 )
 def test_what_is_too_large_gets_one_sentence(words: str, sentence: str, tmp_path, capsys):
-    arguments = [*words.split(), "--output_dir", str(tmp_path)]
+    arguments = [*words.split(), "--output_dir", str(tmp_path), "--quiet"]
     assert command_line.main(lambda: train_rl.configuration(arguments), "", arguments) == 2
     told = capsys.readouterr().err
     assert sentence in told
@@ -75,6 +77,18 @@ def test_the_compiled_program_counts_too():
     assert fits.compiled(program, "state", 0, 16) == "state"
     with pytest.raises(UserError, match="1 member does not fit: the compiled program would need"):
         sizes.Limits(lambda device: program.device_bytes).compiled(program, None, 0, 16)
+
+
+def test_the_largest_array_is_found_in_whatever_loop_it_is():
+    def step(carry, _):
+        wide = jax.lax.cond(carry[0] > 0, lambda x: jax.numpy.outer(x, x), lambda x: x[:, None] + x, carry)
+        return jax.numpy.broadcast_to(wide.sum(0), (1000, 7))[0], None
+
+    def program(start):
+        return jax.jit(lambda start: jax.lax.scan(step, start, length=3))(start)
+
+    traced = jax.jit(program).trace(jax.ShapeDtypeStruct((7,), "float32"))
+    assert largest_array(traced.jaxpr) == 4 * 49  # what is only repeated is not stored
 
 
 @pytest.mark.parametrize(
