@@ -32,7 +32,7 @@ _LAZY = {
     "TabularConfig": ("purejax_bilevel.programs.tabular.program", "Config"),
     "RunOptions": ("purejax_bilevel.runtime.options", "RunOptions"),
     "UserError": ("purejax_bilevel.errors", "UserError"),
-    "load_policy": ("purejax_bilevel.programs.offline.saved_policies", "load_policy"),
+    "load_policy": ("purejax_bilevel.programs.saved_policies", "load_policy"),
     "run": ("purejax_bilevel.studies.run", "run"),
 }
 

@@ -96,6 +96,16 @@ def joined(networks: Sequence[Network | None]) -> Any:
     return Joined(jnp.concatenate(pieces), sizes, outputs)
 
 
+def apart(heads: Heads) -> tuple[Apart, ...]:
+    """Heads one by one, whether they are joined here or not."""
+    return heads.apart() if isinstance(heads, Joined) else heads
+
+
+def layers_of(network: Network) -> Apart:
+    """The inverse of `network_of`."""
+    return network.apart()[0] if isinstance(network, Joined) else network
+
+
 def _apart(network: Network) -> Sequence[Apart]:
     return network.apart() if isinstance(network, Joined) else (network,)
 

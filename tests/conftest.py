@@ -7,6 +7,7 @@ CPU on every machine, because the expected numbers and the eight devices are tho
 
 import gc
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,6 +46,8 @@ def _cache_directory() -> Path | None:
         return None
 
 
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in the background of a shell script
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # processes that tests start inherit what is ignored
 gc.disable()  # what is traced stays until its file is done, and looking through it takes a tenth of the time
 
 

@@ -89,12 +89,13 @@ def save(folder: Path, kind: str, tree: Tree, members: list[dict[str, Any]], con
     return folder / FILE_NAME
 
 
-def load(place: str | Path, kind: str) -> Artefact:
+def load(place: str | Path, kind: str, *others: str) -> Artefact:
     """Reads an artefact.
 
     Args:
         place: folder of a run, or the file with the arrays.
         kind: what it must be.
+        others: what it may be instead.
 
     Raises:
         UserError: it is not there, not whole, or of another kind.
@@ -119,7 +120,7 @@ def load(place: str | Path, kind: str) -> Artefact:
     except (OSError, ValueError, KeyError, TypeError, RecursionError, safetensors.SafetensorError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{path} is not a whole artefact ({reason}): make it again.") from error
-    if found != kind:
+    if found not in (kind, *others):
         raise UserError(f"{path} is a {found}, not a {kind}.")
     return Artefact(arrays, about)
 

@@ -33,6 +33,7 @@ def test_agents(config: RLConfig | ContinuousConfig, monkeypatch: pytest.MonkeyP
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), apart, together)
 
 
+@pytest.mark.slow
 def test_regression(monkeypatch: pytest.MonkeyPatch) -> None:
     """So do the steps of the cycle that an accelerator goes through: two without a comparison, one with."""
     config = RegressionConfig(agent_type="aid", T_max=3, n_samples=32, batch_size=8, regret_frequency=3).resolved()

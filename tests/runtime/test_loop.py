@@ -95,6 +95,25 @@ def test_no_function_is_traced_twice(devices: int, member_batch: int | None, nam
     compiled.CompiledProgram([part], compiled.mesh_of([part], devices), member_batch).lower()
 
 
+def test_chunks_are_measured_anew_where_learning_starts(monkeypatch: pytest.MonkeyPatch):
+    """Steps before it take no time and 2 s after it: no call may take longer than the host waits between two looks."""
+    part = runs.make_part(Walk(num_train_steps=130, eval_frequency=0), 1, 0)
+    (stage,) = part.program.stages
+    part.program.stages = (dataclasses.replace(stage, collect=stage.update, warm_up=100),)
+    advance, chunks = loop.Run._advance, []
+
+    def timed(self: loop.Run, count: int, *others: Any) -> float:
+        advance(self, count, *others)
+        chunks.append(count)
+        return count * (1e-9 if self.steps <= 100 else 2.0)
+
+    monkeypatch.setattr(loop.Run, "_advance", timed)
+    loop.train([part], loop.RunOptions(quiet=True, devices=1))
+    assert chunks[:5] == [1, 4, 16, 64, 15]  # up to step 100
+    assert chunks[5:] == [1] * 30
+    assert loop.CHUNK_SECONDS > 2.0
+
+
 @pytest.mark.parametrize("kept", [True, False])
 def test_a_script_that_is_stopped_while_it_compiles_ends_at_once(
     kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd

@@ -564,6 +564,7 @@ def wait_for_steps(folder: Path, least: int, running: list) -> int:
     raise TimeoutError(f"no checkpoint of {least} steps in {folder}")
 
 
+@pytest.mark.slow
 def test_stopped_and_killed_processes_go_on_as_two_or_one(toy, tmp_path):
     total = 20_000
     steps = [f"num_train_steps={total}", "eval_frequency=2000"]

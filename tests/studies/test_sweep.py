@@ -374,7 +374,7 @@ def stop_after(monkeypatch, calls: int) -> None:
     monkeypatch.setattr(compiled.CompiledProgram, "__call__", limited)
 
 
-@pytest.mark.parametrize(("first", "second"), [("8", "2"), ("3", "8")])
+@pytest.mark.parametrize(("first", "second"), [("8", "2"), pytest.param("3", "8", marks=pytest.mark.slow)])
 def test_a_killed_sweep_goes_on_with_other_devices(toy, tmp_path, monkeypatch, first, second):
     assert len(jax.devices()) >= 8
     assert run(tmp_path, TOY, "--devices", "3", name="whole") == 0

@@ -32,6 +32,7 @@ from purejax_bilevel.configuration import (
 from purejax_bilevel.environments import non_stationary
 from purejax_bilevel.errors import UserError
 from purejax_bilevel.program import Metrics, Tree
+from purejax_bilevel.programs import saved_policies
 from purejax_bilevel.programs.control import agents, rollouts
 from purejax_bilevel.programs.control.acting import ACT, ENVIRONMENT, INIT, LEARN, Acting, State
 from purejax_bilevel.programs.control.settings import Evaluation, Inner, QLearning, Replay, Schedule, SoftQ, Task
@@ -123,6 +124,8 @@ class ModelBased(Acting[Config]):
         config: resolved configuration; only its static fields matter here.
     """
 
+    artefact_kind = saved_policies.Q_FUNCTION
+
     def __init__(self, config: Config):
         self.task = environments.make(config.env_name)
         self.environment = self.task.environment
@@ -204,6 +207,10 @@ class ModelBased(Acting[Config]):
     def _rollout(self, state: State, config: Config, t: jax.Array) -> tuple[Any, Any, int, rollouts.Policy]:
         policy = functools.partial(act, config, state.learner.q)
         return self.environment, self._environment_params(config, t), self.task.max_steps, policy
+
+    def artefact(self, state: State) -> Tree:
+        """The Q-function's heads, one by one."""
+        return {"q": networks.apart(state.learner.q)}
 
     def is_finite(self, state: State) -> jax.Array:
         """Whether all learned parameters of a member are finite numbers."""

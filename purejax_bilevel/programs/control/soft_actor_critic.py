@@ -30,6 +30,7 @@ from purejax_bilevel.configuration import (
 )
 from purejax_bilevel.errors import UserError
 from purejax_bilevel.program import Measure, Metrics, Tree
+from purejax_bilevel.programs import saved_policies
 from purejax_bilevel.programs.control import agents, policies, rollouts, soft_actor_critic_agents
 from purejax_bilevel.programs.control.acting import ACT, ENVIRONMENT, INIT, LEARN, Acting, State, step_copies
 from purejax_bilevel.programs.control.settings import (
@@ -154,6 +155,7 @@ class ActorCritic(Acting[Config]):
         config: resolved configuration; only its static fields matter here.
     """
 
+    artefact_kind = saved_policies.ACTOR
     measures = (
         *Acting.measures,
         Measure("policy_loss", "loss of the policy"),
@@ -237,6 +239,10 @@ class ActorCritic(Acting[Config]):
             return policies.mean_action(networks.apply_network(state.learner.policy, obs)).T
 
         return self.task.environment, self.task.params, self.task.max_steps, policy
+
+    def artefact(self, state: State) -> Tree:
+        """The network of the policy."""
+        return {"policy": networks.layers_of(state.learner.policy)}
 
     def is_finite(self, state: State) -> jax.Array:
         """Whether all learned parameters of a member are finite numbers."""

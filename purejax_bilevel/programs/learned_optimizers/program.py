@@ -24,6 +24,7 @@ from purejax_bilevel.programs.control import rollouts
 from purejax_bilevel.programs.learned_optimizers import actor_critic, normalisation, ppo, tasks, update_rules
 from purejax_bilevel.programs.learned_optimizers.agents import AGENTS
 from purejax_bilevel.programs.learned_optimizers.settings import PPO, Evaluation, Task
+from purejax_bilevel.programs.saved_policies import POLICY
 
 # Named streams of random numbers, after those of `ppo`.
 AGENT, LEVEL, EVALUATE, VIDEO = range(4)
@@ -101,7 +102,7 @@ class PolicyOptimization(Program[Config]):
 
     headline = "evaluation_return"
     step_unit = "iterations"
-    artefact_kind = "policy"
+    artefact_kind = POLICY
     measures = (
         Measure("evaluation_return", "return of evaluation episodes", better="higher"),
         Measure("training_return", "return of the episodes finished in training", better="higher"),

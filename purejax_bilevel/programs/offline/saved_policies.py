@@ -1,13 +1,9 @@
-"""Policies that runs leave: written with their critics, read by programs that go on from them, and as a function.
-
-    act = load_policy("runs/mopo#3")
-    action = act(obs)                       # [obs] -> [action] in [-1, 1], or a batch of them
+"""Policies that runs leave: written with their critics, and read by programs that go on from them.
 
 The artefact's kind is `policy`. Its arrays have the same names on every platform.
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -17,12 +13,13 @@ import numpy as np
 from purejax_bilevel import networks
 from purejax_bilevel.configuration import fields, replace
 from purejax_bilevel.errors import UserError
-from purejax_bilevel.networks import Apart, Joined
+from purejax_bilevel.networks import Apart
 from purejax_bilevel.programs.control import policies
 from purejax_bilevel.programs.offline.agents import DeterministicLearner, Learner, Units, init_learner
 from purejax_bilevel.programs.offline.settings import ActorCritic, Networks
+from purejax_bilevel.programs.saved_policies import POLICY
 
-KIND = "policy"
+KIND = POLICY
 C = TypeVar("C", bound=Networks)
 
 
@@ -39,8 +36,11 @@ class SavedPolicy(NamedTuple):
 
 def saved(learner: Learner) -> SavedPolicy:
     """What is kept of a learner; the networks one by one, whether they are joined here or not."""
-    policy = learner.policy.apart()[0] if isinstance(learner.policy, Joined) else learner.policy
-    q, target_q = (heads.apart() if isinstance(heads, Joined) else heads for heads in (learner.q, learner.target_q))
+    policy, q, target_q = (
+        networks.layers_of(learner.policy),
+        networks.apart(learner.q),
+        networks.apart(learner.target_q),
+    )
     return SavedPolicy(policy, q, target_q, learner.log_temperature, learner.units.mean, learner.units.std)
 
 
@@ -137,31 +137,7 @@ def _shapes(config: ActorCritic, obs_dim: int, action_dim: int) -> SavedPolicy:
 # --- acting -----------------------------------------------------------------------------------------------------------
 
 
-def load_policy(place: str) -> Callable[[Any], jax.Array]:
-    """The policy of a run, without noise, as a function of observations.
-
-    Args:
-        place: `runs/x` (its first member) or `runs/x#3`, or the file `artefact.safetensors` itself.
-
-    Returns:
-        A function from `[obs]` to `[action]`, or from `[batch, obs]` to `[batch, action]`; actions are in [-1, 1], as
-        of every continuous environment here. It may be called inside compiled functions.
-
-    Raises:
-        UserError: there is no policy, or it is not whole.
-    """
-    found = load(place)
-    compiled = jax.jit(functools.partial(_acted, found))
-
-    def act(obs: Any) -> jax.Array:
-        obs = jnp.asarray(obs, found.mean.dtype)
-        if obs.ndim not in (1, 2) or obs.shape[-1] != len(found.mean):
-            raise UserError(f"the policy of {place} observes {len(found.mean)} numbers, got {list(obs.shape)}.")
-        return compiled(obs) if obs.ndim == 2 else compiled(obs[None])[0]
-
-    return act
-
-
-def _acted(policy: SavedPolicy, obs: jax.Array) -> jax.Array:
+def mean_action(policy: SavedPolicy, obs: jax.Array) -> jax.Array:
+    """Actions `[batch, action]` of the policy without its noise, at observations `[batch, obs]`."""
     seen = (obs - policy.mean) / policy.std
     return policies.mean_action(networks.apply_network(policy.policy, seen.T)).T

@@ -21,7 +21,7 @@ from tests.programs.programs import mostly, step
 
 SEEDS = 3
 SLOW = ("mle", "vep", "funcbo", "funcbo_reward_only")  # discrete actions
-SLOW_CONTINUOUS = ("omd", "vep", "mle", "funcbo")
+SLOW_CONTINUOUS = tuple(soft_actor_critic_agents.AGENTS)
 DISCOUNT = 0.5
 TEMPERATURE = 0.1
 SITUATIONS = jnp.stack([situation.observation for situation in probes.SITUATIONS])

@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from purejax_bilevel import replay
+from purejax_bilevel import load_policy, replay
 from purejax_bilevel.configuration import replace
 from purejax_bilevel.errors import UserError
 from purejax_bilevel.programs.control import agents
 from purejax_bilevel.programs.control.q_learning import Config
-from purejax_bilevel.runtime import loop
+from purejax_bilevel.runtime import artefacts, loop
 from purejax_bilevel.runtime.devices import make_mesh
 from tests.programs.programs import (
     check_resume_is_bitwise,
@@ -86,7 +86,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 # Their rules are those of smoothfbo, funcbo_dual and mle, and in tests/test_reference.py.
 COVERED = (
     *("funcbo", "funcbo_reward_only", "vep"),
-    *("omd_neumann_no_warm_hard", "mle_probabilistic_true_reward_acrobot"),
+    *("omd_cg_many_steps_ema", "omd_neumann_no_warm_hard", "mle_probabilistic_true_reward_acrobot"),
 )
 SHARDED = ("omd", "smoothfbo")
 
@@ -137,10 +137,13 @@ def test_seeds_act_differently_and_settings_learn_differently(trained: tuple):
         assert len(np.unique(models[::2], axis=0)) == rates
 
 
-ALONE = ("omd", "smoothfbo")  # by default; the others are the same program with another step
+ALONE = ("omd",)  # by default; the others are the same program with another step
+WINDOWED = [pytest.param("smoothfbo", marks=pytest.mark.slow)]
 
 
-@pytest.mark.parametrize("trained", mostly([*agents.AGENTS, "smoothfbo"], set(agents.AGENTS) - {*ALONE}), indirect=True)
+@pytest.mark.parametrize(
+    "trained", mostly([*agents.AGENTS, "smoothfbo"], {*agents.AGENTS, "smoothfbo"} - {*ALONE}), indirect=True
+)
 def test_member_equals_a_run_of_its_own(trained: tuple):
     """The widest member of a grid on eight devices, and alone on one: programs of other shapes, equal to rounding."""
     config, part, outcome = trained
@@ -153,6 +156,32 @@ def test_member_equals_a_run_of_its_own(trained: tuple):
     )
 
 
+@pytest.mark.parametrize("trained", ["omd"], indirect=True)
+def test_the_policy_that_a_run_leaves_is_greedy(trained: tuple, tmp_path: Path):
+    _, part, outcome = trained
+    settings = [part.grid.settings(member) for member in range(len(part.grid))]
+    rng = np.random.default_rng(0)
+    tree = jax.vmap(part.program.artefact)(outcome.state[0][0])
+    tree = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape, np.float32), tree)  # so that both actions occur
+    artefacts.save(tmp_path, part.program.artefact_kind, tree, settings, {})
+    obs = rng.standard_normal((40, 4), np.float32)
+    heads = jax.tree.map(lambda leaf: leaf[3], tree["q"])
+    values = []
+    for first, *layers in heads:
+        outputs = obs @ first.kernel + first.bias
+        for layer in layers:
+            outputs = np.maximum(outputs, 0.0) @ layer.kernel + layer.bias
+        values.append(outputs)
+    expected = np.mean(values, 0).argmax(1)
+    act = load_policy(f"{tmp_path}#3")
+    np.testing.assert_array_equal(act(obs), expected)
+    assert 0 < expected.sum() < 40
+    assert jax.jit(act)(obs[7]) == expected[7]
+    with pytest.raises(UserError, match=r"observes 4 numbers, got \[3\]"):
+        act(np.zeros(3))
+
+
+@pytest.mark.slow  # with a small program: tests/runtime/test_loop.py
 @pytest.mark.parametrize("trained", ["omd"], indirect=True)
 def test_vmapped_members_agree(trained: tuple):
     config, _, one_by_one = trained
@@ -174,6 +203,7 @@ def test_resume_is_bitwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, devi
     check_resume_is_bitwise(config, tmp_path, monkeypatch, resumed_on=devices)
 
 
+@pytest.mark.slow  # with a small program: tests/runtime/test_loop.py
 def test_a_member_that_diverges_leaves_the_others_untouched(capsys: pytest.CaptureFixture):
     small = replace(SMALL, agent_type="sql")
     part, outcome = train(replace(small, inner_lr=(1e-3, 1e30)), num_seeds=1)

@@ -15,6 +15,7 @@ import yaml
 from jax.flatten_util import ravel_pytree
 
 import train_rl
+from purejax_bilevel import load_policy
 from purejax_bilevel.configuration import replace
 from purejax_bilevel.errors import UserError
 from purejax_bilevel.programs.control import acting, agents, q_learning, soft_actor_critic, soft_actor_critic_agents
@@ -22,7 +23,7 @@ from purejax_bilevel.programs.control.soft_actor_critic import Config
 from purejax_bilevel.programs.control.soft_actor_critic_agents import Learner
 from purejax_bilevel.programs.tabular import program as tabular
 from purejax_bilevel.replay import Batch
-from purejax_bilevel.runtime import loop
+from purejax_bilevel.runtime import artefacts, loop
 from purejax_bilevel.runtime.devices import make_mesh
 from purejax_bilevel.studies import command_line
 from tests.programs.programs import (
@@ -84,7 +85,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-COVERED = ("mle", "vep", "funcbo", "omd_as_the_original")  # by omd and smoothfbo, and in tests/test_reference.py
+# By omd, and in test_q_learning.py and tests/test_reference.py.
+COVERED = ("mle", "vep", "funcbo", "smoothfbo", "omd_copies", "omd_as_the_original")
 
 
 @pytest.fixture(scope="module", params=mostly(VARIANTS, COVERED), ids=str)
@@ -487,6 +489,12 @@ def test_command_line_runs_and_resumes(tmp_path: Path, capsys: pytest.CaptureFix
     ).split()
     assert command_line.main(train_rl.configuration(words), "", words) == 0
     assert (tmp_path / "run" / "policy.gif").stat().st_size > 0
+    saved = artefacts.load(tmp_path / "run", "actor").member(0)
+    obs = outputs = np.array([[0.6, -0.8, 2.0], [1.0, 0.0, 0.0]], np.float32)
+    for layer in range(len(saved) // 2):
+        inputs = outputs if layer == 0 else np.maximum(outputs, 0.0)
+        outputs = inputs @ saved[f"policy.{layer}.kernel"] + saved[f"policy.{layer}.bias"]
+    np.testing.assert_allclose(load_policy(str(tmp_path / "run"))(obs), np.tanh(outputs[:, :1]), rtol=1e-4)
     words = f"--resume {tmp_path / 'run'} --num_train_steps 30 --quiet --devices 1".split()
     assert command_line.main(train_rl.configuration(words), "", words) == 2
     assert "--capacity 0 stood for 20" in capsys.readouterr().err  # all of 20 steps are not all of 30

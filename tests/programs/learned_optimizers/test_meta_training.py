@@ -50,6 +50,7 @@ def on_two() -> Any:
     return programs.train(SMALL, 1, devices=2)[1]
 
 
+@pytest.mark.slow  # as tests/programs/test_examples.py has it for a small program
 def test_a_population_is_the_same_on_any_number_of_devices(on_two: Any) -> None:
     for number in (1, 8):
         other = programs.train(SMALL, 1, devices=number)[1]

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import train_rl
+from purejax_bilevel import load_policy
 from purejax_bilevel.configuration import replace
 from purejax_bilevel.errors import UserError
 from purejax_bilevel.programs.learned_optimizers import ARTEFACT_KIND, program, update_rules
@@ -78,6 +79,7 @@ def test_every_bias_learns_and_members_differ(trained: tuple) -> None:
         assert path[-1].key == "kernel" or leaf.all()
 
 
+@pytest.mark.slow  # as for Q-learning: tests/programs/control/test_q_learning.py
 def test_member_equals_a_run_of_its_own(trained: tuple) -> None:
     """The last member of a grid on eight devices, and alone on one: programs of other shapes, equal to rounding."""
     config, part, outcome = trained
@@ -145,6 +147,13 @@ def test_the_script_leaves_a_policy(tmp_path: Path) -> None:
     policy = artefacts.load(tmp_path / "run", "policy").member(0)
     assert policy["params.actor.Dense_0.kernel"].shape == (4, 4)
     assert policy["observations.mean"].shape == (4,)
+    obs = np.random.default_rng(0).standard_normal((9, 4)).astype(np.float32)
+    hidden = (obs - policy["observations.mean"]) / np.sqrt(policy["observations.variance"] + 1e-8)
+    layers = sum(name.startswith("params.actor") and name.endswith("kernel") for name in policy)
+    for layer in range(layers):
+        own = f"params.actor.Dense_{layer}"
+        hidden = (hidden if layer == 0 else np.maximum(hidden, 0)) @ policy[f"{own}.kernel"] + policy[f"{own}.bias"]
+    np.testing.assert_array_equal(load_policy(str(tmp_path / "run"))(obs), hidden.argmax(1))
     with pytest.raises(UserError, match="is a policy, not a learned optimiser"):
         replace(SMALL, optimizer="open", model=str(tmp_path / "run")).resolved()
 
