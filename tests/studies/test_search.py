@@ -153,7 +153,7 @@ def test_random_search_without_rounds(toy, tmp_path):
     ("changes", "calls"),
     [
         (HALVING, (0, 11, 15)),
-        ({"search": {"method": "es", "population": 4, "generations": 2}}, (6, 17)),
+        pytest.param({"search": {"method": "es", "population": 4, "generations": 2}}, (6, 17), marks=pytest.mark.slow),
     ],
     ids=["halving", "es"],
 )

@@ -83,9 +83,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-# Their rules are those of smoothfbo, funcbo_dual and mle, and in tests/test_reference.py.
+# Their rules are those of smoothfbo, omd and mle, and in tests/test_reference.py.
 COVERED = (
-    *("funcbo", "funcbo_reward_only", "vep"),
+    *("funcbo", "funcbo_reward_only", "funcbo_dual", "vep"),
     *("omd_cg_many_steps_ema", "omd_neumann_no_warm_hard", "mle_probabilistic_true_reward_acrobot"),
 )
 SHARDED = ("omd", "smoothfbo")

@@ -154,6 +154,7 @@ def test_vmapped_members_agree(trained: tuple):
         np.testing.assert_allclose(together.rows[0][name], one_by_one.rows[0][name], rtol=2e-3)
 
 
+@pytest.mark.slow  # as in test_q_learning.py
 def test_step_counter_stays_shared_under_vmap():
     config = replace(SMALL, smoothing="window", smoothing_window=9, num_envs=2)
     mesh = make_mesh(1, 1)

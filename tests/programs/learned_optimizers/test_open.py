@@ -538,6 +538,7 @@ def test_products_have_all_bits_of_float32_on_every_device() -> None:
     assert {equation.params["precision"] for equation in products} == {(jax.lax.Precision.HIGHEST,) * 2}
 
 
+@pytest.mark.slow
 def test_scan_in_a_chain_compiles_once(strict_promotion: Any) -> None:
     agent = make_agent()
     optimiser = optax.chain(optax.clip_by_global_norm(0.5), open_optimizer(drawn_weights()))

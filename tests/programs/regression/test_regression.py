@@ -108,6 +108,7 @@ def test_a_member_does_not_depend_on_its_neighbours(together: loop.Outcome, opti
     assert_same(member(together.rows[0], 3), member(other.rows[0], -1), 1e-4)
 
 
+@pytest.mark.slow  # networks of a traced width: tests/test_networks.py
 def test_small_sizes_in_larger_arrays_are_the_small_program():
     sizes = {"window_size": 2, "grad_buffer_size": 1, "regret_window": 2, "hidden_dim": 3}
     mixed = train(replace(SMALL, **{name: (size, size + 4) for name, size in sizes.items()}), num_seeds=1).rows[0]
