@@ -103,7 +103,7 @@ def apart(heads: Heads) -> tuple[Apart, ...]:
 
 def layers_of(network: Network) -> Apart:
     """The inverse of `network_of`."""
-    return network.apart()[0] if isinstance(network, Joined) else network
+    return _apart(network)[0]
 
 
 def _apart(network: Network) -> Sequence[Apart]:

@@ -491,8 +491,7 @@ def largest_array(program: jax.extend.core.ClosedJaxpr) -> int:
 
     Arguments and results of the program itself, which devices share, do not count.
     """
-    inner = [_subprograms(equation) for equation in program.jaxpr.eqns]
-    return max((_largest(jaxpr) for found in inner for jaxpr in found), default=0)
+    return max(map(_largest_inside, program.jaxpr.eqns), default=0)
 
 
 def _largest(jaxpr: jax.extend.core.Jaxpr) -> int:
@@ -502,14 +501,9 @@ def _largest(jaxpr: jax.extend.core.Jaxpr) -> int:
             made: list[Any] = [variable.aval for variable in equation.outvars if hasattr(variable.aval, "shape")]
             sizes = [math.prod(array.shape) * getattr(array.dtype, "itemsize", 0) for array in made]
             largest = max(largest, *sizes, 0)
-        largest = max(largest, *map(_largest, _subprograms(equation)), 0)
+        largest = max(largest, _largest_inside(equation))
     return largest
 
 
-def _subprograms(equation: jax.extend.core.JaxprEqn) -> list[jax.extend.core.Jaxpr]:
-    core = jax.extend.core
-    leaves = jax.tree.leaves(
-        list(equation.params.values()), is_leaf=lambda leaf: isinstance(leaf, (core.Jaxpr, core.ClosedJaxpr))
-    )
-    found = [leaf.jaxpr if isinstance(leaf, core.ClosedJaxpr) else leaf for leaf in leaves]
-    return [leaf for leaf in found if isinstance(leaf, core.Jaxpr)]
+def _largest_inside(equation: jax.extend.core.JaxprEqn) -> int:
+    return max(map(_largest, jax.extend.core.jaxprs_in_params(equation.params)), default=0)

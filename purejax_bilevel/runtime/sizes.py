@@ -8,7 +8,7 @@ the memory, and the compiler tells what all need together. What neither foresees
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -116,11 +116,9 @@ def check_fits(
     Raises:
         UserError: with the estimate, the memory there is, and what to lower.
     """
-    device, own = mesh.local_devices[0], len(mesh.local_devices)
-    shared = device.platform == "cpu"
-    available, wanted = free(device), needed * own if shared else needed
-    if available is None or wanted <= SAFE_SHARE * available:
+    if (lack := _lack(mesh, needed, free)) is None:
         return
+    wanted, available, told = lack
     members = sum(len(part.grid) for part in parts)
     fitting = int(members * SAFE_SHARE * available / wanted)
     size, label = max(zip(sizes, (part.label for part in parts), strict=True))
@@ -131,8 +129,7 @@ def check_fits(
         else "Not even one fits: lower"
     )
     raise UserError(
-        f"{members} member{'s do' if members > 1 else ' does'} not fit: {what} would need {bytes_in_words(wanted)}, "
-        f"{'this machine has' if shared else f'each {device.platform} device has'} {bytes_in_words(available)} free. "
+        f"{members} member{'s do' if members > 1 else ' does'} not fit: {what} would need {told}. "
         f"{lower} {smaller}, or use more memory."
     )
 
@@ -148,16 +145,28 @@ def check_array(mesh: Mesh, largest: int, free: Callable[[Any], int | None] = de
     Raises:
         UserError: with the size, the memory there is, and what to lower.
     """
+    if (lack := _lack(mesh, largest, free)) is not None:
+        raise UserError(
+            f"a single array of a step would need {lack.told}: lower widths, batches, rollouts or copies of the "
+            "environment, or --member_batch, or use more memory."
+        )
+
+
+class _Lack(NamedTuple):
+    wanted: int  # bytes
+    available: int
+    told: str  # both in words
+
+
+def _lack(mesh: Mesh, needed: int, free: Callable[[Any], int | None]) -> _Lack | None:
+    """What is wanted and what there is, where so many bytes on each device are too many; None where they fit."""
     device = mesh.local_devices[0]
     shared = device.platform == "cpu"
-    available, wanted = free(device), largest * len(mesh.local_devices) if shared else largest
+    available, wanted = free(device), needed * len(mesh.local_devices) if shared else needed
     if available is None or wanted <= SAFE_SHARE * available:
-        return
-    raise UserError(
-        f"a single array of a step would need {bytes_in_words(wanted)}, "
-        f"{'this machine has' if shared else f'each {device.platform} device has'} {bytes_in_words(available)} free: "
-        "lower widths, batches, rollouts or copies of the environment, or --member_batch, or use more memory."
-    )
+        return None
+    who = "this machine has" if shared else f"each {device.platform} device has"
+    return _Lack(wanted, available, f"{bytes_in_words(wanted)}, {who} {bytes_in_words(available)} free")
 
 
 class Limits:

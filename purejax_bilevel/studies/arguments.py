@@ -9,7 +9,7 @@ import itertools
 import sys
 import types
 import typing
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any
@@ -107,20 +107,23 @@ def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def with_settings_file(words: Sequence[str], parser: type, left_out: Container[str] = ()) -> list[str]:
-    """The words of a command line after those that say the same as the file that `--config` names.
+def with_settings(
+    words: Sequence[str], settings: Mapping[str, Any], parser: type, left_out: Container[str] = ()
+) -> list[str]:
+    """The words of a command line after those that say the same as a file of settings.
 
     Args:
         words: of the command line; what they state is not taken from the file.
+        settings: in the file.
         parser: from `parser_of`.
         left_out: names in the file that are of no option.
 
     Raises:
-        UserError: no such file, or it names what is no option.
+        UserError: the file names what is no option.
     """
     known, given = declared_types(parser), {option_name(word) for word in words}
     said: list[str] = []
-    for name, value in settings_file(words).items():
+    for name, value in settings.items():
         if name in left_out or name in given or value is None:
             continue
         if name not in known:

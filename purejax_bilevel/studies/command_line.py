@@ -212,12 +212,13 @@ def parse(config_class: type, description: str, given: Sequence[str] | None = No
         UserError: a value that is not allowed, or a setting that differs from the run to be resumed.
     """
     words = words_of(given)
-    named = stated(words, agents.FIELD) or str(arguments.settings_file(words).get(agents.FIELD, ""))
+    settings = arguments.settings_file(words)
+    named = stated(words, agents.FIELD) or str(settings.get(agents.FIELD, ""))
     if ":" in named and (known := agents.registry(config_class)) is not None:
         known.check(named)  # loaded now, so that `--help` knows it
     parser = arguments.parser_of(Options, config_class)
     hidden = [field.name for field in fields(config_class) if field.metadata.get("hidden")]
-    words = _spell_agent_type(arguments.with_settings_file(words, parser, hidden))
+    words = _spell_agent_type(arguments.with_settings(words, settings, parser, hidden))
     values = arguments.read(parser, description, words)
     if values["resume"] is not None:
         if values["config"] is not None:

@@ -4,8 +4,9 @@ What does not fit the memory is refused. A dry run ends here.
 """
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 
@@ -13,16 +14,19 @@ from purejax_bilevel.errors import UserError
 from purejax_bilevel.members import bytes_in_words, counted
 from purejax_bilevel.runtime import devices, sizes
 from purejax_bilevel.runtime.compiled import CompiledProgram
+from purejax_bilevel.runtime.options import HowToRun
 from purejax_bilevel.runtime.progress import duration
 from purejax_bilevel.runtime.schedule import num_rows
 from purejax_bilevel.studies.arguments import Options
+
+H = TypeVar("H", bound=HowToRun)
 
 
 class Told(Exception):
     """A dry run has told what it can."""
 
 
-class Forecast:
+class Forecast(sizes.Limits):
     """Watches a run (`loop.Watcher`): tells what it needs and refuses what does not fit.
 
     Args:
@@ -45,9 +49,10 @@ class Forecast:
         quiet: bool = False,
         free: Callable[[Any], int | None] = devices.free_memory,
     ):
+        super().__init__(free)
         self.title, self.only, self.quiet = title, only, quiet
         self.num_devices = 0
-        self._console, self._work, self._free = console, work, free
+        self._console, self._work = console, work
 
     def planned(self, program: CompiledProgram) -> None:
         """Prints what will run; refuses states that do not fit."""
@@ -61,21 +66,14 @@ class Forecast:
             f"{self.title}: {at_once} in {counted(len(parts), 'sub-program')}{f' ({names})' if names else ''}, "
             f"{steps} each, on {counted(self.num_devices, f'{device.platform} device')}"
         )
-        sizes.check_states(parts, program.bytes_per_member, program.mesh, self._free)
+        super().planned(program)
         if self.only:
             self._say("compiling...")  # a dry run has no progress bar, which would end as stopped
 
-    def traced(self, program: CompiledProgram, largest: int) -> None:
-        """Refuses arrays that do not fit."""
-        sizes.check_array(program.mesh, largest, self._free)
-
     def compiled(self, program: CompiledProgram, state: Any, steps: int, total: int) -> Any:
         """Prints memory and time of the compiled program; refuses what does not fit."""
-        del total
-        needed = program.device_bytes
-        if needed is not None:
-            what = "the compiled program"
-            sizes.check_fits(program.parts, program.bytes_per_member, program.mesh, needed, what, self._free)
+        state = super().compiled(program, state, steps, total)
+        if (needed := program.device_bytes) is not None:
             self._tell_memory(program, needed)
         if steps == 0 and not self.quiet:
             state = self._tell_time(program, state)
@@ -114,6 +112,11 @@ def check_dry_run(options: Options) -> None:
     """
     if options.resume is not None:
         raise UserError(f"--dry_run does not go with --resume {options.resume}, whose run has begun.")
+
+
+def unlogged(options: H) -> H:
+    """The options of a run that leaves nothing and shows no progress."""
+    return dataclasses.replace(options, wandb_mode="disabled", tensorboard=False, quiet=True)
 
 
 @contextlib.contextmanager

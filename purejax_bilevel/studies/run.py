@@ -95,7 +95,7 @@ def forecast(config: Configuration, num_seeds: int, seed: int, options: RunOptio
     with forecasts.dry_run(console):
         training.train(
             [_as_agent(part, resolved)],
-            dataclasses.replace(options, wandb_mode="disabled", tensorboard=False, quiet=True),
+            forecasts.unlogged(options),
             console,
             forecasts.Forecast(resolved.title, console, only=True),
             [part],

@@ -15,7 +15,6 @@ import functools
 import importlib
 import os
 import tempfile
-import types
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -47,7 +46,7 @@ from purejax_bilevel.studies import search as searches
 from purejax_bilevel.studies import video as videos
 from purejax_bilevel.studies.arguments import Options
 from purejax_bilevel.studies.command_line import how_to_run
-from purejax_bilevel.studies.forecast import Forecast, Told, check_dry_run, dry_run
+from purejax_bilevel.studies.forecast import Forecast, Told, check_dry_run, dry_run, unlogged
 from purejax_bilevel.studies.plan import SweptAgent, make_agents
 from purejax_bilevel.studies.study import Study
 from purejax_bilevel.studies.training import Trained
@@ -90,14 +89,14 @@ def run(study: Study, options: Options, console: Console) -> list[xarray.Dataset
 def _forecast(study: Study, agents: Sequence[SweptAgent], options: Options, console: Console) -> None:
     """Tells what each program of a sweep will need; a search keeps its rounds, so it has a folder for this long."""
     check_dry_run(options)
-    told = dataclasses.replace(options, wandb_mode="disabled", tensorboard=False, quiet=True)
+    told = how_to_run(unlogged(options))
     forecast = Forecast(study.name, console, work=_work(study), only=True)
     with dry_run(console), tempfile.TemporaryDirectory() as place:
         if study.search.in_rounds:
-            _in_rounds(study, agents, RunOptions(Path(place), **how_to_run(told)), console, forecast)
+            _in_rounds(study, agents, RunOptions(Path(place), **told), console, forecast)
         for family in study.by_program:
             with contextlib.suppress(Told):
-                _train_family(study, family, agents, RunOptions(**how_to_run(told)), console, forecast)
+                _train_family(study, family, agents, RunOptions(**told), console, forecast)
 
 
 def _run_in(
@@ -231,7 +230,7 @@ def _datasets(
     found, about = {}, _about(agents, forecast)
     for family, together in zip(study.by_program, trained, strict=True):
         for number, agent in enumerate(together.agents):
-            found[agent.label] = _dataset(family, agent, *together.outcome_of(number), about)
+            found[agent.label] = _dataset(family, agent, *together.outcome_of(number), about, {})
     return [found[agent.label] for agent in agents]
 
 
@@ -291,7 +290,7 @@ def _dataset(
     part: Part,
     outcome: loop.Outcome,
     about: Mapping[str, int],
-    extra: Mapping[str, np.ndarray] = types.MappingProxyType({}),
+    extra: Mapping[str, np.ndarray],
 ) -> xarray.Dataset:
     by, over = rounds.selecting(study, part.program)
     attrs = {

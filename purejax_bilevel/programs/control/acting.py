@@ -34,6 +34,26 @@ class State(flax.struct.PyTreeNode):
     learner: Any  # an `agents.Learner`; that of continuous actions has more
 
 
+def arrived(
+    state: S, storage: jax.Array, obs: jax.Array, environment: Any, reward: jax.Array, ended: jax.Array
+) -> tuple[S, jax.Array, jax.Array]:
+    """A state after a step of its environment, or of all copies of it, with what came of the step.
+
+    Returns:
+        The state, whether an episode ended (0 or 1), and the return of the episode up to this step.
+    """
+    dtype = state.obs.dtype
+    done = ended.astype(dtype)
+    episode_return = state.episode_return + reward
+    state = state.replace(
+        obs=obs.astype(dtype),
+        environment=environment,
+        storage=storage,
+        episode_return=(1.0 - done) * episode_return,
+    )
+    return state, done, episode_return
+
+
 def step_copies(
     task: environments.Continuous, state: S, action: jax.Array, key: jax.Array, number: jax.Array
 ) -> tuple[S, Metrics]:
@@ -46,22 +66,13 @@ def step_copies(
         key: consumed.
         number: which block of the buffer is written.
     """
-    dtype = state.obs.dtype
     step = jax.vmap(task.environment.step, (0, 0, 0, None))
     keys = jax.random.split(key, action.shape[0])
     obs, environment, reward, terminated, truncated, info = step(keys, state.environment, action, task.params)
-    next_obs = info["final_observation"].astype(dtype)
+    next_obs = info["final_observation"].astype(state.obs.dtype)
     storage = replay.add_block(state.storage, number, state.obs, action, reward, next_obs, terminated)
-    done = (terminated | truncated).astype(dtype)
-    episode_return = state.episode_return + reward
-    metrics = {"training_return": (jnp.vdot(done, episode_return), done.sum())}
-    state = state.replace(
-        obs=obs.astype(dtype),
-        environment=environment,
-        storage=storage,
-        episode_return=(1.0 - done) * episode_return,
-    )
-    return state, metrics
+    state, done, episode_return = arrived(state, storage, obs, environment, reward, terminated | truncated)
+    return state, {"training_return": (jnp.vdot(done, episode_return), done.sum())}
 
 
 class Acting(Program[C]):

@@ -34,7 +34,7 @@ from purejax_bilevel.errors import UserError
 from purejax_bilevel.program import Metrics, Tree
 from purejax_bilevel.programs import saved_policies
 from purejax_bilevel.programs.control import agents, rollouts
-from purejax_bilevel.programs.control.acting import ACT, ENVIRONMENT, INIT, LEARN, Acting, State
+from purejax_bilevel.programs.control.acting import ACT, ENVIRONMENT, INIT, LEARN, Acting, State, arrived
 from purejax_bilevel.programs.control.settings import Evaluation, Inner, QLearning, Replay, Schedule, SoftQ, Task
 
 
@@ -174,16 +174,8 @@ class ModelBased(Acting[Config]):
         one_hot = jax.nn.one_hot(action, self.task.num_actions, dtype=dtype)
         next_obs = info["final_observation"].astype(dtype)
         storage = replay.add(state.storage, t, state.obs, one_hot, reward, next_obs, terminated)
-        done = (terminated | truncated).astype(dtype)
-        episode_return = state.episode_return + reward
-        metrics = {"training_return": (done * episode_return, done)}
-        state = state.replace(
-            obs=obs.astype(dtype),
-            environment=environment,
-            storage=storage,
-            episode_return=(1.0 - done) * episode_return,
-        )
-        return state, metrics
+        state, done, episode_return = arrived(state, storage, obs, environment, reward, terminated | truncated)
+        return state, {"training_return": (done * episode_return, done)}
 
     def _draw(self, storage: jax.Array, config: Config, t: jax.Array, key: jax.Array) -> replay.Batch:
         sample_key, noise_key = jax.random.split(key) if config.prob_model else (key, None)

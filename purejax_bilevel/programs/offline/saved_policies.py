@@ -36,12 +36,9 @@ class SavedPolicy(NamedTuple):
 
 def saved(learner: Learner) -> SavedPolicy:
     """What is kept of a learner; the networks one by one, whether they are joined here or not."""
-    policy, q, target_q = (
-        networks.layers_of(learner.policy),
-        networks.apart(learner.q),
-        networks.apart(learner.target_q),
-    )
-    return SavedPolicy(policy, q, target_q, learner.log_temperature, learner.units.mean, learner.units.std)
+    q, target_q = networks.apart(learner.q), networks.apart(learner.target_q)
+    policy, units = networks.layers_of(learner.policy), learner.units
+    return SavedPolicy(policy, q, target_q, learner.log_temperature, units.mean, units.std)
 
 
 def continued(learner: Learner, policy: SavedPolicy) -> Learner:

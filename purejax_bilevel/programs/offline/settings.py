@@ -22,8 +22,8 @@ from purejax_bilevel.programs.offline.modes import MODES
 
 GROUP = "dynamics ensemble"
 MODE = Check(f"one of {', '.join(MODES)}", lambda name: isinstance(name, str) and name in MODES)
-UNCERTAINTIES = ("mode", *KINDS)
-UNCERTAINTY = Check(f"one of {', '.join(UNCERTAINTIES)}", lambda name: isinstance(name, str) and name in UNCERTAINTIES)
+ASKED = ("mode", *KINDS)
+UNCERTAINTY = Check(f"one of {', '.join(ASKED)}", lambda name: isinstance(name, str) and name in ASKED)
 BOUND = Check("a finite number above 0", lambda x: 0 < x < float("inf"))
 SHARE = Check("a number above 0 and below 1", lambda x: 0 < x < 1)
 THRESHOLD = Check("a number (inf: none)", lambda x: x == x)
