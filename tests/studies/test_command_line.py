@@ -138,7 +138,10 @@ def test_a_run_leaves_everything_behind_and_resumes(tmp_path: Path, capsys: pyte
     assert len((place / "command.txt").read_text().splitlines()) == 2
 
 
-def test_a_dry_run_tells_the_plan_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_a_dry_run_tells_the_plan_and_writes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(loop.Run, "_advance", None)  # nor does it train
     words = f"{TINY} --output_dir {tmp_path / 'runs'} --num_seeds 3 --lr 1e-3 1e-2 --devices 2 --dry_run"
     assert main(f"{words} --tensorboard --wandb_mode offline") == 0
     told = " ".join(capsys.readouterr().err.split())

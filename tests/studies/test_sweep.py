@@ -489,7 +489,8 @@ def test_the_plan_is_told_and_memory_is_checked(toy, tmp_path, capsys, monkeypat
 
 
 @pytest.mark.parametrize("changes", [{}, {"search": {"halving": 1}}])
-def test_a_dry_run_tells_the_plan_and_writes_nothing(toy, tmp_path, capsys, changes):
+def test_a_dry_run_tells_the_plan_and_writes_nothing(toy, tmp_path, capsys, monkeypatch, changes):
+    monkeypatch.setattr(loop.Run, "_advance", None)  # nor does it train
     path = tmp_path / "plan.yaml"
     path.write_text(yaml.safe_dump(TOY | changes))
     words = ["--config", str(path), "--output_dir", str(tmp_path / "runs"), "--dry_run", "--tensorboard"]
