@@ -24,8 +24,11 @@ fi
 [[ ! -e "$STAND_INS/fail" ]]
 """
 PYTHON = """#!/usr/bin/env bash
-if [[ "$1 $2" == "-m pip" ]]; then
+if [[ "$1 $2 $3" == "-m pip config" ]]; then
+  cat "$STAND_INS/pip-settings" 2>/dev/null
+elif [[ "$1 $2" == "-m pip" ]]; then
   echo "${*:2}" >>"$STAND_INS/calls"
+  if [[ "${!#}" == uv==* ]]; then cp "$STAND_INS/fetched-uv" "$(dirname "$0")/uv"; fi
 elif [[ "$1 $2" == "-m venv" ]]; then
   mkdir -p "$3/bin" && touch "$3/pyvenv.cfg"
   [[ ! -e "$STAND_INS/fail" ]] && cp "$0" "$3/bin/python"
@@ -213,9 +216,31 @@ def test_without_uv_venv_and_pip_do_it(repository: Repository) -> None:
     # What the failed venv left is not taken for an environment.
     result = repository.run("python", "-c", "print(1 + 1)", PUREJAX_BILEVEL_PYTHON="my-python")
     assert result.stdout == "2\n"
-    (install,) = repository.installs()
+    fetching, install = repository.installs()
+    assert "--no-deps uv==" in fetching  # in vain
     assert "requirements-base.txt" in install
     assert "--no-compile" in install
+
+
+@pytest.mark.parametrize(("setting", "fetched"), [("", True), ("global.index-url='https://own'", False)])
+def test_pip_fetches_uv_unless_it_has_an_index_of_its_own(repository: Repository, setting: str, fetched: bool) -> None:
+    repository.program("uv", "#!/bin/sh\nexit 127\n")
+    repository.program("my-python", PYTHON)
+    repository.program("fetched-uv", UV)
+    (repository.stand_ins / "pip-settings").write_text(setting)
+    assert repository.run("true", PUREJAX_BILEVEL_PYTHON="my-python").returncode == 0
+    *fetching, install = repository.installs()
+    assert len(fetching) == int(fetched)
+    assert ("--no-compile" in install) is not fetched  # that is pip
+
+
+def test_pip_installs_where_a_fetched_uv_cannot(repository: Repository) -> None:
+    repository.program("uv", "#!/bin/sh\nexit 127\n")
+    repository.program("my-python", PYTHON)
+    repository.program("fetched-uv", "#!/bin/sh\n[ \"$1\" = --version ]\n")
+    result = repository.run("true", PUREJAX_BILEVEL_PYTHON="my-python")
+    assert result.returncode == 0, result.stderr
+    assert "--no-compile" in repository.installs()[-1]
 
 
 def test_modules_are_compiled_where_python_may_not_write_them_later(repository: Repository) -> None:
