@@ -30,6 +30,7 @@ import tyro
 
 GRAPHS = "--xla_gpu_enable_command_buffer=+WHILE,+CONDITIONAL"
 QUICK = "--xla_backend_optimization_level=0"  # small runs take as long as it takes to compile them
+SMALL_SIZES: dict[str, Any] = {"init_steps": 16, "batch_size": 16, "eval_frequency": 10}  # one program for both checks
 MOST_SECONDS = 600.0  # of one measurement
 CHECKS_SHARE = 0.25  # of the time, kept for the checks, which come last
 
@@ -106,8 +107,7 @@ def measure_learning(small: bool) -> dict[str, Any]:
     from purejax_bilevel.results import statistics
 
     seeds, steps, least = (2, 40, 5) if small else (64, 50_000, 400)
-    init_steps = 32 if small else 1000
-    config = RLConfig(agent_type="sql", num_train_steps=steps, init_steps=init_steps, batch_size=32 if small else 256)
+    config = RLConfig(agent_type="sql", num_train_steps=steps, **(SMALL_SIZES if small else {}))
     results = run(config, num_seeds=seeds, seed=100, quiet=True)
     (row,) = statistics.summary_table(results, "final_return")
     text = f"sql, {steps} steps, {seeds} seeds: {row.iqm:.0f} ({row.low:.0f} to {row.high:.0f}), expected {least}"
@@ -125,8 +125,8 @@ def measure_resume(small: bool) -> dict[str, Any]:
     from purejax_bilevel.studies import run as runs
 
     agent, members, steps = ("sql", 2, 40) if small else ("omd", 64, 4000)
-    sizes = {"init_steps": 16, "batch_size": 16} if small else {}
-    config = RLConfig(agent_type=agent, num_train_steps=steps, eval_frequency=steps // 4, **sizes).resolved()
+    sizes = SMALL_SIZES if small else {"eval_frequency": steps // 4}
+    config = RLConfig(agent_type=agent, num_train_steps=steps, **sizes).resolved()
     part = runs.make_part(config, members, 0)
     with tempfile.TemporaryDirectory() as folder:
         whole = loop.train([part], loop.RunOptions(Path(folder) / "whole", quiet=True))

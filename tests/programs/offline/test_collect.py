@@ -31,7 +31,7 @@ CONFIG = Config(
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("collected")
-    run(CONFIG, folder=folder, quiet=True, num_seeds=2)
+    run(CONFIG, folder=folder, quiet=True, num_seeds=2, devices=1)
     return folder
 
 
