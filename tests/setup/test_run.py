@@ -237,7 +237,7 @@ def test_pip_fetches_uv_unless_it_has_an_index_of_its_own(repository: Repository
 def test_pip_installs_where_a_fetched_uv_cannot(repository: Repository) -> None:
     repository.program("uv", "#!/bin/sh\nexit 127\n")
     repository.program("my-python", PYTHON)
-    repository.program("fetched-uv", "#!/bin/sh\n[ \"$1\" = --version ]\n")
+    repository.program("fetched-uv", '#!/bin/sh\n[ "$1" = --version ]\n')
     result = repository.run("true", PUREJAX_BILEVEL_PYTHON="my-python")
     assert result.returncode == 0, result.stderr
     assert "--no-compile" in repository.installs()[-1]
