@@ -19,7 +19,9 @@ __all__ = [
     "TabularConfig",
     "UserError",
     "__version__",
+    "evaluate_policy",
     "load_policy",
+    "render_policy",
     "run",
 ]
 
@@ -32,7 +34,9 @@ _LAZY = {
     "TabularConfig": ("purejax_bilevel.programs.tabular.program", "Config"),
     "RunOptions": ("purejax_bilevel.runtime.options", "RunOptions"),
     "UserError": ("purejax_bilevel.errors", "UserError"),
+    "evaluate_policy": ("purejax_bilevel.studies.playing", "evaluate_policy"),
     "load_policy": ("purejax_bilevel.programs.saved_policies", "load_policy"),
+    "render_policy": ("purejax_bilevel.studies.playing", "render_policy"),
     "run": ("purejax_bilevel.studies.run", "run"),
 }
 

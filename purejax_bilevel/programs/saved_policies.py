@@ -16,7 +16,8 @@ import numpy as np
 from purejax_bilevel import networks
 from purejax_bilevel.errors import UserError
 
-Q_FUNCTION, ACTOR, POLICY = "Q-function", "actor", "policy"  # kinds of artefacts
+Q_FUNCTION, ACTOR, POLICY = "Q-function", "actor", "policy"
+KINDS = (POLICY, Q_FUNCTION, ACTOR)  # of artefacts
 Arrays = Mapping[str, np.ndarray]
 Function = Callable[[jax.Array], jax.Array]
 
@@ -57,7 +58,7 @@ def _read(place: str) -> Greedy:
     from purejax_bilevel.runtime import artefacts  # imports xarray, which `--help` of programs does not need
 
     where, number = artefacts.place_and_member(place)
-    artefact = artefacts.load(where, POLICY, Q_FUNCTION, ACTOR)
+    artefact = artefacts.load(where, *KINDS)
     arrays, kind = artefact.member(number), artefact.about["kind"]
     try:
         if kind == Q_FUNCTION:

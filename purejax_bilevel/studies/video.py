@@ -56,11 +56,21 @@ def write_video(part: Part, state: Any, member: int, step: int, path: Path) -> P
     own_state = typed_state(part, jax.tree.map(lambda leaf: leaf[member], state[0]))
     episode = part.program.episode  # type: ignore[attr-defined]
     observations, alive = jax.jit(episode)(own_state, own_config, np.int32(step - 1))
-    observations = np.asarray(observations)[np.asarray(alive)]
+    shown = np.asarray(observations)[np.asarray(alive)]
+    return write_gif(shown, str(getattr(part.config, "env_name", "")), part.grid.describe(member), path)
+
+
+def write_gif(observations: np.ndarray, env_name: str, title: str, path: Path) -> Path:
+    """Draws an episode.
+
+    Args:
+        observations: `[steps, obs]`.
+        env_name: says how they look.
+        title: above the picture.
+        path: file to write.
+    """
     stride = math.ceil(len(observations) / MOST_FRAMES)
-    draw = _drawing(str(getattr(part.config, "env_name", "")))
-    title = part.grid.describe(member)
-    frames = []
+    draw, frames = _drawing(env_name), []
     for i in range(0, len(observations), stride):
         image = Image.new("RGB", SIZE, PAPER)
         canvas = ImageDraw.Draw(image)
