@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from purejax_bilevel import interrupts
-from purejax_bilevel.configuration import RUN_LENGTH, from_dict, to_dict, validate
+from purejax_bilevel.configuration import RUN_LENGTH, fields, from_dict, to_dict, validate
 from purejax_bilevel.errors import Interrupted, UserError
 from purejax_bilevel.members import counted
 from purejax_bilevel.program import Configuration
@@ -245,6 +245,7 @@ def read_description(folder: Path, config_class: type) -> Description:
     path = folder / CONFIG
     if not path.is_file():
         raise UserError(f"--resume {folder}: there is no run in that folder (no {CONFIG}).")
+    saved = None
     try:
         saved = yaml.safe_load(path.read_text(encoding="utf-8"))
         config: Configuration = validate(from_dict(config_class, saved["config"]))
@@ -254,7 +255,17 @@ def read_description(folder: Path, config_class: type) -> Description:
         raise UserError(f"--resume {folder}: its {CONFIG} cannot be read ({error.strerror}).") from error
     except (yaml.YAMLError, KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split()).rstrip(".")
+        reason = _other_program(saved, config_class) or reason
         raise UserError(f"--resume {folder}: its {CONFIG} is not of this script ({reason}).") from error
+
+
+def _other_program(saved: Any, config_class: type) -> str:
+    """What a run was of, where its settings are not those of the program asked for; else ""."""
+    config = saved.get("config") if isinstance(saved, dict) else None
+    if not isinstance(config, dict) or config.keys() <= {field.name for field in fields(config_class)}:
+        return ""
+    named = [f"--{name} {config[name]}" for name in ("agent_type", "env_name") if config.get(name)]
+    return f"it is of another program, {' '.join(named)}: --resume alone goes on with it" if named else ""
 
 
 def kept_options(written: Any) -> dict[str, Any]:

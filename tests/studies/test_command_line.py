@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import yaml
 
-from purejax_bilevel import configuration
+from purejax_bilevel import TabularConfig, configuration
 from purejax_bilevel.errors import UserError
 from purejax_bilevel.programs.control.q_learning import Config
 from purejax_bilevel.results import dataset as datasets
@@ -223,6 +223,10 @@ def test_all_cores_are_used_without_being_asked(code: str):
 def test_a_foreign_config_is_refused(tmp_path: Path):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"run": {"seed": 0}, "config": {"temperature": 3}}))
     with pytest.raises(UserError, match=r"its config\.yaml is not of this script"):
+        parse(f"--resume {tmp_path}")
+    config = configuration.to_dict(TabularConfig().resolved())
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"run": {"seed": 0, "num_seeds": 1}, "config": config}))
+    with pytest.raises(UserError, match=r"it is of another program, --agent_type omd: --resume alone goes on with it"):
         parse(f"--resume {tmp_path}")
 
 
