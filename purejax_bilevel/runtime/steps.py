@@ -102,9 +102,17 @@ def fresh_member(
 ) -> Stored:
     """A member with this state, before its first step `t`."""
     keyed = typed_keys(state, jax.eval_shape(functools.partial(_made, functions), config, seed, shared))
-    metrics = [jax.eval_shape(stage.update, keyed, config, t, shared)[1] for stage in functions.stages]
+    steps = [functools.partial(_one_step, stage) for stage in functions.stages]
+    metrics = [jax.eval_shape(step, keyed, config, t, shared)[1] for step in steps]
     sums = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), tuple(metrics))
     return Stored(state, sums, jnp.bool_(False) if functions.may_end_early else ())
+
+
+def _one_step(stage: Stage, state: Tree, config: Configuration, t: jax.Array, shared: Tree) -> tuple[Tree, Tree]:
+    """One step of a stage after its warm-up."""
+    if stage.around is None:
+        return stage.update(state, config, t, shared)
+    return stage.around(lambda one, own: stage.update(one, own, t, shared), state, config, t, t + 1, shared)
 
 
 def run_member(
@@ -229,6 +237,28 @@ def _steps(
     carry: tuple[Tree, Tree],
 ) -> tuple[Tree, Tree]:
     """The steps t..end-1, all before or all after the end of the warm-up; `carry` is the state and what is measured."""
+    if stage.around is None:
+        return _in_a_row(stage, config, shared, block_steps, t, end, carry)
+
+    def steps(one: Tree, own: Configuration) -> tuple[Tree, Tree]:
+        measured = jax.eval_shape(stage.update, one, own, t, shared)[1]
+        nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), measured)
+        return _in_a_row(stage, own, shared, block_steps, t, end, (one, nothing))
+
+    state, metrics = stage.around(steps, carry[0], config, t, end, shared)
+    return state, jax.tree.map(jnp.add, carry[1], metrics)
+
+
+def _in_a_row(
+    stage: Stage,
+    config: Configuration,
+    shared: Tree,
+    block_steps: int,
+    t: jax.Array,
+    end: jax.Array,
+    carry: tuple[Tree, Tree],
+) -> tuple[Tree, Tree]:
+    """The steps of `_steps`, one after another."""
 
     def advance(function: Callable, state: Tree, i: jax.Array) -> tuple[Tree, Tree]:
         return function(state, config, t + i, shared)

@@ -156,7 +156,7 @@ def _check_shown(study: Study, agents: Sequence[SweptAgent]) -> None:
             _check_shown(family, [agent for agent in agents if agent.label in family.agents])
         _check_one_score(study, agents)
         return
-    program = agents[0].templates[0].config.program()
+    program = agents[0].templates[0].program()
     measured = {measure.name for measure in program.measures}
     named = [study.report.variable, study.report.select_by]
     named += [figure["variable"] for figure in study.report.figures if figure["kind"] == "curves"]
@@ -178,7 +178,7 @@ def _check_shown(study: Study, agents: Sequence[SweptAgent]) -> None:
 
 def _check_one_score(study: Study, agents: Sequence[SweptAgent]) -> None:
     """Agents of several programs are compared by something that all of them measure."""
-    found = {rounds.selecting(study, agent.templates[0].config.program())[0] for agent in agents}
+    found = {rounds.selecting(study, agent.templates[0].program())[0] for agent in agents}
     if len(found) > 1:
         raise UserError(
             f"report: the programs have other scores ({', '.join(sorted(found))}); name a variable that all measure."
@@ -236,7 +236,7 @@ def _datasets(
 
 def _check_video(study: Study, agents: Sequence[SweptAgent]) -> None:
     for agent in agents:
-        videos.check(agent.templates[0].config.program())
+        videos.check(agent.templates[0].program())
     if study.search.in_rounds:
         raise UserError("--video does not go with es and halving, which keep no policy: train the setting they find.")
 
@@ -259,7 +259,7 @@ def _in_rounds(
     datasets = []
     for agent, finding in zip(agents, found.findings, strict=True):
         template = agent.templates[0]
-        part = Part(template.config.program(), template.config, finding.grid, agent.label)
+        part = Part(template.program(), template.config, finding.grid, agent.label)
         outcome = loop.Outcome(
             part.program.num_steps,
             [finding.outcome_rows],
