@@ -114,6 +114,7 @@ class Program(Generic[C]):
         step_unit: what a step is, in words.
         population: individuals in each member that may be spread over devices; 0: none.
         artefact_kind: what `artefact` gives, in words (`dynamics ensemble`); "": nothing.
+        adapts: settings that the state holds values of: those in the configuration do not matter.
     """
 
     measures: Sequence[Measure]
@@ -122,6 +123,7 @@ class Program(Generic[C]):
     step_unit: str = "steps"
     population: int = 0
     artefact_kind: str = ""
+    adapts: Sequence[str] = ()
 
     @property
     def num_steps(self) -> int:

@@ -36,14 +36,12 @@ from purejax_bilevel.program import (
     own_individuals,
     population_gather,
 )
+from purejax_bilevel.results.dataset import BEST, INDIVIDUAL, PARENT, POPULATIONS, as_plain, of_population
 from purejax_bilevel.runtime.steps import plain_keys, typed_keys
 from purejax_bilevel.studies.intervals import Interval
 
 # Named streams of random numbers; a constant each, so that adding one moves no other.
 INDIVIDUALS, SETTINGS, TRIALS, PARENTS, CHANGES, COPIES = range(6)
-
-INDIVIDUAL = "individual"  # dimension of the results
-PARENT, BEST = "parent", "best_individual"
 
 
 T = TypeVar("T")
@@ -99,7 +97,9 @@ class PopulationBased(Program[Configuration]):
         self.inner, self.selection, self.population = inner, selection, selection.population
         self.headline, self.step_unit, self.artefact_kind = inner.headline, inner.step_unit, inner.artefact_kind
         self.measures = (*inner.measures, *_measures(inner, config, selection))
-        self._stage, self._interval = stage, selection.interval or stage.eval_every
+        self.adapts = tuple(interval.name for interval in selection.space)
+        self.interval = selection.interval or stage.eval_every
+        self._stage = stage
         headline = inner.measure(inner.headline)
         self._sign = -1.0 if headline is not None and headline.better == "lower" else 1.0
         self._at_once = networks.together() or getattr(config, "vectorized", False)
@@ -166,7 +166,7 @@ class PopulationBased(Program[Configuration]):
 
     def _is_due(self, t: jax.Array) -> jax.Array:
         """Whether all are tried after `t` steps, and copied from before the next one."""
-        return (t % self._interval == 0) & (t > self._stage.warm_up)
+        return (t % self.interval == 0) & (t > self._stage.warm_up)
 
     def _tried(self, state: State, config: Configuration, t: jax.Array, shared: Tree) -> State:
         """The population with its fitness, from evaluations with random numbers of their own."""
@@ -255,9 +255,12 @@ def _measures(inner: Program, config: Configuration, selection: Selection) -> li
     ]
 
 
-def of_population(name: str) -> str:
-    """What a measure or a setting is called in the results where it is that of all individuals."""
-    return f"population_{name}"
+def about(program: Program) -> dict[str, Any]:
+    """Attributes of the results of a program whose members are populations; none of another."""
+    if not isinstance(program, PopulationBased):
+        return {}
+    selection = dataclasses.replace(program.selection, interval=program.interval)
+    return {"program": type(program.inner).__name__, POPULATIONS: as_plain(selection)}
 
 
 # --- what happens to a population -------------------------------------------------------------------------------------

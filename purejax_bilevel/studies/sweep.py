@@ -41,7 +41,7 @@ from purejax_bilevel.runtime import devices, loop, processes, sizes
 from purejax_bilevel.runtime.loggers import LOGGED, Loggers
 from purejax_bilevel.runtime.options import RunOptions
 from purejax_bilevel.studies import folder as folders
-from purejax_bilevel.studies import rounds, training
+from purejax_bilevel.studies import population_based, rounds, training
 from purejax_bilevel.studies import search as searches
 from purejax_bilevel.studies import video as videos
 from purejax_bilevel.studies.arguments import Options
@@ -301,6 +301,7 @@ def _dataset(
         "tasks": [field.name for field in fields(part.config) if field.metadata.get("task")],
         "selection_seeds": list(searches.split_seeds(study)[0]),
         **about,
+        **population_based.about(part.program),
         "compilations": outcome.num_traces,
         "command": datasets.command_line(),
     }
