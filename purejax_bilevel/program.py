@@ -80,9 +80,9 @@ class Stage:
             have no branch: pairs of a number of steps in a row and a function like `update`; the first is for t = 0.
         most_block_steps: in one loop of fixed length on an accelerator, where a stop is noticed only after it; 1 where
             a step takes seconds.
-        around: `(steps, state, config, t, end, shared) -> state, metrics`, the steps t .. end - 1 between two decisions
-            of a state that holds several which step side by side. `update`, `collect` and `cycle` are of one of them,
-            and `steps(one, its config) -> one, metrics` does its steps.
+        around: `(steps, state, config, t, end, shared) -> state`, the steps t .. end - 1 between two decisions of a
+            state that holds several which step side by side. `update`, `collect` and `cycle` are of one of them, and
+            `steps(one, its config, sums) -> one, sums` does its steps and adds its metrics up for `evaluate` to report.
     """
 
     num_steps: int
@@ -96,7 +96,7 @@ class Stage:
     done: Callable[[Tree], jax.Array] | None = None
     cycle: Sequence[tuple[int, Callable[..., tuple[Tree, Metrics]]]] = ()
     most_block_steps: int = 32
-    around: Callable[..., tuple[Tree, Metrics]] | None = None
+    around: Callable[..., Tree] | None = None
 
     @property
     def cycle_steps(self) -> int:

@@ -14,7 +14,7 @@ import jax
 import jax.flatten_util
 import jax.numpy as jnp
 
-from purejax_bilevel.program import Configuration, Program, Stage, Tree
+from purejax_bilevel.program import Configuration, Metrics, Program, Stage, Tree
 
 Cycle = Sequence[tuple[int, Callable]]  # as `Stage.cycle`
 ROWS = 32  # most evaluations in one call: the size of the arrays that take them
@@ -102,17 +102,11 @@ def fresh_member(
 ) -> Stored:
     """A member with this state, before its first step `t`."""
     keyed = typed_keys(state, jax.eval_shape(functools.partial(_made, functions), config, seed, shared))
-    steps = [functools.partial(_one_step, stage) for stage in functions.stages]
-    metrics = [jax.eval_shape(step, keyed, config, t, shared)[1] for step in steps]
+    metrics = [
+        {} if stage.around else jax.eval_shape(stage.update, keyed, config, t, shared)[1] for stage in functions.stages
+    ]
     sums = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), tuple(metrics))
     return Stored(state, sums, jnp.bool_(False) if functions.may_end_early else ())
-
-
-def _one_step(stage: Stage, state: Tree, config: Configuration, t: jax.Array, shared: Tree) -> tuple[Tree, Tree]:
-    """One step of a stage after its warm-up."""
-    if stage.around is None:
-        return stage.update(state, config, t, shared)
-    return stage.around(lambda one, own: stage.update(one, own, t, shared), state, config, t, t + 1, shared)
 
 
 def run_member(
@@ -204,11 +198,15 @@ def _evaluated(
     if stage.done is not None:
         over = done | stage.done(state)
         is_last |= over
-    means = {name: jnp.where(n > 0, sum_ / jnp.maximum(n, 1), jnp.nan) for name, (sum_, n) in sums.items()}
-    row = means | stage.evaluate(state, config, end - 1, is_last, shared)
+    row = means(sums) | stage.evaluate(state, config, end - 1, is_last, shared)
     if stage.done is not None:  # the host may go on to the next stage before such rows are made
         row = jax.tree.map(lambda value: _or_nothing(done, value), row)
     return row, over
+
+
+def means(sums: Metrics) -> dict[str, jax.Array]:
+    """What was measured since the last evaluation; NaN where that is nothing."""
+    return {name: jnp.where(n > 0, sum_ / jnp.maximum(n, 1), jnp.nan) for name, (sum_, n) in sums.items()}
 
 
 def _unless(done: jax.Array, function: Callable, carry: Tree) -> Tree:
@@ -240,13 +238,10 @@ def _steps(
     if stage.around is None:
         return _in_a_row(stage, config, shared, block_steps, t, end, carry)
 
-    def steps(one: Tree, own: Configuration) -> tuple[Tree, Tree]:
-        measured = jax.eval_shape(stage.update, one, own, t, shared)[1]
-        nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), measured)
-        return _in_a_row(stage, own, shared, block_steps, t, end, (one, nothing))
+    def steps(one: Tree, own: Configuration, sums: Tree) -> tuple[Tree, Tree]:
+        return _in_a_row(stage, own, shared, block_steps, t, end, (one, sums))
 
-    state, metrics = stage.around(steps, carry[0], config, t, end, shared)
-    return state, jax.tree.map(jnp.add, carry[1], metrics)
+    return stage.around(steps, carry[0], config, t, end, shared), carry[1]
 
 
 def _in_a_row(

@@ -37,7 +37,7 @@ from purejax_bilevel.program import (
     population_gather,
 )
 from purejax_bilevel.results.dataset import BEST, INDIVIDUAL, PARENT, POPULATIONS, as_plain, of_population
-from purejax_bilevel.runtime.steps import plain_keys, typed_keys
+from purejax_bilevel.runtime.steps import means, plain_keys, typed_keys
 from purejax_bilevel.studies.intervals import Interval
 
 # Named streams of random numbers; a constant each, so that adding one moves no other.
@@ -77,6 +77,7 @@ class State(flax.struct.PyTreeNode):
     parents: jax.Array  # [individuals], whom each was copied from at the latest exploit; itself where it was not
     fitness: jax.Array  # [individuals] at the latest trial, higher is better; NaN where failed
     best: jax.Array  # [], the best one then
+    sums: Metrics  # of the individuals, [individuals] each, since the last evaluation at a multiple of `eval_every`
 
 
 class PopulationBased(Program[Configuration]):
@@ -119,7 +120,9 @@ class PopulationBased(Program[Configuration]):
         settings = {name: values[own].astype(getattr(config, name).dtype) for name, values in drawn.items()}
         begin = lambda key, values: self.inner.init(key, replace(config, **values), shared)  # noqa: E731
         inner = self._each(begin, _keys(jax.random.fold_in(key, INDIVIDUALS), own), settings)
-        return State(key, inner, settings, own, jnp.zeros(own.shape), jnp.int32(0))
+        one = jax.eval_shape(lambda inner: self._stage.update(_of(inner, 0), config, jnp.int32(0), shared)[1], inner)
+        sums = jax.tree.map(lambda leaf: jnp.zeros((*own.shape, *leaf.shape), leaf.dtype), one)
+        return State(key, inner, settings, own, jnp.zeros(own.shape), jnp.int32(0), sums)
 
     def individuals(self, state: State) -> State:
         return jax.tree.map(lambda leaf: True, state).replace(key=False, best=False)
@@ -155,33 +158,43 @@ class PopulationBased(Program[Configuration]):
 
     def _around(
         self, steps: Callable, state: State, config: Configuration, t: jax.Array, end: jax.Array, shared: Tree
-    ) -> tuple[State, Metrics]:
+    ) -> State:
         """A block of steps of all individuals, after an exploit and before a trial where these are due."""
-        state = jax.lax.cond(self._is_due(t), lambda state: self._exploited(state, t), lambda state: state, state)
-        learn = lambda one, values: steps(one, replace(config, **values))  # noqa: E731
-        inner, metrics = self._each(learn, state.inner, state.settings)
-        metrics = _of(population_gather(metrics), state.best)
+        exploited = lambda state: self._exploited(state, t)  # noqa: E731
+        state = jax.lax.cond(self._is_due(t), exploited, lambda state: state, state)
+        is_new = t % self._stage.eval_every == 0
+        sums = jax.tree.map(lambda leaf: jnp.where(is_new, 0, leaf).astype(leaf.dtype), state.sums)
+        learn = lambda one, values, sums: steps(one, replace(config, **values), sums)  # noqa: E731
+        inner, sums = self._each(learn, state.inner, state.settings, sums)
+        state = state.replace(inner=inner, sums=sums)
         tried = lambda state: self._tried(state, config, end - 1, shared)  # noqa: E731
-        return jax.lax.cond(self._is_due(end), tried, lambda state: state, state.replace(inner=inner)), metrics
+        kept = lambda state: (state.fitness, state.best)  # noqa: E731
+        fitness, best = jax.lax.cond(self._is_due(end), tried, kept, state)
+        return state.replace(fitness=fitness, best=best)
 
     def _is_due(self, t: jax.Array) -> jax.Array:
         """Whether all are tried after `t` steps, and copied from before the next one."""
         return (t % self.interval == 0) & (t > self._stage.warm_up)
 
-    def _tried(self, state: State, config: Configuration, t: jax.Array, shared: Tree) -> State:
-        """The population with its fitness, from evaluations with random numbers of their own."""
+    def _tried(self, state: State, config: Configuration, t: jax.Array, shared: Tree) -> tuple[jax.Array, jax.Array]:
+        """Fitness, from evaluations with random numbers of their own, and the best individual."""
         own = own_individuals(self.population)
         keys = _keys(jax.random.fold_in(jax.random.fold_in(state.key, TRIALS), t), own)
 
-        def trial(one: Tree, values: dict[str, jax.Array], key: jax.Array) -> jax.Array:
-            on_trial = with_own_keys(one, key)
-            found = self._evaluate_one(on_trial, replace(config, **values), t, jnp.bool_(False), shared)
+        def trial(one: Tree, values: dict[str, jax.Array], sums: Metrics, key: jax.Array) -> jax.Array:
+            found = self._measured(with_own_keys(one, key), values, sums, config, t, jnp.bool_(False), shared)
             fitness = self._sign * found[self.headline].astype(state.fitness.dtype)
             return jnp.where(self.inner.is_finite(one) & jnp.isfinite(fitness), fitness, jnp.nan)
 
-        fitness = self._each(trial, state.inner, state.settings, keys)
+        fitness = self._each(trial, state.inner, state.settings, state.sums, keys)
         best = _failures_last(population_gather(fitness)).argmax()
-        return state.replace(fitness=fitness, best=best.astype(state.best.dtype))
+        return fitness, best.astype(state.best.dtype)
+
+    def _measured(
+        self, one: Tree, values: dict[str, jax.Array], sums: Metrics, config: Configuration, *rest: Any
+    ) -> dict[str, jax.Array]:
+        """All that the inner program measures of an individual."""
+        return means(sums) | self._evaluate_one(one, replace(config, **values), *rest)
 
     def _exploited(self, state: State, t: jax.Array) -> State:
         """The population after exploit and explore, before step `t`."""
@@ -204,8 +217,8 @@ class PopulationBased(Program[Configuration]):
         self, state: State, config: Configuration, t: jax.Array, is_last: jax.Array, shared: Tree
     ) -> dict[str, jax.Array]:
         """What the inner program measures of the best individual, and headline, parent and settings of all."""
-        judge = lambda one, values: self._evaluate_one(one, replace(config, **values), t, is_last, shared)  # noqa: E731
-        found = population_gather(self._each(judge, state.inner, state.settings))
+        judge = lambda one, values, sums: self._measured(one, values, sums, config, t, is_last, shared)  # noqa: E731
+        found = population_gather(self._each(judge, state.inner, state.settings, state.sums))
         settings, parents = population_gather((state.settings, state.parents))
         first = t // self._stage.eval_every * self._stage.eval_every  # step since the previous evaluation
         parents = jnp.where(self._is_due(first), parents, jnp.arange(self.population))
@@ -324,13 +337,14 @@ def explored(selection: Selection, key: jax.Array, settings: dict[str, jax.Array
     return changed
 
 
-def with_own_keys(one: T, key: jax.Array, is_wanted: jax.Array | bool = True) -> T:
-    """An individual whose every random stream starts from a key, consumed, where that is wanted."""
+def with_own_keys(one: T, key: jax.Array, is_wanted: jax.Array | None = None) -> T:
+    """An individual whose every random stream starts from a key, consumed, where that is wanted (None: it is)."""
     leaves, structure = jax.tree.flatten(one)
     for number, leaf in enumerate(leaves):
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             own = jax.random.fold_in(key, number)
-            leaves[number] = jnp.where(is_wanted, jax.random.split(own, leaf.shape) if leaf.ndim else own, leaf)
+            fresh = jax.random.split(own, leaf.shape) if leaf.ndim else own
+            leaves[number] = fresh if is_wanted is None else jnp.where(is_wanted, fresh, leaf)
     return jax.tree.unflatten(structure, leaves)
 
 
@@ -339,6 +353,6 @@ def _keys(key: jax.Array, numbers: jax.Array) -> jax.Array:
     return jax.vmap(jax.random.fold_in, (None, 0))(key, numbers)
 
 
-def _of(individuals: T, number: jax.Array) -> T:
+def _of(individuals: T, number: jax.Array | int) -> T:
     """One individual, or several."""
     return jax.tree.map(lambda leaf: leaf[number], individuals)
