@@ -355,7 +355,7 @@ def _print_summary(
         named = {"agent": agent.label, "best setting": report.words(agent.settings[agent.best])}
         used = int(np.isfinite(runs).sum())
         rows.append(
-            SettingRow(named, (), float(score.estimate), float(score.low), float(score.high), used, len(runs) - used)
+            SettingRow(named, (), float(score.estimate), float(score.low), float(score.high), used, runs.size - used)
         )
     about = datasets[0].attrs
     variable = analysis.reported_variable(datasets[0], study.report)
