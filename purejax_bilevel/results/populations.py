@@ -73,7 +73,7 @@ def _of_agent(agent: AgentResult, lower: bool, path: Path) -> list[Block]:
         f"{agent.label}: each member is a population of {about['population']} individuals, which take "
         f"{about['population']} times the steps of one; after every {about['interval']} steps the worst "
         f"{100 * about['fraction']:.3g} % go on from one of the best. Scores are of the individual that was best at "
-        "the latest trial, from other evaluations than those of the trial."
+        "the latest trial; those of evaluations are of others than the trial's."
     )
     return [
         Paragraph(text),

@@ -261,7 +261,9 @@ def _measures(inner: Program, config: Configuration, selection: Selection) -> li
         for interval in selection.space
     ]
     return [
-        Measure(of_population(headline.name), f"{headline.text} of each individual", headline.units, dims=every),
+        dataclasses.replace(
+            headline, name=of_population(headline.name), text=f"{headline.text} of each individual", dims=every
+        ),
         *of_settings,
         Measure(PARENT, "individual that each was copied from since the previous evaluation", dims=every, logged=False),
         Measure(BEST, "individual that was best at the latest trial, of which all else is told", logged=False),
