@@ -55,7 +55,7 @@ class Tracking(Program):
     artefact_kind = "weight"
     measures = (
         Measure("loss", "squared distance", better="lower"),
-        Measure("step_size", "size of a step"),
+        Measure("moment", "mean number of the steps"),
         Measure("final_loss", "last squared distance", better="lower", dims=("episode",), when="end"),
     )
 
@@ -72,7 +72,7 @@ class Tracking(Program):
         noise = config.noise * jax.random.normal(jax.random.fold_in(state.key, t))
         step = config.lr * state.weight - DRIFT + noise
         weight = jnp.where(config.lr > FAILS_ABOVE, jnp.nan, state.weight - step)
-        return state.replace(weight=weight), {"step_size": (jnp.abs(step), jnp.ones(()))}
+        return state.replace(weight=weight), {"moment": (t.astype(float), jnp.ones(()))}
 
     def collect(self, state: State, config: Config, t: jax.Array, shared: tuple) -> tuple[State, dict]:
         return state, {}
@@ -83,6 +83,9 @@ class Tracking(Program):
 
     def artefact(self, state: State) -> jax.Array:
         return state.weight
+
+    def is_finite(self, state: State) -> jax.Array:
+        return jnp.abs(state.weight) < 100
 
 
 PLACE = f"{__name__}:Config"
@@ -178,6 +181,14 @@ def test_copies_are_their_parents_with_keys_of_their_own():
     for i in range(6):
         assert (now[i] == before[i]) == (i not in copies)
     assert len({*map(tuple, [*before, *now, *more])}) == 6 + 2 + 12  # no two streams are the same
+    # At the end of a block all are tried, by random numbers of their own; whoever has diverged counts as failed.
+    weights = jnp.array([3.0, -2.0, 200.0, jnp.nan, DRIFT, 0.0])
+    tried = around(state.replace(inner=state.inner.replace(weight=weights)), config, 11, 12, ())
+    squares = [2.9**2, 2.1**2, np.nan, np.nan, 0.0, 0.1**2]
+    np.testing.assert_allclose(-tried.fitness, squares, rtol=1e-3, atol=1e-6)
+    assert tried.best == 4
+    own_noise = 1e-6 * jax.random.uniform(jax.random.fold_in(state.inner.key[4], 10_011))
+    assert 0 < -tried.fitness[4] != own_noise
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------
@@ -203,6 +214,7 @@ def test_the_best_rate_is_found(one_device: loop.Outcome):
     best = rows["best_individual"][0]
     np.testing.assert_array_equal(rows["loss"][0], losses[np.arange(10), best])
     np.testing.assert_array_equal(rows["final_loss"][0, -1, 0], losses[-1, best[-1]])
+    np.testing.assert_allclose(rows["moment"][0], np.arange(0, 40, 4) + 1.5)  # since the last row
 
 
 def test_lineage_and_schedules_agree(one_device: loop.Outcome):
@@ -299,4 +311,7 @@ def test_other_settings_make_populations_of_their_own():
     assert agent.grid.shape == (2, 2)  # noise, seeds; lr is in the space
     (part,) = agent.parts()
     assert isinstance(part.program, PopulationBased)
+    known = loop.fingerprint([part])  # what wandb gets too
+    assert "noise" in known
+    assert "lr" not in known
     assert part.config.noise.tolist() == pytest.approx([1e-3, 1e-3, 1e-2, 1e-2])
