@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import yaml
 
+from purejax_bilevel import load_policy
 from purejax_bilevel.configuration import POSITIVE, at_least, configuration, static, traced
 from purejax_bilevel.errors import UserError
 from purejax_bilevel.program import Measure, Program, Stage, alone
@@ -272,6 +273,29 @@ def test_a_killed_sweep_goes_on_to_the_bit_and_tells_lineage_and_schedules(tmp_p
     for member in range(2):
         end = populations.final_settings(populations.history(found, member))
         assert f"| {end['lr']:.3g} |" in report.split("## Populations")[1]
+
+
+@pytest.mark.slow
+def test_q_learning_in_populations_leaves_the_policy_of_the_best(tmp_path):
+    sizes = {"num_train_steps": 400, "eval_frequency": 50, "init_steps": 100, "batch_size": 32, "capacity": 400}
+    path = tmp_path / "mine.yaml"
+    search = {
+        "method": "pbt",
+        "population": 4,
+        "interval": 100,
+        "space": {"inner_lr": [1e-4, 1e-2], "tau": [1e-3, 0.1]},
+    }
+    settings = {**sizes, "hidden_dim": 8, "eval_episodes": 2, "final_eval_episodes": 2}
+    path.write_text(yaml.safe_dump({"program": "rl", "agents": ["sql"], "settings": settings, "search": search}))
+    words = [str(path), "--output_dir", str(tmp_path), "--name", "sql", "--quiet", "--video", "--num_seeds", "2"]
+    assert sweep_command.main(words) == 0
+    found = datasets.load(tmp_path / "sql" / "sql")
+    copied = (found.parent != np.arange(4)).any("individual").any("seed")
+    assert copied.sel(step=copied).step.values.tolist() == [250, 350]  # rows after the exploits at 200 and 300
+    assert np.isfinite(found.final_return).all()
+    assert np.isfinite(found.q_loss[:, -1]).all()
+    assert load_policy(f"{tmp_path}/sql/sql#1")(np.zeros(4)) in (0, 1)
+    assert (tmp_path / "sql" / "sql" / "policy.gif").is_file()
 
 
 # --- what does not go -------------------------------------------------------------------------------------------------
