@@ -80,6 +80,9 @@ class Stage:
             have no branch: pairs of a number of steps in a row and a function like `update`; the first is for t = 0.
         most_block_steps: in one loop of fixed length on an accelerator, where a stop is noticed only after it; 1 where
             a step takes seconds.
+        around: `(steps, state, config, t, end, shared) -> state`, the steps t .. end - 1 between two decisions of a
+            state that holds several which step side by side. `update`, `collect` and `cycle` are of one of them, and
+            `steps(one, its config, sums) -> one, sums` does its steps and adds its metrics up for `evaluate` to report.
     """
 
     num_steps: int
@@ -93,6 +96,7 @@ class Stage:
     done: Callable[[Tree], jax.Array] | None = None
     cycle: Sequence[tuple[int, Callable[..., tuple[Tree, Metrics]]]] = ()
     most_block_steps: int = 32
+    around: Callable[..., Tree] | None = None
 
     @property
     def cycle_steps(self) -> int:
@@ -110,6 +114,7 @@ class Program(Generic[C]):
         step_unit: what a step is, in words.
         population: individuals in each member that may be spread over devices; 0: none.
         artefact_kind: what `artefact` gives, in words (`dynamics ensemble`); "": nothing.
+        adapts: settings that the state holds values of: those in the configuration do not matter.
     """
 
     measures: Sequence[Measure]
@@ -118,6 +123,7 @@ class Program(Generic[C]):
     step_unit: str = "steps"
     population: int = 0
     artefact_kind: str = ""
+    adapts: Sequence[str] = ()
 
     @property
     def num_steps(self) -> int:

@@ -32,6 +32,9 @@ FORMAT = "purejax_bilevel results 1"
 FILE_NAME = "results.nc"
 COMMAND, VERSIONS = ABOUT = "command.txt", "versions.json"  # beside a run's settings
 SEED, STEP, EPISODE = "seed", "step", "episode"
+INDIVIDUAL = "individual"  # dimension of what is measured of all individuals of a population
+PARENT, BEST = "parent", "best_individual"  # what is measured where members are populations that train themselves,
+POPULATIONS = "population_based"  # and the attribute that says how
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "gymnax", "lineax", "distrax", "evosax", "numpy", "scipy", "xarray")
 
 
@@ -93,6 +96,11 @@ def build_dataset(
     axes = {axis.dimension: list(axis.names) for axis in grid.axes}
     about = {"format": FORMAT, "axes": axes, "stages": list(earlier), "created": _now(), **attrs}
     return xarray.Dataset(data, coordinates, about)
+
+
+def of_population(name: str) -> str:
+    """What a measure or a setting is called where it is that of all individuals."""
+    return f"population_{name}"
 
 
 def step_dimension(stage: str) -> str:

@@ -17,7 +17,7 @@ import numpy as np
 
 from purejax_bilevel.errors import UserError
 from purejax_bilevel.members import bytes_in_words, counted, format_value
-from purejax_bilevel.results import comparison, relative, residuals, statistics
+from purejax_bilevel.results import comparison, populations, relative, residuals, statistics
 from purejax_bilevel.results import dataset as datasets
 from purejax_bilevel.results.analysis import (
     OWN_FIGURES,
@@ -116,6 +116,7 @@ class _Report:
             *self._best(),
             *self._improvement(),
             *self._profiles(),
+            *populations.blocks(self.agents, self.lower, self._path),
             *self._relative(),
             *self._sensitivities(),
             *self._search(),

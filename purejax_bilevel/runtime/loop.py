@@ -472,7 +472,7 @@ def fingerprint(parts: Sequence[Part]) -> dict[str, Any]:
         prefix = f"part {number} " if len(parts) > 1 else ""
         described[f"{prefix}seeds"] = list(part.grid.seeds)
         for name, value in to_dict(part.config).items():
-            if name not in RUN_LENGTH:
+            if name not in (*RUN_LENGTH, *part.program.adapts):
                 described[f"{prefix}{name}"] = _distinct(value)
         described[f"{prefix}precision"] = str(np.asarray(1.0, _float_type(parts)).dtype)
         if leaves:
@@ -590,7 +590,7 @@ def to_dataset(
         "program": type(part.program).__name__,
         "title": config.title,
         "environment": getattr(config, "env_name", ""),
-        "config": to_dict(config),
+        "config": {name: value for name, value in to_dict(config).items() if name not in part.program.adapts},
         "versions": datasets.collect_versions(),
         "headline": part.program.headline,
         "tables": [measure.name for measure in part.program.measures if measure.tabled],

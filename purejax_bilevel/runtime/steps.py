@@ -14,7 +14,7 @@ import jax
 import jax.flatten_util
 import jax.numpy as jnp
 
-from purejax_bilevel.program import Configuration, Program, Stage, Tree
+from purejax_bilevel.program import Configuration, Metrics, Program, Stage, Tree
 
 Cycle = Sequence[tuple[int, Callable]]  # as `Stage.cycle`
 ROWS = 32  # most evaluations in one call: the size of the arrays that take them
@@ -102,7 +102,9 @@ def fresh_member(
 ) -> Stored:
     """A member with this state, before its first step `t`."""
     keyed = typed_keys(state, jax.eval_shape(functools.partial(_made, functions), config, seed, shared))
-    metrics = [jax.eval_shape(stage.update, keyed, config, t, shared)[1] for stage in functions.stages]
+    metrics = [
+        {} if stage.around else jax.eval_shape(stage.update, keyed, config, t, shared)[1] for stage in functions.stages
+    ]
     sums = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), tuple(metrics))
     return Stored(state, sums, jnp.bool_(False) if functions.may_end_early else ())
 
@@ -196,11 +198,15 @@ def _evaluated(
     if stage.done is not None:
         over = done | stage.done(state)
         is_last |= over
-    means = {name: jnp.where(n > 0, sum_ / jnp.maximum(n, 1), jnp.nan) for name, (sum_, n) in sums.items()}
-    row = means | stage.evaluate(state, config, end - 1, is_last, shared)
+    row = means(sums) | stage.evaluate(state, config, end - 1, is_last, shared)
     if stage.done is not None:  # the host may go on to the next stage before such rows are made
         row = jax.tree.map(lambda value: _or_nothing(done, value), row)
     return row, over
+
+
+def means(sums: Metrics) -> dict[str, jax.Array]:
+    """What was measured since the last evaluation; NaN where that is nothing."""
+    return {name: jnp.where(n > 0, sum_ / jnp.maximum(n, 1), jnp.nan) for name, (sum_, n) in sums.items()}
 
 
 def _unless(done: jax.Array, function: Callable, carry: Tree) -> Tree:
@@ -229,6 +235,25 @@ def _steps(
     carry: tuple[Tree, Tree],
 ) -> tuple[Tree, Tree]:
     """The steps t..end-1, all before or all after the end of the warm-up; `carry` is the state and what is measured."""
+    if stage.around is None:
+        return _in_a_row(stage, config, shared, block_steps, t, end, carry)
+
+    def steps(one: Tree, own: Configuration, sums: Tree) -> tuple[Tree, Tree]:
+        return _in_a_row(stage, own, shared, block_steps, t, end, (one, sums))
+
+    return stage.around(steps, carry[0], config, t, end, shared), carry[1]
+
+
+def _in_a_row(
+    stage: Stage,
+    config: Configuration,
+    shared: Tree,
+    block_steps: int,
+    t: jax.Array,
+    end: jax.Array,
+    carry: tuple[Tree, Tree],
+) -> tuple[Tree, Tree]:
+    """The steps of `_steps`, one after another."""
 
     def advance(function: Callable, state: Tree, i: jax.Array) -> tuple[Tree, Tree]:
         return function(state, config, t + i, shared)

@@ -16,7 +16,8 @@ from purejax_bilevel.members import Axis, Grid, batch_config, format_value
 from purejax_bilevel.program import Configuration, Part, Program
 from purejax_bilevel.runtime.schedule import StageSchedule
 from purejax_bilevel.studies.intervals import Interval, intervals, random_axis
-from purejax_bilevel.studies.study import Study
+from purejax_bilevel.studies.population_based import PopulationBased, Selection
+from purejax_bilevel.studies.study import Search, Study
 from purejax_bilevel.studies.values import distinct
 
 
@@ -29,17 +30,24 @@ class Template:
         config: resolved configuration with one value per field.
         static: swept values that made it a sub-program of its own.
         settings: swept values of its members, one entry per setting.
+        selection: how its members, populations then, adapt settings (`population_based.py`).
     """
 
     label: str
     config: Configuration
     static: dict[str, Any]
     settings: tuple[dict[str, Any], ...]
+    selection: Selection | None = None
+
+    def program(self, config: Configuration | None = None) -> Program:
+        """What its members train, with the array sizes of their configuration."""
+        config = config or self.config
+        return config.program() if self.selection is None else PopulationBased(config.program(), config, self.selection)
 
     def part(self, grid: Grid, program: Program | None = None) -> Part:
         """The sub-program with the members of a grid over traced values."""
         batched = batch_config(self.config, grid)
-        return Part(program or batched.program(), batched, grid, self.label)
+        return Part(program or self.program(batched), batched, grid, self.label)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +59,7 @@ class SweptAgent:
         grid: every setting and seed, as the results are labelled.
         templates: its sub-programs.
         settings_of: per sub-program the numbers of its settings in `grid`.
-        space: what an evolution strategy varies.
+        space: what an evolution strategy or a population varies.
     """
 
     label: str
@@ -108,7 +116,7 @@ def make_agents(study: Study) -> list[SweptAgent]:
         return [made[label] for label in study.agents]
     agents = [_make_agent(study, label) for label in study.agents]
     _check_tasks(study, agents)
-    schedules = [StageSchedule.of(template.config.program()) for agent in agents for template in agent.templates]
+    schedules = [StageSchedule.of(template.program()) for agent in agents for template in agent.templates]
     for name, words in (("names", "stages"), ("lengths", "number of steps"), ("eval_every", "eval_frequency")):
         found = [" + ".join(map(str, values)) for values in sorted({getattr(schedule, name) for schedule in schedules})]
         if len(found) > 1:
@@ -146,8 +154,10 @@ def _make_agent(study: Study, label: str) -> SweptAgent:
         axes = _without(axes, {interval.name for interval in space})
         if study.search.method == "random" and space:
             axes.append(random_axis(space, study.search.samples, study.search.seed))
+        if study.search.method in ("es", "pbt"):
+            _check_space(study.search.method, label, space)
         if study.search.method == "es":
-            _check_evolution(label, axes, space, static)
+            _check_evolution(axes, static)
     together = [axis for axis in axes if len(axis.names) > 1]
     if len(together) > 1:
         named = " and ".join(", ".join(axis.names) for axis in together)
@@ -155,7 +165,16 @@ def _make_agent(study: Study, label: str) -> SweptAgent:
     grid = Grid(tuple(axes), study.all_seeds)
     groups = _groups(grid, static)
     templates = [_template(cls, label, single, grid, numbers, static, space) for numbers in groups]
-    return SweptAgent(label, grid, tuple(templates), tuple(groups), space if study.search.method == "es" else ())
+    if study.search.method == "pbt":
+        selection = _selection(study.search, space)
+        templates = [dataclasses.replace(template, selection=selection) for template in templates]
+    is_searched = study.search.method in ("es", "pbt")
+    return SweptAgent(label, grid, tuple(templates), tuple(groups), space if is_searched else ())
+
+
+def _selection(search: Search, space: tuple[Interval, ...]) -> Selection:
+    names = {field.name for field in dataclasses.fields(Selection)} - {"space"}
+    return Selection(space, **{name: getattr(search, name) for name in names})
 
 
 def _values_and_axes(study: Study, own: dict[str, Any], label: str) -> tuple[dict[str, Any], list[Axis]]:
@@ -201,12 +220,15 @@ def _without(axes: list[Axis], names: set[str]) -> list[Axis]:
     return [axis for axis in axes if not names & set(axis.names)]
 
 
-def _check_evolution(label: str, axes: list[Axis], space: tuple[Interval, ...], static: set[str]) -> None:
+def _check_space(method: str, label: str, space: tuple[Interval, ...]) -> None:
     if not space:
         raise UserError(
-            f"--search es has nothing to search for {label}: give search.space in the sweep file, a list such as "
+            f"--search {method} has nothing to search for {label}: give search.space in the sweep file, a list such as "
             "lr=1e-4,1e-2, or leave it out with agents=..."
         )
+
+
+def _check_evolution(axes: list[Axis], static: set[str]) -> None:
     for axis in axes:
         for name in axis.names:
             if name not in static:

@@ -69,7 +69,7 @@ class Rounds:
     ):
         self.templates = [template for agent in agents for template in agent.templates]
         self.places, self.options, self.console, self.watcher = list(places), options, console, watcher
-        self.programs = [template.config.program() for template in self.templates]
+        self.programs = [template.program() for template in self.templates]
         self.total = self.programs[0].num_steps
         self.variable, self.over = selecting(study, self.programs[0])
         self.lower = better_when_lower(self.programs[0], self.variable)

@@ -25,7 +25,7 @@ all at length.
 
 import dataclasses
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ from purejax_bilevel.results.checks import (
     known_entries,
     load_yaml,
     mapping_of,
+    number_of,
     whole,
 )
 from purejax_bilevel.runtime.loop import make_seeds
@@ -48,6 +49,8 @@ from purejax_bilevel.studies.intervals import intervals, random_axis
 from purejax_bilevel.studies.values import distinct, settings_of
 
 PROGRAM = "program"
+METHODS = ("grid", "random", "es", "pbt")  # of searching
+LEAST = 4  # individuals of pbt
 SECTIONS = ("name", PROGRAM, "settings", "agents", "axes", "seeds", "search", "report")
 
 
@@ -71,16 +74,21 @@ class Search:
     """How settings are found.
 
     Args:
-        method: grid (the axes as they are), random (log-uniform settings) or es (evolution strategy).
+        method: grid (the axes as they are), random (log-uniform settings), es (evolution strategy) or pbt
+            (population-based training).
         space: name to [low, high] or {low, high, scale}; by default from the smallest to the largest value of every
             axis of numbers.
         samples: settings drawn by random.
-        population: settings per generation of es.
+        population: settings per generation of es, individuals of pbt.
         generations: of es.
         algorithm: of es: cma_es or open_es.
         halving: how often the worse half of the settings is stopped early (grid, random).
         finalists: most settings that es and halving run again on the seeds that are reported.
-        seed: of the search itself.
+        interval: steps between two trials of pbt; 0: as between evaluations.
+        fraction: share of pbt's individuals that is replaced, and that it is replaced by.
+        factors: pbt multiplies a setting that it copies by one of these.
+        resample: probability that it draws one anew instead.
+        seed: of the search itself (pbt: that of the member instead).
     """
 
     method: str = "grid"
@@ -91,6 +99,10 @@ class Search:
     algorithm: str = "cma_es"
     halving: int = 0
     finalists: int = 3
+    interval: int = 0
+    fraction: float = 0.2
+    factors: Sequence[float] = (0.8, 1.2)
+    resample: float = 0.25
     seed: int = 0
 
     @property
@@ -337,7 +349,7 @@ def _seeds(given: Any) -> Seeds:
 def _search(cls: type, given: Any) -> Search:
     values = known_entries(given, [field.name for field in dataclasses.fields(Search)], "search")
     search = Search(**{**values, "space": mapping_of(values.get("space"), "search: space")})
-    choice(search.method, ("grid", "random", "es"), "search: method")
+    choice(search.method, METHODS, "search: method")
     choice(search.algorithm, ("cma_es", "open_es"), "search: algorithm")
     for name, least, most in (
         ("samples", 1, MOST),
@@ -345,12 +357,29 @@ def _search(cls: type, given: Any) -> Search:
         ("generations", 1, MOST),
         ("halving", 0, 30),
         ("finalists", 1, MOST),
+        ("interval", 0, LARGEST_WHOLE),
         ("seed", 0, LARGEST_WHOLE),
     ):
         whole(getattr(search, name), least, f"search: {name}", most)
     if search.algorithm == "open_es" and search.population % 2:
         raise UserError(f"search: population must be even for open_es, got {search.population}.")
-    if search.method == "es" and search.halving:
-        raise UserError("halving goes with the search methods grid and random, not with es.")
+    if search.method in ("es", "pbt") and search.halving:
+        raise UserError(f"halving goes with the search methods grid and random, not with {search.method}.")
     intervals(cls, search.space, "search: space")
-    return search
+    return _with_numbers(search)
+
+
+def _with_numbers(search: Search) -> Search:
+    """Checks what pbt alone has."""
+    if search.method == "pbt" and search.population < LEAST:
+        raise UserError(f"search: population must be at least {LEAST} for pbt, got {search.population}.")
+    fraction, resample = (number_of(getattr(search, name), f"search: {name}") for name in ("fraction", "resample"))
+    if not 0 < fraction <= 0.5:
+        raise UserError(f"search: fraction must be above 0 and at most 0.5, got {search.fraction!r}.")
+    if not 0 <= resample <= 1:
+        raise UserError(f"search: resample must be a probability from 0 to 1, got {search.resample!r}.")
+    given = search.factors if isinstance(search.factors, list | tuple) else [search.factors]
+    factors = tuple(number_of(factor, "search: factors") for factor in given)
+    if not factors or min(factors) <= 0:
+        raise UserError(f"search: factors must be numbers above 0, got {search.factors!r}.")
+    return dataclasses.replace(search, fraction=fraction, resample=resample, factors=factors)

@@ -41,7 +41,7 @@ from purejax_bilevel.runtime import devices, loop, processes, sizes
 from purejax_bilevel.runtime.loggers import LOGGED, Loggers
 from purejax_bilevel.runtime.options import RunOptions
 from purejax_bilevel.studies import folder as folders
-from purejax_bilevel.studies import rounds, training
+from purejax_bilevel.studies import population_based, rounds, training
 from purejax_bilevel.studies import search as searches
 from purejax_bilevel.studies import video as videos
 from purejax_bilevel.studies.arguments import Options
@@ -156,7 +156,7 @@ def _check_shown(study: Study, agents: Sequence[SweptAgent]) -> None:
             _check_shown(family, [agent for agent in agents if agent.label in family.agents])
         _check_one_score(study, agents)
         return
-    program = agents[0].templates[0].config.program()
+    program = agents[0].templates[0].program()
     measured = {measure.name for measure in program.measures}
     named = [study.report.variable, study.report.select_by]
     named += [figure["variable"] for figure in study.report.figures if figure["kind"] == "curves"]
@@ -178,7 +178,7 @@ def _check_shown(study: Study, agents: Sequence[SweptAgent]) -> None:
 
 def _check_one_score(study: Study, agents: Sequence[SweptAgent]) -> None:
     """Agents of several programs are compared by something that all of them measure."""
-    found = {rounds.selecting(study, agent.templates[0].config.program())[0] for agent in agents}
+    found = {rounds.selecting(study, agent.templates[0].program())[0] for agent in agents}
     if len(found) > 1:
         raise UserError(
             f"report: the programs have other scores ({', '.join(sorted(found))}); name a variable that all measure."
@@ -236,7 +236,7 @@ def _datasets(
 
 def _check_video(study: Study, agents: Sequence[SweptAgent]) -> None:
     for agent in agents:
-        videos.check(agent.templates[0].config.program())
+        videos.check(agent.templates[0].program())
     if study.search.in_rounds:
         raise UserError("--video does not go with es and halving, which keep no policy: train the setting they find.")
 
@@ -259,7 +259,7 @@ def _in_rounds(
     datasets = []
     for agent, finding in zip(agents, found.findings, strict=True):
         template = agent.templates[0]
-        part = Part(template.config.program(), template.config, finding.grid, agent.label)
+        part = Part(template.program(), template.config, finding.grid, agent.label)
         outcome = loop.Outcome(
             part.program.num_steps,
             [finding.outcome_rows],
@@ -301,6 +301,7 @@ def _dataset(
         "tasks": [field.name for field in fields(part.config) if field.metadata.get("task")],
         "selection_seeds": list(searches.split_seeds(study)[0]),
         **about,
+        **population_based.about(part.program),
         "compilations": outcome.num_traces,
         "command": datasets.command_line(),
     }
@@ -354,7 +355,7 @@ def _print_summary(
         named = {"agent": agent.label, "best setting": report.words(agent.settings[agent.best])}
         used = int(np.isfinite(runs).sum())
         rows.append(
-            SettingRow(named, (), float(score.estimate), float(score.low), float(score.high), used, len(runs) - used)
+            SettingRow(named, (), float(score.estimate), float(score.low), float(score.high), used, runs.size - used)
         )
     about = datasets[0].attrs
     variable = analysis.reported_variable(datasets[0], study.report)

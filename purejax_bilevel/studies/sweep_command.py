@@ -33,11 +33,14 @@ class SweepOptions(Options):
 
     sweep: str = option("", f"a sweep file or {', '.join(PRESETS)}", positional=True)
     scale: Literal["smoke", "paper"] = option("smoke", "size of a preset")
-    search: Literal["grid", "random", "es"] | None = option(None, "how settings are found (default: the sweep's)")
+    search: Literal["grid", "random", "es", "pbt"] | None = option(
+        None, "how settings are found (default: the sweep's)"
+    )
     halving: int | None = option(None, "how often the worse half of the settings is stopped early")
     samples: int | None = option(None, "settings that --search random draws")
-    population: int | None = option(None, "settings per generation of --search es")
+    population: int | None = option(None, "settings per generation of --search es, individuals of --search pbt")
     generations: int | None = option(None, "generations of --search es")
+    interval: int | None = option(None, "steps between trials of --search pbt (default: eval_frequency)")
     seed: int | None = option(None, "first seed (default: the sweep's)")  # type: ignore[assignment]
     num_seeds: int | None = option(None, "number of seeds (default: the sweep's)")  # type: ignore[assignment]
     video: bool = option(False, "write a GIF of the median member's policy, for the best setting of each agent")
@@ -49,6 +52,7 @@ ENTRIES = {
     "samples": "search.samples",
     "population": "search.population",
     "generations": "search.generations",
+    "interval": "search.interval",
     "seed": "seeds.first",
     "num_seeds": "seeds.count",
 }  # options that change the sweep file

@@ -87,7 +87,7 @@ WRONG = [
     ({"seeds": 10**15}, "seeds: count must be at most 1000000, got 1000000000000000"),
     ({"seeds": {"count": 10**15, "select": 3}}, "seeds: count must be at most 1000000"),
     ({"seeds": 10**6, "axes": [{"grid": {"lr": [0.1, 0.2]}}]}, "2,000,000 members .* are more than the 1,000,000"),
-    ({"search": {"method": "bayes"}}, "search: method must be one of grid, random, es, got 'bayes'"),
+    ({"search": {"method": "bayes"}}, "search: method must be one of grid, random, es, pbt, got 'bayes'"),
     ({"search": {"method": "es", "halving": 1}}, "not with es"),
     ({"search": {"algorithm": "open_es", "population": 7}}, "must be even"),
     ({"search": {"space": {"lr": [1, 0.1]}}}, "0 < low < high"),
