@@ -15,8 +15,9 @@ not in each step: the loop over steps has no branch.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Generic, Literal, Protocol, Self, TypeVar
 
 import jax
@@ -110,6 +111,7 @@ class Program(Generic[C]):
         step_unit: what a step is, in words.
         population: individuals in each member that may be spread over devices; 0: none.
         artefact_kind: what `artefact` gives, in words (`dynamics ensemble`); "": nothing.
+        labels: names of the places along dimensions of measures, where they have names.
     """
 
     measures: Sequence[Measure]
@@ -118,6 +120,7 @@ class Program(Generic[C]):
     step_unit: str = "steps"
     population: int = 0
     artefact_kind: str = ""
+    labels: Mapping[str, Sequence[str]] = MappingProxyType({})
 
     @property
     def num_steps(self) -> int:

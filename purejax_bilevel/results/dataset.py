@@ -95,6 +95,11 @@ def build_dataset(
     return xarray.Dataset(data, coordinates, about)
 
 
+def file_name(label: str) -> str:
+    """A label as the name of a folder or file."""
+    return re.sub(r"[^\w.=+-]+", "_", label).strip("._")
+
+
 def step_dimension(stage: str) -> str:
     """Name of the dimension of the steps of an earlier stage; of the last one for ""."""
     return f"{STEP}_{stage}" if stage else STEP
