@@ -124,12 +124,12 @@ def _run_in(
         for sentence in residuals.warnings(dataset):
             warn(sentence)
     searches.clean(folder)
-    written = report.write(folder, study.name, study.report, files)
     places = {agent.label: file.parent for agent, file in zip(agents, files, strict=True)}
-    for together in trained or ():
+    for together in trained or ():  # before the report, which shows some of it
         together.save_artefacts([places[agent.label] for agent in together.agents])
-        if options.video:
-            _write_videos(together, {result.label: result for result in written}, places)
+    written = report.write(folder, study.name, study.report, files)
+    for together in trained or () if options.video else ():
+        _write_videos(together, {result.label: result for result in written}, places)
     if not options.quiet:
         _print_summary(study, written, found, console, folder)
     return found
@@ -167,7 +167,7 @@ def _check_shown(study: Study, agents: Sequence[SweptAgent]) -> None:
     for figure in study.report.figures:
         if (kind := figure["kind"]) in analysis.OWN_FIGURES:
             known = importlib.import_module(analysis.OWN_FIGURES[kind]).FIGURES
-            if study.program != kind or figure["figure"] not in known:
+            if not study.program.startswith(kind) or figure["figure"] not in known:
                 raise UserError(
                     f"report: the figure {figure['figure']!r} of kind {kind} must be one of {', '.join(known)}, "
                     f"in a sweep of the program {kind}."
