@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
 
-from purejax_bilevel import bilevel
+from purejax_bilevel import bilevel, networks
 from purejax_bilevel.bilevel import LinearSolver
 from purejax_bilevel.programs.observatory.settings import Estimator, Observed
 
@@ -172,7 +172,7 @@ def joined(make: Callable[[Tree], Problem], batches: Tree) -> Problem:
     inner = make(jax.tree.map(lambda leaf: leaf[0], batches)).inner
 
     def inner_loss(outers: Tree, inner: Tree) -> jax.Array:
-        return jax.vmap(lambda batch, outer: make(batch).inner_loss(outer, inner))(batches, outers).mean()  # type: ignore[misc]
+        return each(lambda own: make(own[0]).inner_loss(own[1], inner), (batches, outers)).mean()  # type: ignore[misc]
 
     def pull_back(gradients: Tree) -> Tree:
         each = jax.vmap(lambda batch, gradient: make(batch).pull_back(gradient))(batches, gradients)
@@ -181,11 +181,17 @@ def joined(make: Callable[[Tree], Problem], batches: Tree) -> Problem:
     return Problem(
         outer=outers,
         inner=inner,
-        outer_loss=lambda inner: jax.vmap(lambda batch: make(batch).outer_loss(inner))(batches).mean(),
+        outer_loss=lambda inner: each(lambda batch: make(batch).outer_loss(inner), batches).mean(),
         optimality=lambda outers, inner: jax.grad(inner_loss, argnums=1)(outers, inner),
         inner_loss=inner_loss,
         pull_back=pull_back,
     )
+
+
+def each(function: Callable[[Tree], Any], trees: Tree) -> Any:
+    """A function of every tree, leaves `[trees, ...]`: one by one on a CPU, where that needs the memory of one, all at
+    once on an accelerator."""
+    return jax.vmap(function)(trees) if networks.together() else jax.lax.map(function, trees)
 
 
 def curvature(problem: Problem, key: jax.Array) -> jax.Array:

@@ -142,7 +142,7 @@ def _panel(panel: Axes, dataset: xarray.Dataset, costs: Mapping[str, Any]) -> No
     panel.grid(visible=False, axis="y")
     for place, name in enumerate(names):
         if name in costs:
-            words = f"{costs[name]['relative_time']:.3g}x"
+            words = f"{_number(costs[name]['relative_time'])}x"
             panel.text(1.02, place, words, transform=panel.get_yaxis_transform(), va="center", fontsize=7)
     if costs:
         panel.text(1.02, -0.6, "time", transform=panel.get_yaxis_transform(), va="center", fontsize=7)
@@ -155,9 +155,14 @@ def _rows(label: str, dataset: xarray.Dataset, costs: Mapping[str, Any]) -> list
         points = [_median(own["cosine"].isel({STEP: times[time]})) if time in times else "-" for time in TIMES]
         rest = ("batch_cosine", "relative_bias", "relative_variance", "adjoint_residual")
         cost = costs.get(str(name))
-        spent = (f"{cost['relative_time']:.3g}", bytes_in_words(cost["temporary_bytes"])) if cost else ("-", "-")
+        spent = (_number(cost["relative_time"]), bytes_in_words(cost["temporary_bytes"])) if cost else ("-", "-")
         rows.append((label, str(name), *points, *(_median(own[variable]) for variable in rest), *spent))
     return rows
+
+
+def _number(value: float) -> str:
+    """Two digits, or all before the point."""
+    return f"{value:.0f}" if value >= 10 else f"{value:.2g}"
 
 
 def _median(array: xarray.DataArray) -> str:

@@ -21,7 +21,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from purejax_bilevel import networks
 from purejax_bilevel.program import Measure, Program, Tree
 from purejax_bilevel.programs.observatory import costs, estimators, settings
 from purejax_bilevel.programs.observatory.estimators import Problem
@@ -42,6 +41,7 @@ MEASURES = (
     Measure("relative_bias", "bias over the exact one's norm", better="lower", dims=(ESTIMATOR,), logged=False),
     Measure("relative_variance", "variance over that norm squared", better="lower", dims=(ESTIMATOR,), logged=False),
     Measure("exact_cosine", "cosine of the exact one on a batch to the reference", dims=(BATCH_DIMENSION,)),
+    Measure("reference_agreement", "cosine of the exact ones' mean to the reference, which has other batches"),
     Measure("reference_norm", "norm of the reference"),
     Measure("reference_residual", "relative residual of the reference's adjoint"),
     Measure("curvature", "largest absolute eigenvalue of the inner problem's Hessian"),
@@ -119,13 +119,14 @@ class Observatory(Program[Any]):
             slope = jnp.linalg.norm(estimators.flat(problem.optimality(problem.outer, problem.inner)))
             return gradients, residuals, self.exact(problem, config, reference), slope
 
-        gradients, residuals, exact, slopes = _each(on_batch, jnp.arange(config.num_batches))
+        gradients, residuals, exact, slopes = estimators.each(on_batch, jnp.arange(config.num_batches))
         measured = estimators.compared(gradients.swapaxes(0, 1), exact, reference)
         return {
             **measured,
             "median_cosine": jnp.nanmedian(measured["cosine"].mean(1)),
             "adjoint_residual": residuals.T,
             "exact_cosine": estimators.cosine(exact, reference),
+            "reference_agreement": estimators.cosine(exact.mean(0), reference),
             "reference_norm": jnp.linalg.norm(reference),
             "reference_residual": reference_residual,
             "curvature": curvature,
@@ -136,8 +137,3 @@ class Observatory(Program[Any]):
         """Measures time and memory of each estimator at the first member's last state, and writes them."""
         super().write(states, members, folder)
         costs.write(self, states, folder)
-
-
-def _each(function: Callable[[jax.Array], Any], numbers: jax.Array) -> Any:
-    """A function of every number: one after the other on a CPU, all at once on an accelerator."""
-    return jax.vmap(function)(numbers) if networks.together() else jax.lax.map(function, numbers)

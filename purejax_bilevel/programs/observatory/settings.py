@@ -105,7 +105,7 @@ class Observed:
         GROUP,
     )
     num_batches: int = static(8, "fresh batches that each estimator sees at a frozen state", at_least(2), GROUP)
-    reference_batches: int = static(8, "further batches, that the reference sees as one", at_least(1), GROUP)
+    reference_batches: int = static(32, "further batches, that the reference sees as one", at_least(1), GROUP)
     estimator_damping: float = traced(
         0.01,
         "added to the inner Hessian's diagonal (cg, dense, reference), as a share of its largest eigenvalue",
