@@ -25,8 +25,8 @@ from purejax_bilevel.program import Measure, Program, Tree
 from purejax_bilevel.programs.observatory import costs, estimators, settings
 from purejax_bilevel.programs.observatory.estimators import Problem
 
-# Named streams of random numbers of an evaluation; far from those of the families, whose keys these are folded into.
-OBSERVE = 1_000
+# Named streams of random numbers. That of the observatory is no stream and no step of a family, whose key it is made of.
+OBSERVE = 2**32 - 1
 BATCH, REFERENCE, POWER = range(3)
 DATA, DRAW = range(2)  # of a batch
 

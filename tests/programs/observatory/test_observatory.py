@@ -16,13 +16,14 @@ from jax.flatten_util import ravel_pytree
 
 import purejax_bilevel
 from purejax_bilevel import bilevel
-from purejax_bilevel.configuration import replace
+from purejax_bilevel.configuration import LARGEST_WHOLE, replace
 from purejax_bilevel.environments import finite
 from purejax_bilevel.errors import UserError
 from purejax_bilevel.program import Program
 from purejax_bilevel.programs.control import agents as control_agents
 from purejax_bilevel.programs.observatory import COSTS, control, estimators, figures, regression, settings, tabular
 from purejax_bilevel.programs.observatory.estimators import Problem
+from purejax_bilevel.programs.observatory.program import OBSERVE
 from purejax_bilevel.programs.regression import agents as regression_agents
 from purejax_bilevel.programs.regression import data
 from purejax_bilevel.replay import Batch
@@ -137,6 +138,22 @@ def test_dampings_and_step_sizes_are_in_units_of_the_curvature(float64: None) ->
         np.testing.assert_allclose(gradient, without[name][0], rtol=1e-12, err_msg=name)
 
 
+def test_samples_of_evolution_strategies_are_in_units_of_the_outer_variable(float64: None) -> None:
+    known = Quadratic()
+    problem = known.problem()._replace(outer_loss=lambda x: jnp.sum(x**4))  # a quadratic one is blind to sigma
+
+    def loss(outer: jax.Array) -> jax.Array:
+        inner = problem.inner
+        for _ in range(2):
+            inner = inner - 0.3 * (known.matrix @ inner - known.mixing @ outer)
+        return problem.outer_loss(inner)
+
+    found = estimates("es:6:2:0.5", problem)["es:6:2:0.5"][0]
+    sigma = 0.5 * float(np.sqrt((known.outer**2).mean()))
+    same = jax.jit(lambda key: bilevel.antithetic_gradient(loss, problem.outer, key, 6, sigma))(jax.random.key(3))
+    np.testing.assert_allclose(found, same, rtol=1e-10)
+
+
 def test_several_batches_as_one_are_the_problem_of_the_mean_losses(float64: None) -> None:
     several = [Quadratic(seed) for seed in range(3)]
     matrices, mixings = (np.stack([getattr(one, name) for one in several]) for name in ("matrix", "mixing"))
@@ -232,6 +249,10 @@ def test_train_rl_does_not_take_an_observatory_for_a_family_of_agents() -> None:
     from purejax_bilevel import scripts
 
     assert scripts.rl_configuration(["--agent_type", "aid"]) is purejax_bilevel.RLConfig
+
+
+def test_the_keys_of_an_evaluation_are_of_no_step() -> None:
+    assert LARGEST_WHOLE < OBSERVE < 2**32
 
 
 def test_the_preset_compares_in_three_problems() -> None:
