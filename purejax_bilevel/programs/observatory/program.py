@@ -25,7 +25,7 @@ from purejax_bilevel.program import Measure, Program, Tree
 from purejax_bilevel.programs.observatory import costs, estimators, settings
 from purejax_bilevel.programs.observatory.estimators import Problem
 
-# Named streams of random numbers. That of the observatory is no stream and no step of a family, whose key it is made of.
+# Named streams of random numbers. That of the observatory is no stream and no step of the family whose key it is of.
 OBSERVE = 2**32 - 1
 BATCH, REFERENCE, POWER = range(3)
 DATA, DRAW = range(2)  # of a batch
