@@ -12,6 +12,7 @@ from typing import Any
 __version__ = "0.1.0"
 __all__ = [
     "ContinuousConfig",
+    "ObservatoryConfig",
     "PPOConfig",
     "RLConfig",
     "RegressionConfig",
@@ -28,6 +29,7 @@ __all__ = [
 # Resolved on first use: importing `purejax_bilevel.bilevel` must not load environments and plotting.
 _LAZY = {
     "ContinuousConfig": ("purejax_bilevel.programs.control.soft_actor_critic", "Config"),
+    "ObservatoryConfig": ("purejax_bilevel.programs.observatory.control", "Config"),
     "PPOConfig": ("purejax_bilevel.programs.learned_optimizers.program", "Config"),
     "RLConfig": ("purejax_bilevel.programs.control.q_learning", "Config"),
     "RegressionConfig": ("purejax_bilevel.programs.regression.program", "Config"),

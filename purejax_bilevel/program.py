@@ -15,8 +15,9 @@ not in each step: the loop over steps has no branch.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Generic, Literal, Protocol, Self, TypeVar
 
 import jax
@@ -115,6 +116,7 @@ class Program(Generic[C]):
         population: individuals in each member that may be spread over devices; 0: none.
         artefact_kind: what `artefact` gives, in words (`dynamics ensemble`); "": nothing.
         adapts: settings that the state holds values of: those in the configuration do not matter.
+        labels: names of the places along dimensions of measures, where they have names.
     """
 
     measures: Sequence[Measure]
@@ -124,6 +126,7 @@ class Program(Generic[C]):
     population: int = 0
     artefact_kind: str = ""
     adapts: Sequence[str] = ()
+    labels: Mapping[str, Sequence[str]] = MappingProxyType({})
 
     @property
     def num_steps(self) -> int:

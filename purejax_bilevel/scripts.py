@@ -38,13 +38,16 @@ def rl_configuration(arguments: Sequence[str] | None = None) -> type:
 
 
 def _further_families() -> Iterator[type]:
-    """Configurations of the families that are told by the agent alone, whatever the environment."""
+    """Configurations of the families that are told by the agent alone, whatever the environment.
+
+    The observatories, which train agents of other families, are for sweeps and Python.
+    """
     import importlib
 
     from purejax_bilevel.programs import REGISTRY
 
     for name, module in REGISTRY.items():
-        if name not in ("rl", "continuous", "regression", "tabular"):
+        if name not in ("rl", "continuous", "regression", "tabular") and not name.startswith("observatory"):
             yield importlib.import_module(module).Config
 
 

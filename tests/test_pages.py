@@ -301,7 +301,8 @@ def test_imports_of_the_page_on_programs_exist() -> None:
 
 def test_no_page_with_python_is_left_out() -> None:
     optimizers = PROGRAMS.parent / "learned_optimizers" / "README.md"  # run by programs/learned_optimizers/test_open.py
-    known = {FIRST, PROGRAMS, CONTROL, TABULAR, RESULTS, optimizers}
+    observatory = PROGRAMS.parent / "observatory" / "README.md"  # run by programs/observatory/test_observatory.py
+    known = {FIRST, PROGRAMS, CONTROL, TABULAR, RESULTS, optimizers, observatory}
     assert {name_of(page) for page in PAGES if blocks(page, "python")} == set(map(name_of, known))
 
 

@@ -1,10 +1,12 @@
 """Bilevel optimisation in jax, on any pytree: hypergradients, their smoothing over time, and regret.
 
-`implicit` and `functional` differentiate the inner solution, `unrolled` the inner optimiser; `smoothing` and `regret`
-treat the hypergradients that come out. Nothing here knows of reinforcement learning or of experiments.
+`implicit` and `functional` differentiate the inner solution, `unrolled` the inner optimiser, `evolution` nothing;
+`smoothing` and `regret` treat the hypergradients that come out. Nothing here knows of reinforcement learning or of
+experiments.
 """
 
 from purejax_bilevel.bilevel._common import LinearSolver
+from purejax_bilevel.bilevel.evolution import antithetic_gradient
 from purejax_bilevel.bilevel.functional import (
     adjoint_objective,
     closed_form_adjoint,
@@ -23,6 +25,7 @@ from purejax_bilevel.bilevel.implicit import (
     neumann,
     relative_residual,
     root_hypergradient,
+    root_hypergradient_and_residual,
 )
 from purejax_bilevel.bilevel.regret import LocalRegret, LocalRegretState, local_regret, static_regret
 from purejax_bilevel.bilevel.smoothing import (
@@ -31,7 +34,7 @@ from purejax_bilevel.bilevel.smoothing import (
     exponential_average,
     window_average,
 )
-from purejax_bilevel.bilevel.unrolled import unrolled_hypergradient
+from purejax_bilevel.bilevel.unrolled import iterated, iterated_hypergradient, unrolled_hypergradient
 
 __all__ = [
     "ExponentialAverageState",
@@ -40,6 +43,7 @@ __all__ = [
     "LocalRegretState",
     "WindowAverageState",
     "adjoint_objective",
+    "antithetic_gradient",
     "closed_form_adjoint",
     "conjugate_gradient",
     "dense",
@@ -49,12 +53,15 @@ __all__ = [
     "gmres",
     "identity",
     "implicit_root",
+    "iterated",
+    "iterated_hypergradient",
     "local_regret",
     "minimum_hypergradient",
     "minimum_hypergradient_and_residual",
     "neumann",
     "relative_residual",
     "root_hypergradient",
+    "root_hypergradient_and_residual",
     "separable_hessian",
     "static_regret",
     "unrolled_hypergradient",

@@ -215,12 +215,38 @@ def root_hypergradient(
     Returns:
         A pytree like `outer`: the indirect part of the outer gradient.
     """
+    return root_hypergradient_and_residual(optimality, outer, inner, cotangent, solve)[0]
+
+
+def root_hypergradient_and_residual(
+    optimality: Callable[[PyTree, PyTree], PyTree],
+    outer: PyTree,
+    inner: PyTree,
+    cotangent: PyTree,
+    solve: LinearSolver | None = None,
+    damping: Scalar = 0.0,
+) -> tuple[PyTree, jax.Array]:
+    """`root_hypergradient`, and how well its adjoint equation was solved.
+
+    Args:
+        optimality: as there, like the next four.
+        outer: see there.
+        inner: see there.
+        cotangent: see there.
+        solve: see there.
+        damping: added to the diagonal in the residual, what `solve` adds there.
+
+    Returns:
+        (hypergradient, `relative_residual` of the adjoint).
+    """
     solve = identity() if solve is None else solve
     with full_precision():
         _, transposed_jacobian = jax.vjp(lambda x: optimality(outer, x), inner)
-        adjoint = solve(lambda x: transposed_jacobian(x)[0], cotangent)
+        matvec = lambda x: transposed_jacobian(x)[0]  # noqa: E731
+        adjoint = solve(matvec, cotangent)
+        residual = relative_residual(matvec, adjoint, cotangent, damping)
         _, transposed_cross = jax.vjp(lambda x: optimality(x, inner), outer)
-        return jax.tree.map(jnp.negative, transposed_cross(adjoint)[0])
+        return jax.tree.map(jnp.negative, transposed_cross(adjoint)[0]), residual
 
 
 def minimum_hypergradient(

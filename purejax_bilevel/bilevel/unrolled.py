@@ -17,6 +17,53 @@ from jax import lax
 from purejax_bilevel.bilevel._common import PyTree, checked_count
 
 
+def iterated_hypergradient(
+    step: Callable[[PyTree, PyTree], PyTree],
+    outer_loss: Callable[[PyTree, PyTree], jax.Array],
+    outer: PyTree,
+    start: PyTree,
+    num_steps: int,
+    checkpoint: bool = True,
+) -> tuple[jax.Array, PyTree, PyTree]:
+    """Value and gradient of outer_loss(outer, state after k steps) for any iteration that solves the inner problem.
+
+    Args:
+        step: (outer, state) -> state, such as a step of gradient descent or of value iteration.
+        outer_loss: F(outer, state) -> scalar.
+        outer: outer variables (floating point leaves).
+        start: where the iteration starts; taken as constant.
+        num_steps: k, at least 1.
+        checkpoint: recompute each step in the backward pass instead of storing its intermediate values.
+
+    Returns:
+        (outer loss after k steps, hypergradient like `outer`, state after k steps).
+
+    Raises:
+        ValueError: if num_steps < 1.
+    """
+
+    def loss_after_steps(outer):
+        last = iterated(step, outer, start, num_steps, checkpoint)
+        return outer_loss(outer, last), last
+
+    (value, last), hypergradient = jax.value_and_grad(loss_after_steps, has_aux=True)(outer)
+    return value, hypergradient, last
+
+
+def iterated(
+    step: Callable[[PyTree, PyTree], PyTree], outer: PyTree, start: PyTree, num_steps: int, checkpoint: bool = True
+) -> PyTree:
+    """The state after `num_steps` steps; arguments as for `iterated_hypergradient`."""
+    num_steps = checked_count("num_steps", num_steps)
+
+    def body(state, _):
+        return step(outer, state), None
+
+    # the scan already keeps the compiler from merging forward and recomputed steps
+    body = jax.checkpoint(body, prevent_cse=False) if checkpoint else body
+    return lax.scan(body, start, length=num_steps)[0]
+
+
 def unrolled_hypergradient(
     inner_loss: Callable[[PyTree, PyTree], jax.Array],
     outer_loss: Callable[[PyTree, PyTree], jax.Array],
@@ -45,19 +92,16 @@ def unrolled_hypergradient(
     Raises:
         ValueError: if num_steps < 1.
     """
-    num_steps = checked_count("num_steps", num_steps)
 
-    def loss_after_steps(outer):
-        def step(carry, _):
-            inner, state = carry
-            gradient = jax.grad(inner_loss, argnums=1)(outer, inner)
-            updates, state = optimizer.update(gradient, state, inner)
-            return (optax.apply_updates(inner, updates), state), None
+    def step(outer, carry):
+        inner, state = carry
+        gradient = jax.grad(inner_loss, argnums=1)(outer, inner)
+        updates, state = optimizer.update(gradient, state, inner)
+        return optax.apply_updates(inner, updates), state
 
-        # the scan already keeps the compiler from merging forward and recomputed steps
-        body = jax.checkpoint(step, prevent_cse=False) if checkpoint else step
-        (last_inner, last_state), _ = lax.scan(body, (inner, opt_state), length=num_steps)
-        return outer_loss(outer, last_inner), (last_inner, last_state)
-
-    (value, (inner, opt_state)), hypergradient = jax.value_and_grad(loss_after_steps, has_aux=True)(outer)
+    loss_of = lambda outer, carry: outer_loss(outer, carry[0])  # noqa: E731
+    start = (inner, opt_state)
+    value, hypergradient, (inner, opt_state) = iterated_hypergradient(
+        step, loss_of, outer, start, num_steps, checkpoint
+    )
     return value, hypergradient, inner, opt_state

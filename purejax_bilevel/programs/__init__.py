@@ -15,4 +15,7 @@ REGISTRY = {
     "meta_test": "purejax_bilevel.programs.meta_objectives.meta_test",
     "offline": "purejax_bilevel.programs.offline.program",
     "mbpo": "purejax_bilevel.programs.offline.online",
+    "observatory": "purejax_bilevel.programs.observatory.control",
+    "observatory_tabular": "purejax_bilevel.programs.observatory.tabular",
+    "observatory_regression": "purejax_bilevel.programs.observatory.regression",
 }

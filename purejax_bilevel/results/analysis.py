@@ -19,11 +19,13 @@ from purejax_bilevel.results.dataset import SEED, STEP, setting_dimensions
 from purejax_bilevel.results.statistics import Estimate, ranking, setting_scores, stratified_bootstrap_interval
 
 SELECTION = "selection_score"
-# Modules with FIGURES and AXES, by the kind of figure. By name: programs know results, not the other way.
+# Modules with FIGURES, AXES and maybe TABLES, by the kind of figure, which is how the names of its programs begin. By
+# name: programs know results, not the other way.
 OWN_FIGURES = {
     "tabular": "purejax_bilevel.programs.tabular.figures",
     "offline": "purejax_bilevel.programs.offline.figures",
     "ensemble": "purejax_bilevel.programs.offline.ensemble_figures",
+    "observatory": "purejax_bilevel.programs.observatory.figures",
 }
 
 

@@ -103,6 +103,11 @@ def of_population(name: str) -> str:
     return f"population_{name}"
 
 
+def file_name(label: str) -> str:
+    """A label as the name of a folder or file."""
+    return re.sub(r"[^\w.=+-]+", "_", label).strip("._")
+
+
 def step_dimension(stage: str) -> str:
     """Name of the dimension of the steps of an earlier stage; of the last one for ""."""
     return f"{STEP}_{stage}" if stage else STEP

@@ -15,6 +15,10 @@ CURVES = "learning_curves.png"
 # Modules with a `write_figures`, by program; the others get their learning curves. By name: programs know results, not
 # the other way.
 FIGURES = {
+    **dict.fromkeys(
+        ("ControlObservatory", "RegressionObservatory", "TabularObservatory"),
+        "purejax_bilevel.programs.observatory.figures",
+    ),
     "Ensemble": "purejax_bilevel.programs.offline.ensemble_figures",
     "Offline": "purejax_bilevel.programs.offline.figures",
     "Regression": "purejax_bilevel.programs.regression.figures",

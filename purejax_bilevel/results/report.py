@@ -431,7 +431,10 @@ class _Report:
         if not datasets:  # an override or a search swept something else
             return []
         path = own_figures.FIGURES[figure](datasets, self._path(name))
-        return [Picture(path, f"{title or figure.replace('_', ' ')}: means over the reported seeds.")]
+        own_table = getattr(own_figures, "TABLES", {}).get(figure)
+        statistic = "medians" if own_table else "means"
+        picture = Picture(path, f"{title or figure.replace('_', ' ')}: {statistic} over the reported seeds.")
+        return [picture, own_table(datasets, path)] if own_table else [picture]
 
     def _curves(self, variable: str, name: str, title: str) -> list[Block]:
         usable = [

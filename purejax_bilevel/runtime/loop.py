@@ -13,7 +13,6 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import re
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -308,7 +307,7 @@ class Run:
         several = len(self.parts) > 1
         return Loggers(
             self.parts[number].grid,
-            folder / (file_name(self.parts[number].label) or f"part-{number}") if several else folder,
+            folder / (datasets.file_name(self.parts[number].label) or f"part-{number}") if several else folder,
             folder.name or "run",
             self._own_fingerprint(number),
             wandb_mode=options.wandb_mode,
@@ -458,11 +457,6 @@ def is_logged(measure: Measure) -> bool:
     return measure.logged and measure.when == "regular"
 
 
-def file_name(label: str) -> str:
-    """A label as the name of a folder or file."""
-    return re.sub(r"[^\w.=+-]+", "_", label).strip("._")
-
-
 def fingerprint(parts: Sequence[Part]) -> dict[str, Any]:
     """What two runs must share for one to go on where the other stopped: everything but the number of steps."""
     described: dict[str, Any] = {}
@@ -605,7 +599,8 @@ def to_dataset(
     *earlier, steps = (schedule.row_steps(stage) for stage in schedule.stages)
     described = _described(part.program.measures, outcome.stage_of)
     named = dict(zip(schedule.names, earlier, strict=False))
-    return datasets.build_dataset(part.grid, steps, series, finals, about, described, named)
+    dataset = datasets.build_dataset(part.grid, steps, series, finals, about, described, named)
+    return dataset.assign_coords({name: list(labels) for name, labels in part.program.labels.items()})
 
 
 def _described(measures: Sequence[Measure], stage_of: dict[str, str]) -> dict[str, dict[str, Any]]:

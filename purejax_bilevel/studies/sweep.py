@@ -80,7 +80,7 @@ def run(study: Study, options: Options, console: Console) -> list[xarray.Dataset
         return []
 
     def chosen() -> Path:
-        return folders.choose(options.output_dir, options.name, options.resume, loop.file_name(study.name))
+        return folders.choose(options.output_dir, options.name, options.resume, datasets.file_name(study.name))
 
     with folders.opened(chosen, options.resume is not None) as folder:
         return _run_in(folder, study, agents, options, console)
@@ -107,7 +107,7 @@ def _run_in(
         folders.describe(folder, {"sweep": study.description}, options, resume, options.video)
     run_options = RunOptions(folder, resume, **how_to_run(options))
     forecast = Forecast(study.name, console, work=_work(study), quiet=options.quiet)
-    files = [folder / loop.file_name(agent.label) / datasets.FILE_NAME for agent in agents]
+    files = [folder / datasets.file_name(agent.label) / datasets.FILE_NAME for agent in agents]
     finished = processes.from_first(lambda: all(file.exists() for file in files))
     trained = None
     if study.search.in_rounds and finished:  # a finished search: its report is made again
@@ -124,12 +124,12 @@ def _run_in(
         for sentence in residuals.warnings(dataset):
             warn(sentence)
     searches.clean(folder)
-    written = report.write(folder, study.name, study.report, files)
     places = {agent.label: file.parent for agent, file in zip(agents, files, strict=True)}
-    for together in trained or ():
+    for together in trained or ():  # before the report, which shows some of it
         together.save_artefacts([places[agent.label] for agent in together.agents])
-        if options.video:
-            _write_videos(together, {result.label: result for result in written}, places)
+    written = report.write(folder, study.name, study.report, files)
+    for together in trained or () if options.video else ():
+        _write_videos(together, {result.label: result for result in written}, places)
     if not options.quiet:
         _print_summary(study, written, found, console, folder)
     return found
@@ -167,7 +167,7 @@ def _check_shown(study: Study, agents: Sequence[SweptAgent]) -> None:
     for figure in study.report.figures:
         if (kind := figure["kind"]) in analysis.OWN_FIGURES:
             known = importlib.import_module(analysis.OWN_FIGURES[kind]).FIGURES
-            if study.program != kind or figure["figure"] not in known:
+            if not study.program.startswith(kind) or figure["figure"] not in known:
                 raise UserError(
                     f"report: the figure {figure['figure']!r} of kind {kind} must be one of {', '.join(known)}, "
                     f"in a sweep of the program {kind}."
@@ -186,7 +186,7 @@ def _check_one_score(study: Study, agents: Sequence[SweptAgent]) -> None:
 
 
 def _check_names(agents: Sequence[SweptAgent]) -> None:
-    names = [loop.file_name(agent.label) for agent in agents]
+    names = [datasets.file_name(agent.label) for agent in agents]
     for agent, name in zip(agents, names, strict=True):
         if not name or names.count(name) > 1 or name in OWN_NAMES or len(os.fsencode(name)) > folders.LONGEST_NAME:
             raise UserError(
@@ -221,7 +221,7 @@ def _in_own_folder(study: Study, family: Study, options: RunOptions) -> RunOptio
     """Where there are several programs, each has its own checkpoint."""
     if not study.families or options.folder is None:
         return options
-    return dataclasses.replace(options, folder=options.folder / PROGRAMS_FOLDER / loop.file_name(family.program))
+    return dataclasses.replace(options, folder=options.folder / PROGRAMS_FOLDER / datasets.file_name(family.program))
 
 
 def _datasets(
@@ -325,7 +325,7 @@ def _log_finalists(dataset: xarray.Dataset, part: Part, outcome: loop.Outcome, o
     members, before = np.arange(len(part.grid)), 0
     with Loggers(
         part.grid,
-        options.folder / loop.file_name(part.label),
+        options.folder / datasets.file_name(part.label),
         options.folder.name,
         dataset.attrs["config"],
         wandb_mode=options.wandb_mode,

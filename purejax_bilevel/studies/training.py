@@ -12,6 +12,7 @@ from rich.console import Console
 
 from purejax_bilevel.configuration import to_dict
 from purejax_bilevel.program import Configuration, Part, called_outside
+from purejax_bilevel.results import dataset as datasets
 from purejax_bilevel.runtime import artefacts, loop, sizes
 from purejax_bilevel.runtime.compiled import precision, typed_state
 from purejax_bilevel.runtime.options import RunOptions
@@ -55,7 +56,7 @@ class Trained:
         for agent, span, folder in zip(self.agents, self.spans(), folders, strict=True):
             parts, states = self.parts[span], self.outcome.state[span] if self.outcome.state else []
             for part, state, template in zip(parts, states, agent.templates, strict=False):
-                own = folder if len(parts) == 1 else folder / loop.file_name(part.label)
+                own = folder if len(parts) == 1 else folder / datasets.file_name(part.label)
                 _save_artefact(part, template.config, state, own)
 
     def write_video(self, number: int, setting: int, seed: int, folder: Path) -> None:

@@ -226,7 +226,7 @@ def test_a_foreign_config_is_refused(tmp_path: Path):
         parse(f"--resume {tmp_path}")
     config = configuration.to_dict(TabularConfig().resolved())
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"run": {"seed": 0, "num_seeds": 1}, "config": config}))
-    with pytest.raises(UserError, match=r"it is of another program, --agent_type omd --env_name tabular: --resume alone"):
+    with pytest.raises(UserError, match="of another program, --agent_type omd --env_name tabular: --resume alone"):
         parse(f"--resume {tmp_path}")
 
 

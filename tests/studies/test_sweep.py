@@ -304,6 +304,7 @@ PAPER_STEPS = {  # of the originals, by program or preset
     "rl": 200_000,
     "continuous": 1_000_000,
     "regression": 5000,
+    "observatory": 48_000,  # there is no original
     "tabular": 10_000,
     "ppo": 1220,
     "open_ablation": 24,

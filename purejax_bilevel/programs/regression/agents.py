@@ -204,6 +204,14 @@ def functional_agent(config: Hypergradient, learner: Learner, data: Data, summar
     opposite sign.
     """
     learner, inner_value = _solve(config, learner, data, summary)
+    loss, gradient, learner = dual_hypergradient(config, learner, data, summary)
+    return Step(loss, inner_value, gradient), learner
+
+
+def dual_hypergradient(
+    config: Hypergradient, learner: Learner, data: Data, summary: Summary
+) -> tuple[jax.Array, Summary, Learner]:
+    """That of funcbo at the network as it is: outer loss, gradient, and the learner with its dual network fitted."""
     assert learner.dual is not None
     batch_size = data.x_inner.shape[-1]
     both = predict(learner.inner, jnp.concatenate([data.x_inner, data.x_outer], axis=1))
@@ -225,8 +233,7 @@ def functional_agent(config: Hypergradient, learner: Learner, data: Data, summar
         adjoint = -adjoint
     else:
         learner = learner.replace(dual=dual, dual_optimizer=dual_state)
-    gradient = functional.functional_hypergradient(inner_objective, summary, values, adjoint)
-    return Step(loss, inner_value, gradient), learner
+    return loss, functional.functional_hypergradient(inner_objective, summary, values, adjoint), learner
 
 
 def exact_agent(config: Hypergradient, learner: Learner, data: Data, summary: Summary) -> tuple[Step, Learner]:
@@ -237,13 +244,18 @@ def exact_agent(config: Hypergradient, learner: Learner, data: Data, summary: Su
     lambda = 0.
     """
     learner, inner_value = _solve(config, learner, data, summary)
+    gradient = closed_form_hypergradient(config, learner, data, summary)
+    loss = outer_loss(predict(learner.inner, data.x_outer), data.y_outer)
+    return Step(loss, inner_value, gradient), learner
+
+
+def closed_form_hypergradient(config: Hypergradient, learner: Learner, data: Data, summary: Summary) -> Summary:
+    """That of exact at the network as it is."""
     values = predict(learner.inner, data.x_inner)
     cotangent = jax.grad(outer_loss)(values, data.y_inner)
     curvature = 2.0 * jnp.maximum(summary.weight, config.adjoint_floor) / values.shape[-1]
     adjoint = functional.closed_form_adjoint(cotangent, curvature)
-    gradient = functional.functional_hypergradient(inner_objective, summary, values, adjoint)
-    loss = outer_loss(predict(learner.inner, data.x_outer), data.y_outer)
-    return Step(loss, inner_value, gradient), learner
+    return functional.functional_hypergradient(inner_objective, summary, values, adjoint)
 
 
 def implicit_agent(config: Hypergradient, learner: Learner, data: Data, summary: Summary) -> tuple[Step, Learner]:

@@ -6,6 +6,7 @@ Source: Nikishin et al. 2022, "Control-oriented model-based reinforcement learni
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -89,15 +90,18 @@ def hypergradient(
     solution = q if solution is None else solution
     loss, cotangent = jax.value_and_grad(lambda q: outer_loss(config, true, q))(q)
 
-    def optimality(model: Model, q: jax.Array) -> jax.Array:
-        return q - finite.bellman(imagined(model, true, config.temperature), q, config.temperature)
-
     def exact(_: object, b: jax.Array) -> jax.Array:
         world = imagined(model, true, config.temperature)
         return finite.adjoint_solve(world, finite.policy(solution, config.temperature), b)
 
     solver = exact if config.with_inv_jac == "exact" else implicit.identity()
-    return loss, implicit.root_hypergradient(optimality, model, solution, cotangent, solver)
+    condition = functools.partial(optimality, config, true)
+    return loss, implicit.root_hypergradient(condition, model, solution, cotangent, solver)
+
+
+def optimality(config: Learning, true: MDP, model: Model, q: jax.Array) -> jax.Array:
+    """q - B q `[states, actions]` with the model's smooth Bellman operator B: 0 at the inner solution."""
+    return q - finite.bellman(imagined(model, true, config.temperature), q, config.temperature)
 
 
 # --- state ------------------------------------------------------------------------------------------------------------
