@@ -215,3 +215,18 @@ def test_steps_without_a_block_are_the_loop_inside_the_loop_over_blocks(monkeypa
     root = structure.Operation(0, "", [structure.Operation(1, "kWhile", [known, loop]), known])
     assert structure.steps_of(root, {5: 40}, 0) is loop
     assert structure.count(loop, {5: 40}) == structure.Counts(operations=3, launches=3, round_trips=1)
+
+
+def test_studies_are_compared_with_the_tables_of_their_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    studies = load("studies", monkeypatch)
+    rows = "| agent | IQM |\n| --- | --- |\n| `omd` | 247 (119 to 423) | 50 |\n| `sac` | -9 (-20.5 to -3) |\n"
+    told = studies.table_of("one", f"x\n<!-- studies.py: one -->\n\n{rows}\n| `sql` | 1 (0 to 2) |")
+    assert told == {"omd": (119.0, 423.0), "sac": (-20.5, -3.0)}
+    assert studies.differing({"omd": 120.0, "sac": -3.0}, told) == []
+    assert studies.differing({"omd": 118.0, "mle": 1.0}, told) == [
+        "mle is not in the table",
+        "sac was not run",
+        "omd: 118 is outside of 119 to 423",
+    ]
+    for study, path in studies.PAGES.items():
+        assert set(studies.table_of(study, path.read_text())) == {"omd", "mle", "vep"}, study

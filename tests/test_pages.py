@@ -59,6 +59,7 @@ ELSEWHERE = {
     "--baseline": "tests/benchmarks/speed.py",
     "--build-arg": "setup/docker/build_cpu.sh",
     "--policy": "purejax_bilevel/environments/grid_world/__main__.py",
+    "--table": "purejax_bilevel/results/__main__.py",
 }
 
 

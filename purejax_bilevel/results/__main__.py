@@ -1,8 +1,9 @@
-"""Finished runs and sweeps again, also on a machine without jax: tables and figures, a list, a comparison.
+"""Finished runs and sweeps again, also on a machine without jax: tables and figures, a list, a comparison, a landscape.
 
 python -m purejax_bilevel.results report runs/x
 python -m purejax_bilevel.results list
 python -m purejax_bilevel.results compare runs/x runs/y
+python -m purejax_bilevel.results landscape runs/x
 """
 
 import argparse
@@ -30,7 +31,7 @@ def read_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m purejax_bilevel.results", description=__doc__, formatter_class=shape
     )
-    actions = parser.add_subparsers(required=True, metavar="report | list | compare")
+    actions = parser.add_subparsers(required=True, metavar="report | list | compare | landscape")
     own = actions.add_parser("report", help="a run's tables and figures, or a sweep's report, again")
     own.add_argument("folder", type=Path, help="of a run or a sweep")
     own.set_defaults(work=lambda asked: print(write(asked.folder)))
@@ -45,6 +46,13 @@ def read_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     )
     own.add_argument("--figure", type=Path, default=Path("comparison.png"), help="default: comparison.png")
     own.set_defaults(work=_compare)
+    own = actions.add_parser("landscape", help="every setting, seed and evaluation, as a table and a figure")
+    own.add_argument("folder", type=Path, help="of a run, or of one agent of a sweep")
+    own.add_argument("--variable", default="", help="what is shown (default: the headline)")
+    own.add_argument("--axes", nargs=2, default=(), metavar="name", help="of the figure (default: the first two)")
+    own.add_argument("--table", type=Path, default=Path("landscape.csv"), help="default: landscape.csv")
+    own.add_argument("--figure", type=Path, default=Path("landscape.png"), help="default: landscape.png")
+    own.set_defaults(work=_landscape)
     return parser.parse_args(words)
 
 
@@ -69,6 +77,17 @@ def _compare(asked: argparse.Namespace) -> None:
 
     Console().print(runs.compare(asked.folders, asked.figure, asked.variable, asked.over))
     print(asked.figure)
+
+
+def _landscape(asked: argparse.Namespace) -> None:
+    from purejax_bilevel.results import landscape, runs
+
+    found = runs.results_of(asked.folder, asked.folder.name)
+    if len(found) > 1:
+        names = ", ".join(result.name for result in found)
+        raise UserError(f"{asked.folder} holds results of several agents ({names}): name the folder of one.")
+    print(landscape.write_table(found[0].dataset, asked.table, asked.variable))
+    print(landscape.draw(found[0].dataset, asked.figure, asked.axes, asked.variable))
 
 
 def write(folder: Path) -> Path:

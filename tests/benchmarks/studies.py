@@ -77,8 +77,8 @@ def main(arguments: Arguments) -> int:
     status = 0
     for study in arguments.only:
         folder = arguments.output_dir / study
-        place = ["--resume", str(folder)] if arguments.resume and folder.exists() else [study, "--name", study]
-        failed = sweep_command.main([*place, "--output_dir", str(arguments.output_dir)])
+        fresh = [study, "--scale", "paper", "--output_dir", str(arguments.output_dir), "--name", study]
+        failed = sweep_command.main(["--resume", str(folder)] if arguments.resume and folder.exists() else fresh)
         if failed:
             return failed
         print(f"\n{study}:\n")

@@ -305,6 +305,7 @@ PAPER_STEPS = {  # of the originals, by program or preset
     "continuous": 1_000_000,
     "regression": 5000,
     "observatory": 48_000,  # there is no original
+    "omd_narrow_model": 25_000,  # fifty seeds instead
     "tabular": 10_000,
     "ppo": 1220,
     "open_ablation": 24,
