@@ -99,7 +99,7 @@ def draw(dataset: xarray.Dataset, path: Path, axes: Sequence[str] = (), variable
         FigureCanvasAgg(figure)
         panels = figure.subplots(1, len(chosen), sharex=True, sharey=True, squeeze=False)[0]
         for panel, number in zip(panels, chosen, strict=True):
-            order = np.argsort(np.where(np.isfinite(scores[:, number]), sign * scores[:, number], -np.inf))
+            order = _best_last(sign * scores[:, number])
             reached = np.ma.masked_invalid(scores[order, number])
             shape = {"c": reached, "cmap": "viridis", "norm": norm, "s": 60, "edgecolors": "none"}
             panel.scatter(*points[:, order], **shape, plotnonfinite=True)
@@ -122,6 +122,11 @@ def _points(dataset: xarray.Dataset, axes: Sequence[str]) -> tuple[Sequence[str]
         known = ", ".join(numbers) or "none"
         raise UserError(f"a landscape is over two hyper-parameters with several numbers; these results have {known}.")
     return names, np.array([[float(setting[name]) for setting in settings] for name in names])
+
+
+def _best_last(quality: np.ndarray) -> np.ndarray:
+    """Settings in the order in which they are drawn, those that failed first."""
+    return np.argsort(np.where(np.isfinite(quality), quality, -np.inf), kind="stable")
 
 
 def _scale(values: np.ndarray) -> str:

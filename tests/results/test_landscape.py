@@ -3,6 +3,7 @@
 import csv
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pandas
 import pytest
@@ -48,6 +49,22 @@ def test_the_best_setting_lies_on_top(place: Path) -> None:
     assert names == ("tau", "lr")
     np.testing.assert_array_equal(points[0], [0.01, 0.02, 0.5] * 2)
     assert [landscape._scale(values) for values in points] == ["log", "linear"]
+    assert landscape._best_last(np.array([3.0, np.nan, 9.0, -1.0])).tolist() == [1, 3, 0, 2]
+
+
+def test_of_settings_at_one_place_the_best_is_seen(tmp_path: Path) -> None:
+    """Higher or lower as the measure has it: the colour in the middle is that of the best."""
+    levels = np.repeat([[1.0], [9.0], [5.0], [2.0]], len(SEEDS), axis=1)
+    same = make(levels, (LR, Axis(("tau",), ((0.01,), (0.02,)))))
+    same = same.assign_coords(lr=("lr", [1e-3, 1e-3]), tau=("tau", [0.02, 0.02]))
+    pictures = [
+        imread(landscape.draw(same, tmp_path / f"{name}.png", (), name)) for name in ("evaluation_return", "error")
+    ]
+    high, low = matplotlib.colormaps["viridis"]([1.0, 0.0])[:, :3]
+    for picture, shown, hidden in zip(pictures, (high, low), (low, high), strict=True):
+        panels = picture[:, : int(0.8 * picture.shape[1]), :3].reshape(-1, 3)  # without the bar of colours
+        assert (np.abs(panels - shown).max(1) < 0.02).sum() > 50
+        assert not (np.abs(panels - hidden).max(1) < 0.02).any()
 
 
 def test_the_command_writes_both(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
