@@ -29,6 +29,13 @@ class Greedy(NamedTuple):
     act: Function
 
 
+class Saved(NamedTuple):
+    """A policy as `load_policy` gives it, and settings and seed with which it was trained."""
+
+    act: Callable[[Any], jax.Array]
+    settings: dict[str, Any]
+
+
 def load_policy(place: str) -> Callable[[Any], jax.Array]:
     """The policy of a run, without noise, as a function of observations.
 
@@ -42,7 +49,20 @@ def load_policy(place: str) -> Callable[[Any], jax.Array]:
     Raises:
         UserError: there is no policy, or it is not whole.
     """
-    found = _read(place)
+    return load(place).act
+
+
+def load(place: str) -> Saved:
+    """What `load_policy` gives, and how it was trained; the argument is the same.
+
+    Raises:
+        UserError: as there.
+    """
+    from purejax_bilevel.runtime import artefacts  # imports xarray, which `--help` of programs does not need
+
+    where, number = artefacts.place_and_member(place)
+    artefact = artefacts.load(where, *KINDS)
+    found = _greedy(artefact, number, place)
     compiled = jax.jit(found.act)
 
     def act(obs: Any) -> jax.Array:
@@ -51,14 +71,10 @@ def load_policy(place: str) -> Callable[[Any], jax.Array]:
             raise UserError(f"the policy of {place} observes {found.obs_dim} numbers, got {list(obs.shape)}.")
         return compiled(obs) if obs.ndim == 2 else compiled(obs[None])[0]
 
-    return act
+    return Saved(act, {**artefact.about["config"], **artefact.about["members"][number]})
 
 
-def _read(place: str) -> Greedy:
-    from purejax_bilevel.runtime import artefacts  # imports xarray, which `--help` of programs does not need
-
-    where, number = artefacts.place_and_member(place)
-    artefact = artefacts.load(where, *KINDS)
+def _greedy(artefact: Any, number: int, place: str) -> Greedy:
     arrays, kind = artefact.member(number), artefact.about["kind"]
     try:
         if kind == Q_FUNCTION:

@@ -60,8 +60,8 @@ class Forecast(sizes.Limits):
         parts = program.parts
         device = program.mesh.local_devices[0]
         at_once = counted(sum(len(part.grid) for part in parts), "member") + (" at a time" if self._work else "")
-        if sizes := sorted({part.program.population for part in parts} - {0}):
-            at_once += f" of {' or '.join(map(str, sizes))} individuals each"
+        if populations := sorted({part.program.population for part in parts} - {0}):
+            at_once += f" of {' or '.join(map(str, populations))} individuals each"
         names = ", ".join(f"{part.label} {len(part.grid)}" for part in parts if part.label)
         steps = f"{parts[0].program.num_steps:,} {parts[0].program.step_unit}"
         self._say(

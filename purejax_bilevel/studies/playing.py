@@ -16,7 +16,6 @@ from purejax_bilevel.environments import Continuous, Discrete
 from purejax_bilevel.errors import UserError
 from purejax_bilevel.programs import saved_policies
 from purejax_bilevel.programs.control import rollouts
-from purejax_bilevel.runtime import artefacts
 from purejax_bilevel.studies import video
 
 MOST_EPISODES = 1_000_000
@@ -77,10 +76,7 @@ def render_policy(place: str, path: str | Path = "policy.gif", seed: int = 0, en
 
 
 def _task_and_policy(place: str, env_name: str) -> tuple[Discrete | Continuous, rollouts.Policy, str]:
-    act = saved_policies.load_policy(place)
-    where, number = artefacts.place_and_member(place)
-    about = artefacts.load(where, *saved_policies.KINDS).about
-    settings = {**about["config"], **about["members"][number]}
+    act, settings = saved_policies.load(place)
     name = env_name or settings.get("env_name", "")
     if not name:
         raise UserError(f"{place} does not say in which environment it acts: give env_name.")

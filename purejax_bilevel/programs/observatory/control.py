@@ -1,6 +1,6 @@
 """The observatory of model-based Q-learning: theta is the world model, phi the Q-function, as in `control`."""
 
-from typing import Any, Self
+from typing import Any
 
 import jax
 import optax
@@ -10,37 +10,21 @@ from purejax_bilevel.networks import Heads
 from purejax_bilevel.program import Tree
 from purejax_bilevel.programs.control import agents, q_learning
 from purejax_bilevel.programs.control.learners import Learner, Model
-from purejax_bilevel.programs.observatory import settings
 from purejax_bilevel.programs.observatory.estimators import Problem
 from purejax_bilevel.programs.observatory.program import Observatory
+from purejax_bilevel.programs.observatory.settings import Observed, Observing
 from purejax_bilevel.replay import Batch
 
-KINDS = tuple(settings.NUMBERS)
 EPS_ROOT = 1e-16  # bounds the derivative of Adam's step where a gradient is 0, as those of dead units are
 
 
 @configuration
-class Config(q_learning.Config, settings.Observed):
+class Config(Observing, q_learning.Config, Observed):
     """Settings of model-based Q-learning, and what is compared at its evaluations."""
 
     def program(self) -> "ControlObservatory":
         """The program of this (resolved) configuration."""
         return ControlObservatory(self)
-
-    @property
-    def title(self) -> str:
-        """Short name of the experiment."""
-        return f"observatory-{super().title}"
-
-    def resolved(self) -> Self:
-        """Fills in what the agent tunes, and checks everything.
-
-        Raises:
-            UserError: for a value that is not allowed, or two that do not go together.
-        """
-        config = super().resolved()
-        settings.check(config, KINDS, {})
-        return config
 
 
 class ControlObservatory(Observatory, q_learning.ModelBased):

@@ -1,45 +1,27 @@
 """The observatory of regression whose targets move: theta are the weights of the past, phi is the network."""
 
 import functools
-from typing import Any, Self
+from typing import Any
 
 import jax
 
 from purejax_bilevel.configuration import configuration, replace
 from purejax_bilevel.networks import Network
 from purejax_bilevel.program import Tree
-from purejax_bilevel.programs.observatory import settings
 from purejax_bilevel.programs.observatory.estimators import Problem
 from purejax_bilevel.programs.observatory.program import Observatory
-from purejax_bilevel.programs.observatory.settings import Observed
+from purejax_bilevel.programs.observatory.settings import Observed, Observing
 from purejax_bilevel.programs.regression import agents, data, program
 from purejax_bilevel.programs.regression.agents import Data, Summary
 
-KINDS = tuple(settings.NUMBERS)
-
 
 @configuration
-class Config(program.Config, Observed):
+class Config(Observing, program.Config, Observed):
     """Settings of regression, and what is compared at its evaluations."""
 
     def program(self) -> "RegressionObservatory":
         """The program of this (resolved) configuration."""
         return RegressionObservatory(self)
-
-    @property
-    def title(self) -> str:
-        """Short name of the experiment."""
-        return f"observatory-{super().title}"
-
-    def resolved(self) -> Self:
-        """Fills in what depends on the agent and checks everything.
-
-        Raises:
-            UserError: for a value that is not allowed, or two that do not go together.
-        """
-        config = super().resolved()
-        settings.check(config, KINDS, {})
-        return config
 
 
 class RegressionObservatory(Observatory, program.Regression):

@@ -2,13 +2,13 @@
 
 import dataclasses
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from typing import ClassVar, Self
 
 from purejax_bilevel.configuration import NONNEGATIVE, POSITIVE, Check, at_least, configuration, static, traced
 from purejax_bilevel.errors import UserError
 
 GROUP = "observatory"
-COUNT, AMOUNT = "a whole number of at least 1", "a finite number, 0 or above"
 # What may follow each kind: names and whether they are whole; those in the second tuple may be left out.
 NUMBERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "identity": ((), ()),
@@ -88,7 +88,7 @@ def _amount(name: str, what: str, number: str) -> float:
     except ValueError:
         value = math.nan
     if not math.isfinite(value) or value < 0 or (positive and value == 0):
-        allowed = "a finite number above 0" if positive else AMOUNT
+        allowed = "a finite number above 0" if positive else "a finite number, 0 or above"
         raise UserError(f"--estimators {name}: {what} must be {allowed}, got {number!r}.")
     return value
 
@@ -124,17 +124,31 @@ class Observed:
     estimator_dual_lr: float = traced(1e-3, "dual: Adam rate of the dual network", POSITIVE, GROUP)
 
 
-def check(config: Observed, known: Collection[str], why_not: dict[str, str]) -> None:
-    """Refuses estimators that a problem has no use for.
+class Observing:
+    """What the configurations of all observatories do, the first of their bases, before that of the family.
 
-    Args:
-        config: of the observatory.
-        known: kinds that the problem has.
+    Attributes:
+        kinds: of estimators that the problem has.
         why_not: per other kind the reason.
-
-    Raises:
-        UserError: with the reason.
     """
-    for estimator in parse(config.estimators):
-        if estimator.kind not in known:
-            raise UserError(f"--estimators {estimator.name}: {why_not[estimator.kind]}; it may be {', '.join(known)}.")
+
+    kinds: ClassVar[Collection[str]] = tuple(NUMBERS)
+    why_not: ClassVar[Mapping[str, str]] = {}
+
+    @property
+    def title(self) -> str:
+        """Short name of the experiment."""
+        return f"observatory-{super().title}"  # type: ignore[misc]
+
+    def resolved(self) -> Self:
+        """Fills in what the family fills in, and checks everything.
+
+        Raises:
+            UserError: for a value that is not allowed, or two that do not go together.
+        """
+        config: Self = super().resolved()  # type: ignore[misc]
+        for estimator in parse(config.estimators):  # type: ignore[attr-defined]
+            if estimator.kind not in self.kinds:
+                reason = self.why_not[estimator.kind]
+                raise UserError(f"--estimators {estimator.name}: {reason}; it may be {', '.join(self.kinds)}.")
+        return config

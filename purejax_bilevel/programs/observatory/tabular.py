@@ -1,6 +1,6 @@
 """The observatory of finite MDPs: theta is the model of the MDP, phi its action values, and the truth is exact."""
 
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,10 +8,9 @@ import jax.numpy as jnp
 from purejax_bilevel.configuration import changed, configuration, replace
 from purejax_bilevel.environments import finite
 from purejax_bilevel.program import Tree
-from purejax_bilevel.programs.observatory import settings
 from purejax_bilevel.programs.observatory.estimators import Problem, flat
 from purejax_bilevel.programs.observatory.program import Observatory
-from purejax_bilevel.programs.observatory.settings import Observed
+from purejax_bilevel.programs.observatory.settings import Observed, Observing
 from purejax_bilevel.programs.tabular import agents, program
 
 KINDS = ("identity", "neumann", "dense", "unrolled", "es")
@@ -25,8 +24,11 @@ WHY_NOT = {
 
 
 @configuration
-class Config(program.Config, Observed):
+class Config(Observing, program.Config, Observed):
     """Settings of optimal model design, and what is compared at its evaluations."""
+
+    kinds = KINDS
+    why_not = WHY_NOT
 
     estimators: str = changed(
         Observed, "estimators", "identity neumann:5 neumann:50 dense unrolled:5 unrolled:50 es:32:50"
@@ -39,21 +41,6 @@ class Config(program.Config, Observed):
     def program(self) -> "TabularObservatory":
         """The program of this (resolved) configuration."""
         return TabularObservatory(self)
-
-    @property
-    def title(self) -> str:
-        """Short name of the experiment."""
-        return f"observatory-{super().title}"
-
-    def resolved(self) -> Self:
-        """Fills in the discount factor and checks everything.
-
-        Raises:
-            UserError: for a value that is not allowed, or two that do not go together.
-        """
-        config = super().resolved()
-        settings.check(config, KINDS, WHY_NOT)
-        return config
 
 
 class TabularObservatory(Observatory, program.Tabular):
