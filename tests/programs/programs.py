@@ -1,8 +1,9 @@
 """What every training program must withstand, whatever its algorithm: checks shared by the tests of this folder."""
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,27 @@ from purejax_bilevel.program import Configuration
 from purejax_bilevel.runtime import loop
 from purejax_bilevel.runtime.compiled import CompiledProgram
 from purejax_bilevel.studies import run as runs
+
+
+class Killed(BaseException):
+    """As a process that ends between two chunks."""
+
+
+@contextlib.contextmanager
+def killed_after(calls: int) -> Iterator[None]:
+    """What runs inside is killed after so many calls of a compiled program, and it must come to that."""
+    original, left = CompiledProgram.__call__, [calls]
+
+    def limited(self: CompiledProgram, *arguments: Any) -> Any:
+        left[0] -= 1
+        if left[0] < 0:
+            raise Killed
+        return original(self, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CompiledProgram, "__call__", limited)
+        with pytest.raises(Killed):
+            yield
 
 
 def train(config: Configuration, num_seeds: int = 2, seed: int = 0, **options: Any) -> tuple[Any, loop.Outcome]:

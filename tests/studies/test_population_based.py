@@ -17,13 +17,14 @@ from purejax_bilevel.errors import UserError
 from purejax_bilevel.program import Measure, Program, Stage, alone
 from purejax_bilevel.results import dataset as datasets
 from purejax_bilevel.results import populations
-from purejax_bilevel.runtime import compiled, loop
+from purejax_bilevel.runtime import loop
 from purejax_bilevel.runtime.steps import plain_keys
 from purejax_bilevel.studies import sweep_command
 from purejax_bilevel.studies.intervals import Interval
 from purejax_bilevel.studies.plan import SweptAgent, make_agents
 from purejax_bilevel.studies.population_based import PopulationBased, Selection, chosen_parents, explored
 from purejax_bilevel.studies.study import parse
+from tests.programs.programs import killed_after
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
@@ -236,27 +237,13 @@ def test_a_population_is_the_same_on_any_number_of_devices(one_device: loop.Outc
         np.testing.assert_allclose(eight.rows[0][name], array, rtol=1e-4, atol=1e-6)
 
 
-class Killed(BaseException):
-    """As a process that ends between two chunks."""
-
-
 def test_a_killed_sweep_goes_on_to_the_bit_and_tells_lineage_and_schedules(tmp_path, monkeypatch):
     path, folder = tmp_path / "mine.yaml", tmp_path / "killed"
     path.write_text(yaml.safe_dump(SWEEP))
     words = ["--output_dir", str(tmp_path), "--name", folder.name, "--quiet", "--devices", "2"]
     monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
-    with monkeypatch.context() as patch:
-        original, left = compiled.CompiledProgram.__call__, [5]
-
-        def limited(self, *args):
-            left[0] -= 1
-            if left[0] < 0:
-                raise Killed
-            return original(self, *args)
-
-        patch.setattr(compiled.CompiledProgram, "__call__", limited)
-        with pytest.raises(Killed):
-            sweep_command.main([str(path), *words, "--chunks", "13"])
+    with killed_after(5):
+        sweep_command.main([str(path), *words, "--chunks", "13"])
     assert sweep_command.main(["--resume", str(folder), "--quiet", "--chunks", "7", "--devices", "2"]) == 0
     found, (whole,) = datasets.load(folder / "descent"), trained(2, seeds=2).rows
     for name in set(whole) - {"final_loss"}:

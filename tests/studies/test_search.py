@@ -22,6 +22,7 @@ from purejax_bilevel.studies.halving import rung_ends
 from purejax_bilevel.studies.intervals import Interval
 from purejax_bilevel.studies.plan import make_agents
 from purejax_bilevel.studies.study import Search, parse
+from tests.programs.programs import killed_after
 
 BEST = 1e-2
 TOY: dict[str, Any] = {
@@ -31,10 +32,6 @@ TOY: dict[str, Any] = {
     "axes": [{"grid": {"lr": [1e-4, 10.0]}}],
     "seeds": 4,
 }
-
-
-class Killed(BaseException):
-    """As a process that ends between two chunks."""
 
 
 def run(folder: Path, description: dict[str, Any], *arguments: str, name: str = "sweep") -> Path:
@@ -165,18 +162,8 @@ def test_a_killed_search_goes_on(toy, tmp_path, monkeypatch, changes, calls):
     path.write_text(yaml.safe_dump({**TOY, **changes}))
     for count in calls:
         words = arguments or [str(path), "--output_dir", str(tmp_path), "--name", "killed"]
-        with monkeypatch.context() as patch:
-            original, left = compiled.CompiledProgram.__call__, [count]
-
-            def limited(self, *args, original=original, left=left):
-                left[0] -= 1
-                if left[0] < 0:
-                    raise Killed
-                return original(self, *args)
-
-            patch.setattr(compiled.CompiledProgram, "__call__", limited)
-            with pytest.raises(Killed):
-                sweep_command.main([*words, "--quiet", "--chunks", "16", "--devices", str(2 + count % 3)])
+        with killed_after(count):
+            sweep_command.main([*words, "--quiet", "--chunks", "16", "--devices", str(2 + count % 3)])
         arguments = ["--resume", str(folder)]
     assert sweep_command.main(["--resume", str(folder), "--quiet", "--devices", "8"]) == 0
     assert history(folder) == history(whole)

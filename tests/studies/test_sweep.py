@@ -23,6 +23,7 @@ from purejax_bilevel.studies.overrides import override
 from purejax_bilevel.studies.plan import make_agents
 from purejax_bilevel.studies.study import parse
 from tests import toy as toys
+from tests.programs.programs import killed_after
 
 TOY: dict[str, Any] = {
     "program": "toy",
@@ -360,31 +361,13 @@ def test_every_member_gets_its_own_settings_in_one_compilation(toy, tmp_path):
             np.testing.assert_array_equal(found.final_score, alone.final_score)
 
 
-class Killed(BaseException):
-    """As a process that ends between two chunks."""
-
-
-def stop_after(monkeypatch, calls: int) -> None:
-    original, left = compiled.CompiledProgram.__call__, [calls]
-
-    def limited(self, *args):
-        left[0] -= 1
-        if left[0] < 0:
-            raise Killed
-        return original(self, *args)
-
-    monkeypatch.setattr(compiled.CompiledProgram, "__call__", limited)
-
-
 @pytest.mark.parametrize(("first", "second"), [("8", "2"), pytest.param("3", "8", marks=pytest.mark.slow)])
 def test_a_killed_sweep_goes_on_with_other_devices(toy, tmp_path, monkeypatch, first, second):
     assert len(jax.devices()) >= 8
     assert run(tmp_path, TOY, "--devices", "3", name="whole") == 0
     monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
-    with monkeypatch.context() as patch:
-        stop_after(patch, 3)
-        with pytest.raises(Killed):
-            run(tmp_path, TOY, "--devices", first, "--chunks", "8", name="killed")
+    with killed_after(3):
+        run(tmp_path, TOY, "--devices", first, "--chunks", "8", name="killed")
     assert loop.steps_done(tmp_path / "killed") == 6
     assert sweep_command.main(["--resume", str(tmp_path / "killed"), "--devices", second, "--quiet"]) == 0
     expected, found = scores(tmp_path / "whole"), scores(tmp_path / "killed")
