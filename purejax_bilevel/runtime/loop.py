@@ -1,6 +1,4 @@
-"""The loop on the host: from a configuration to labelled results, with progress, checkpoints and resume.
-
-    results = run(Config(agent_type="omd", lr=(1e-3, 3e-4)), num_seeds=8)
+"""The loop on the host: from sub-programs and their members to what came out, with progress, checkpoints and resume.
 
 It calls the compiled program in chunks; between two calls the host shows progress, logs, saves a checkpoint and looks
 for members that diverged. Chunk boundaries change nothing in the numbers, bit for bit.
@@ -12,7 +10,6 @@ Ctrl-C in any of them stops all, each saves its own members, and process 0 alone
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,52 +17,29 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
-import jax
 import numpy as np
-import xarray
 from rich.console import Console
 
 from purejax_bilevel import garbage, interrupts
-from purejax_bilevel.configuration import RUN_LENGTH, to_dict
 from purejax_bilevel.errors import Interrupted, UserError
 from purejax_bilevel.members import counted
-from purejax_bilevel.program import POPULATION, Configuration, Measure, Part
+from purejax_bilevel.program import Measure, Part
 from purejax_bilevel.results import dataset as datasets
 from purejax_bilevel.results import statistics
 from purejax_bilevel.runtime import checkpoint as checkpoints
 from purejax_bilevel.runtime import devices, processes
-from purejax_bilevel.runtime.compiled import CompiledProgram, mesh_of, precision
-from purejax_bilevel.runtime.devices import AXIS
+from purejax_bilevel.runtime.compiled import CompiledProgram, mesh_of
+from purejax_bilevel.runtime.fingerprints import PLACEMENT, check_placement, fingerprint, placement
 from purejax_bilevel.runtime.loggers import Loggers
 from purejax_bilevel.runtime.options import RunOptions
+from purejax_bilevel.runtime.outcomes import Outcome, last_values
 from purejax_bilevel.runtime.progress import Progress
-from purejax_bilevel.runtime.schedule import StageSchedule
 from purejax_bilevel.runtime.steps import ROWS
 
 CHUNK_SECONDS = 3.0  # between two looks of the host, unless --chunks says how many
 CHECKPOINT_SECONDS = 60.0
 BLOCK_STEPS = 32  # most steps in a block of an accelerator
-PLACEMENT = "placement"  # what a checkpoint calls the batches of members and their devices
-PLATFORM = "platform"
 STOPPED_COMPILING = "stopped while compiling; no step is lost: go on with --resume and the run's folder."
-
-
-@dataclasses.dataclass
-class Outcome:
-    """What came out of a run, per part: host arrays of all members, in every process.
-
-    `state` is the exception: of several processes only process 0 has it, and only if there is a folder; else it is [].
-    """
-
-    steps: int
-    rows: list[dict[str, np.ndarray]]
-    failed: list[np.ndarray]
-    state: list[Any]
-    compile_seconds: float
-    run_seconds: float
-    num_traces: int
-    bytes_per_member: list[int]
-    stage_of: dict[str, str] = dataclasses.field(default_factory=dict)  # of what is not measured in the last stage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +106,7 @@ class Run:
         self.num_members = sum(len(part.grid) for part in parts)
         mesh = mesh_of(parts, options.devices)
         member_batch = self._member_batch(mesh)
-        self._fingerprint = fingerprint(parts) | {PLACEMENT: _placement(parts, mesh, member_batch)}
+        self._fingerprint = fingerprint(parts) | {PLACEMENT: placement(parts, mesh, member_batch)}
         if program is None:
             block_steps = None if mesh.devices.flat[0].platform == "cpu" else BLOCK_STEPS
             program = CompiledProgram(parts, mesh, member_batch, block_steps)
@@ -377,7 +351,7 @@ class Run:
             self.steps, state = self.stretch.start, self.stretch.state
             self._state = self.program.initial() if state is None else self.program.scatter(state)
             return
-        placement = _check_placement(path, self._fingerprint[PLACEMENT])
+        placement = check_placement(path, self._fingerprint[PLACEMENT])
         saved = checkpoints.load(path, self.program.structure, self._fingerprint | placement)
         if saved.steps > self.total:
             raise UserError(f"{path} has done {counted(saved.steps, 'step')}, more than the {self.total} asked for.")
@@ -444,92 +418,9 @@ def _without_stages(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {key.partition("/")[2]: array for key, array in rows.items()}
 
 
-def last_values(array: np.ndarray) -> np.ndarray:
-    """The last row `[members, ...]` of `[members, evaluations, ...]` that holds numbers: a member may be done early."""
-    members, rows = array.shape[:2]
-    there = ~np.isnan(array.reshape(members, rows, -1)).all(-1)
-    last = np.where(there.any(1), rows - 1 - there[:, ::-1].argmax(1), rows - 1)
-    return array[np.arange(members), last]
-
-
 def is_logged(measure: Measure) -> bool:
     """Whether wandb and TensorBoard get a measure while the run goes on."""
     return measure.logged and measure.when == "regular"
-
-
-def fingerprint(parts: Sequence[Part]) -> dict[str, Any]:
-    """What two runs must share for one to go on where the other stopped: everything but the number of steps."""
-    described: dict[str, Any] = {}
-    digests: dict[tuple[int, ...], str] = {}  # parts that share a dataset return the same object
-    shared = [jax.tree.leaves(part.program.shared()) for part in parts]
-    for number, (part, leaves) in enumerate(zip(parts, shared, strict=True)):
-        prefix = f"part {number} " if len(parts) > 1 else ""
-        described[f"{prefix}seeds"] = list(part.grid.seeds)
-        for name, value in to_dict(part.config).items():
-            if name not in (*RUN_LENGTH, *part.program.adapts):
-                described[f"{prefix}{name}"] = _distinct(value)
-        described[f"{prefix}precision"] = str(np.asarray(1.0, _float_type(parts)).dtype)
-        if leaves:
-            same = tuple(map(id, leaves))
-            digests[same] = described[f"{prefix}shared inputs"] = digests.get(same) or _digest(leaves)
-    return described
-
-
-def _digest(leaves: Sequence[Any]) -> str:
-    found = hashlib.sha256()
-    for array in map(np.asarray, leaves):
-        found.update(f"{array.shape} {array.dtype}".encode())
-        found.update(np.ascontiguousarray(array).data)
-    return found.hexdigest()
-
-
-def _distinct(value: Any) -> Any:
-    """A single value where all members agree; rates in the digits that single precision holds."""
-    if not isinstance(value, list):
-        return value
-    rounded = [float(f"{element:.7g}") if isinstance(element, float) else element for element in value]
-    return rounded if len(set(rounded)) > 1 else rounded[0]
-
-
-def _float_type(parts: Sequence[Part]) -> Any:
-    import jax.numpy as jnp
-
-    with precision(parts):
-        return jnp.result_type(float)
-
-
-def _placement(parts: Sequence[Part], mesh: Any, member_batch: int | None) -> dict[str, Any]:
-    """What a member's bits depend on beside its own settings.
-
-    That is the size of the batch that it is computed in, and whether there is one device: for several the compiler
-    takes other ways, the same for any number of them. All members of a device at once are a batch of their number. A
-    population is summed up in an order that depends on the number of devices that share it. Each kind of device rounds
-    in its own way, and accelerators keep networks in other arrays than CPUs.
-    """
-    batches = None if member_batch else [-(-len(part.grid) // mesh.shape[AXIS]) for part in parts]
-    several = "one" if mesh.devices.size == 1 else "several"
-    return {
-        "member_batch": member_batch or 0,
-        "devices": several,
-        "all": batches,
-        POPULATION: int(mesh.shape[POPULATION]),
-        PLATFORM: mesh.devices.flat[0].platform,
-    }
-
-
-def _check_placement(path: Path, ours: dict[str, Any]) -> dict[str, Any]:
-    """Refuses to go on where the numbers would not be those of one run; returns what is stored."""
-    stored = checkpoints.load_fingerprint(path).get(PLACEMENT, ours)
-    words_of = {"all": "members at once on each device", POPULATION: "devices for each member's population"}
-    option_of = {"member_batch": "--member_batch", PLATFORM: "JAX_PLATFORMS"}
-    for name, own in ours.items():
-        if stored.get(name, own) != own:
-            words, option = words_of.get(name, name.replace("_", " ")), option_of.get(name, "--devices")
-            raise UserError(
-                f"the run in {path.parent} was begun with {words} {stored[name]}, got {own}: other bits would "
-                f"come out; go on with the same {option}."
-            )
-    return {PLACEMENT: stored}
 
 
 def _default_member_batch(parts: Sequence[Part], mesh: Any) -> int | None:
@@ -562,58 +453,6 @@ def _stop_on_interrupt(progress: Progress) -> Iterator[Callable[[], bool]]:
     finally:
         for number, before in earlier.items():
             signal.signal(number, before)
-
-
-def to_dataset(
-    part: Part, outcome: Outcome, number: int, config: Configuration, attrs: dict[str, Any]
-) -> xarray.Dataset:
-    """The labelled results of one part.
-
-    Args:
-        part: the sub-program and its members.
-        outcome: from `train`.
-        number: of the part.
-        config: the configuration as the user wrote it.
-        attrs: further attributes.
-    """
-    rows = outcome.rows[number]
-    final_names = part.program.finals
-    series = {name: array for name, array in rows.items() if name not in final_names}
-    finals = {name: last_values(rows[name]) for name in final_names} | {"failed": outcome.failed[number]}
-    about = {
-        "program": type(part.program).__name__,
-        "title": config.title,
-        "environment": getattr(config, "env_name", ""),
-        "config": {name: value for name, value in to_dict(config).items() if name not in part.program.adapts},
-        "versions": datasets.collect_versions(),
-        "headline": part.program.headline,
-        "tables": [measure.name for measure in part.program.measures if measure.tabled],
-        "compile_seconds": outcome.compile_seconds,
-        "run_seconds": outcome.run_seconds,
-        "step_name": part.program.step_unit,
-        "ends_early": part.program.stages[-1].done is not None,
-        "bytes_per_member": outcome.bytes_per_member[number],
-        **attrs,
-    }
-    schedule = StageSchedule.of(part.program)
-    *earlier, steps = (schedule.row_steps(stage) for stage in schedule.stages)
-    described = _described(part.program.measures, outcome.stage_of)
-    named = dict(zip(schedule.names, earlier, strict=False))
-    dataset = datasets.build_dataset(part.grid, steps, series, finals, about, described, named)
-    return dataset.assign_coords({name: list(labels) for name, labels in part.program.labels.items()})
-
-
-def _described(measures: Sequence[Measure], stage_of: dict[str, str]) -> dict[str, dict[str, Any]]:
-    """What the results say of each variable."""
-    return {
-        measure.name: {
-            "long_name": measure.text,
-            "dims": measure.dims,
-            "stage": stage_of.get(measure.name, ""),
-            **{key: value for key in ("units", "better") if (value := getattr(measure, key))},
-        }
-        for measure in measures
-    }
 
 
 def make_seeds(seed: int, num_seeds: int) -> tuple[int, ...]:

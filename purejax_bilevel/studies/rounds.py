@@ -17,8 +17,9 @@ from purejax_bilevel.results import dataset as datasets
 from purejax_bilevel.results.report import HISTORY
 from purejax_bilevel.results.statistics import row_scores
 from purejax_bilevel.runtime import checkpoint as checkpoints
-from purejax_bilevel.runtime import loop, processes
+from purejax_bilevel.runtime import loop, outcomes, processes
 from purejax_bilevel.runtime.compiled import CompiledProgram
+from purejax_bilevel.runtime.fingerprints import PLACEMENT, fingerprint
 from purejax_bilevel.runtime.options import RunOptions
 from purejax_bilevel.studies.folder import ROUNDS, SCORES
 from purejax_bilevel.studies.plan import SweptAgent
@@ -150,7 +151,7 @@ class Rounds:
         start: int = 0,
         stop: int | None = None,
         state: Callable[[], list[Any]] | None = None,
-    ) -> loop.Outcome:
+    ) -> outcomes.Outcome:
         """Runs or goes on with one round."""
         folder, parts = self.folder(name), self.parts(members)
         folder.mkdir(parents=True, exist_ok=True)
@@ -176,8 +177,8 @@ class Rounds:
         """Host state at the end of a round that was kept."""
         program = self.compiled or self._uncompiled(members)
         path = self.folder(name) / checkpoints.FILE_NAME
-        placement = checkpoints.load_fingerprint(path).get(loop.PLACEMENT)  # of a round that is over: any will do
-        expected = loop.fingerprint(self.parts(members)) | {loop.PLACEMENT: placement}
+        own = {PLACEMENT: checkpoints.load_fingerprint(path).get(PLACEMENT)}  # of a round that is over: any will do
+        expected = fingerprint(self.parts(members)) | own
         return checkpoints.load(path, program.structure, expected).state
 
     def _uncompiled(self, members: Sequence[Sequence[Member]]) -> CompiledProgram:

@@ -15,8 +15,9 @@ from purejax_bilevel.results import dataset as datasets
 from purejax_bilevel.results import residuals, statistics
 from purejax_bilevel.runtime import processes, sizes
 from purejax_bilevel.runtime.compiled import mesh_of
-from purejax_bilevel.runtime.loop import make_seeds, to_dataset
+from purejax_bilevel.runtime.loop import make_seeds
 from purejax_bilevel.runtime.options import RunOptions
+from purejax_bilevel.runtime.outcomes import to_dataset
 from purejax_bilevel.studies import folder as folders
 from purejax_bilevel.studies import forecast as forecasts
 from purejax_bilevel.studies import training

@@ -37,7 +37,7 @@ from purejax_bilevel.results.statistics import (
     stratified_bootstrap_interval,
 )
 from purejax_bilevel.runtime import checkpoint as checkpoints
-from purejax_bilevel.runtime import devices, loop, processes, sizes
+from purejax_bilevel.runtime import devices, loop, outcomes, processes, sizes
 from purejax_bilevel.runtime.loggers import LOGGED, Loggers
 from purejax_bilevel.runtime.options import RunOptions
 from purejax_bilevel.studies import folder as folders
@@ -260,7 +260,7 @@ def _in_rounds(
     for agent, finding in zip(agents, found.findings, strict=True):
         template = agent.templates[0]
         part = Part(template.program(), template.config, finding.grid, agent.label)
-        outcome = loop.Outcome(
+        outcome = outcomes.Outcome(
             part.program.num_steps,
             [finding.outcome_rows],
             [finding.failed],
@@ -288,7 +288,7 @@ def _dataset(
     study: Study,
     agent: SweptAgent,
     part: Part,
-    outcome: loop.Outcome,
+    outcome: outcomes.Outcome,
     about: Mapping[str, int],
     extra: Mapping[str, np.ndarray],
 ) -> xarray.Dataset:
@@ -305,7 +305,7 @@ def _dataset(
         "compilations": outcome.num_traces,
         "command": datasets.command_line(),
     }
-    dataset = loop.to_dataset(part, outcome, 0, agent.templates[0].config, attrs)
+    dataset = outcomes.to_dataset(part, outcome, 0, agent.templates[0].config, attrs)
     dimensions = (*(axis.dimension for axis in part.grid.axes), datasets.SEED)
     for name, array in extra.items():
         better = "lower" if rounds.better_when_lower(part.program, by) else "higher"
@@ -317,7 +317,7 @@ def _dataset(
     return dataset
 
 
-def _log_finalists(dataset: xarray.Dataset, part: Part, outcome: loop.Outcome, options: RunOptions) -> None:
+def _log_finalists(dataset: xarray.Dataset, part: Part, outcome: outcomes.Outcome, options: RunOptions) -> None:
     """Copies the finalists' series to wandb and TensorBoard; the rounds before are in search.json."""
     assert options.folder is not None
     logged = [measure.name for measure in part.program.measures if loop.is_logged(measure)]
@@ -338,7 +338,7 @@ def _log_finalists(dataset: xarray.Dataset, part: Part, outcome: loop.Outcome, o
             steps = dataset[datasets.step_dimension(stage)].values
             loggers.log_rows(members, {datasets.STEP: before + steps, **own})
             before += int(steps[-1])
-        finals = {name: loop.last_values(outcome.rows[0][name]) for name in part.program.finals}
+        finals = {name: outcomes.last_values(outcome.rows[0][name]) for name in part.program.finals}
         loggers.log_finals(members, finals)
 
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from purejax_bilevel.configuration import to_dict
 from purejax_bilevel.program import Configuration, Part, called_outside
 from purejax_bilevel.results import dataset as datasets
-from purejax_bilevel.runtime import artefacts, loop, sizes
+from purejax_bilevel.runtime import artefacts, loop, outcomes, sizes
 from purejax_bilevel.runtime.compiled import precision, typed_state
 from purejax_bilevel.runtime.options import RunOptions
 from purejax_bilevel.studies import video as videos
@@ -32,14 +32,14 @@ class Trained:
 
     agents: tuple[SweptAgent, ...]
     parts: list[Part]
-    outcome: loop.Outcome
+    outcome: outcomes.Outcome
 
     def spans(self) -> list[slice]:
         """Where each agent's sub-programs are."""
         ends = list(itertools.accumulate(len(agent.templates) for agent in self.agents))
         return [slice(start, end) for start, end in itertools.pairwise([0, *ends])]
 
-    def outcome_of(self, number: int) -> tuple[Part, loop.Outcome]:
+    def outcome_of(self, number: int) -> tuple[Part, outcomes.Outcome]:
         """One agent's members, as if they were of one sub-program."""
         agent, span, outcome = self.agents[number], self.spans()[number], self.outcome
         names = outcome.rows[span][0]

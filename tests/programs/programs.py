@@ -13,7 +13,7 @@ import pytest
 
 from purejax_bilevel.configuration import replace
 from purejax_bilevel.program import Configuration
-from purejax_bilevel.runtime import loop
+from purejax_bilevel.runtime import loop, outcomes
 from purejax_bilevel.runtime.compiled import CompiledProgram
 from purejax_bilevel.studies import run as runs
 
@@ -39,7 +39,7 @@ def killed_after(calls: int) -> Iterator[None]:
             yield
 
 
-def train(config: Configuration, num_seeds: int = 2, seed: int = 0, **options: Any) -> tuple[Any, loop.Outcome]:
+def train(config: Configuration, num_seeds: int = 2, seed: int = 0, **options: Any) -> tuple[Any, outcomes.Outcome]:
     """A quiet run: its members and what came out. On one device unless told, which a fifth less is compiled for."""
     part = runs.make_part(config.resolved(), num_seeds, seed)
     return part, loop.train([part], loop.RunOptions(**{"quiet": True, "devices": 1, **options}))
@@ -94,7 +94,7 @@ def recorded(config: Configuration, steps: int, limit: int) -> tuple[Any, Any, A
     return config, program, *run()
 
 
-def own_run(config: Configuration, part: Any, member: int) -> loop.Outcome:
+def own_run(config: Configuration, part: Any, member: int) -> outcomes.Outcome:
     """One member of a grid, trained again alone on one device, in arrays of its own size."""
     setting = part.grid.settings(member)
     seed = setting.pop("seed")

@@ -19,7 +19,8 @@ from purejax_bilevel.configuration import replace
 from purejax_bilevel.errors import UserError
 from purejax_bilevel.program import Configuration, alone
 from purejax_bilevel.results import dataset as datasets
-from purejax_bilevel.runtime import artefacts, checkpoint, compiled, devices, loop
+from purejax_bilevel.runtime import artefacts, checkpoint, compiled, devices, fingerprints, loop
+from purejax_bilevel.runtime.outcomes import Outcome
 from purejax_bilevel.studies import run as runs
 from tests.programs import programs
 from tests.programs.examples import population, slow_steps, stages
@@ -44,7 +45,7 @@ def test_the_page_shows_the_example(path: Path):
 # --- a population -----------------------------------------------------------------------------------------------------
 
 
-def meta(num_devices: int | None, config: Configuration | None = None, seeds: int = 1, **options: Any) -> loop.Outcome:
+def meta(num_devices: int | None, config: Configuration | None = None, seeds: int = 1, **options: Any) -> Outcome:
     return programs.train(config or population.Config(), seeds, devices=num_devices, **options)[1]
 
 
@@ -189,12 +190,12 @@ def test_a_dataset_is_in_no_checkpoint_and_costs_no_compile_time(tmp_path: Path)
 
 def test_parts_share_one_copy_of_a_dataset_which_is_read_once(monkeypatch: pytest.MonkeyPatch):
     parts = [runs.make_part(replace(TWO, ensemble_steps=steps), 1, 0) for steps in (40, 40)]
-    read, digest = [], loop._digest
-    monkeypatch.setattr(loop, "_digest", lambda leaves: read.append(leaves) or digest(leaves))
+    read, digest = [], fingerprints._digest
+    monkeypatch.setattr(fingerprints, "_digest", lambda leaves: read.append(leaves) or digest(leaves))
     experiment = loop.Run(parts, loop.RunOptions(quiet=True), Console())
     own = experiment._own_fingerprint(1)
     assert len(read) == 1
-    assert own == loop.fingerprint(parts[1:])
+    assert own == fingerprints.fingerprint(parts[1:])
     program = compiled.CompiledProgram(parts, compiled.mesh_of(parts, 1), 1)
     first, second = program._shared
     assert first is second

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 
 from purejax_bilevel.errors import UserError
-from purejax_bilevel.runtime import checkpoint, compiled, loop
+from purejax_bilevel.runtime import checkpoint, compiled, loop, outcomes
 from purejax_bilevel.studies import run as runs
 from tests import toy
 
 
-def run(folder: Path, **options: Any) -> loop.Outcome:
+def run(folder: Path, **options: Any) -> outcomes.Outcome:
     part = runs.make_part(toy.Config(num_train_steps=20).resolved(), 2, 0)
     return loop.train([part], loop.RunOptions(folder=folder, **options))
 

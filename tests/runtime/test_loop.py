@@ -17,7 +17,7 @@ import pytest
 from purejax_bilevel.configuration import POSITIVE, at_least, configuration, replace, static, traced
 from purejax_bilevel.errors import UserError
 from purejax_bilevel.program import Measure, Program, Stage
-from purejax_bilevel.runtime import checkpoint, compiled, devices, loop, schedule
+from purejax_bilevel.runtime import checkpoint, compiled, devices, loop, outcomes, schedule
 from purejax_bilevel.studies import run as runs
 
 
@@ -74,7 +74,7 @@ class WalkProgram(Program):
         return jnp.isfinite(state.position)
 
 
-def run(config: Walk, seeds: int = 3, **options: Any) -> loop.Outcome:
+def run(config: Walk, seeds: int = 3, **options: Any) -> outcomes.Outcome:
     return loop.train([runs.make_part(config, seeds, 0)], loop.RunOptions(quiet=True, **options))
 
 
@@ -194,8 +194,8 @@ def test_a_run_goes_on_in_batches_of_the_same_size(tmp_path: Path):
 
 def test_a_run_goes_on_with_the_same_kind_of_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     with monkeypatch.context() as patch:
-        placement = loop._placement
-        patch.setattr(loop, "_placement", lambda *own: placement(*own) | {"platform": "cuda"})
+        placement = loop.placement
+        patch.setattr(loop, "placement", lambda *own: placement(*own) | {"platform": "cuda"})
         run(Walk(num_train_steps=10), folder=tmp_path)
     with pytest.raises(UserError, match=r"begun with platform cuda, got cpu: .* go on with the same JAX_PLATFORMS"):
         run(Walk(), folder=tmp_path, resume=True)

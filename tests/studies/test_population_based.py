@@ -17,7 +17,7 @@ from purejax_bilevel.errors import UserError
 from purejax_bilevel.program import Measure, Program, Stage, alone
 from purejax_bilevel.results import dataset as datasets
 from purejax_bilevel.results import populations
-from purejax_bilevel.runtime import loop
+from purejax_bilevel.runtime import fingerprints, loop, outcomes
 from purejax_bilevel.runtime.steps import plain_keys
 from purejax_bilevel.studies import sweep_command
 from purejax_bilevel.studies.intervals import Interval
@@ -104,7 +104,7 @@ def planned(**changes: Any) -> SweptAgent:
     return agent
 
 
-def trained(num_devices: int = 1, seeds: int = 1, **options: Any) -> loop.Outcome:
+def trained(num_devices: int = 1, seeds: int = 1, **options: Any) -> outcomes.Outcome:
     return loop.train(planned(seeds=seeds).parts(), loop.RunOptions(quiet=True, devices=num_devices, **options))
 
 
@@ -197,11 +197,11 @@ def test_copies_are_their_parents_with_keys_of_their_own():
 
 
 @pytest.fixture(scope="module")
-def one_device() -> loop.Outcome:
+def one_device() -> outcomes.Outcome:
     return trained()
 
 
-def test_the_best_rate_is_found(one_device: loop.Outcome):
+def test_the_best_rate_is_found(one_device: outcomes.Outcome):
     (rows,) = one_device.rows
     rates, losses = rows["population_lr"][0], rows["population_loss"][0]
     first, unchanged = rates[0].astype(float), np.ones(8)
@@ -219,7 +219,7 @@ def test_the_best_rate_is_found(one_device: loop.Outcome):
     np.testing.assert_allclose(rows["moment"][0], np.arange(0, 40, 4) + 1.5)  # since the last row
 
 
-def test_lineage_and_schedules_agree(one_device: loop.Outcome):
+def test_lineage_and_schedules_agree(one_device: outcomes.Outcome):
     (rows,) = one_device.rows
     parents, rates = rows["parent"][0], rows["population_lr"][0]
     own = np.arange(8)
@@ -231,7 +231,7 @@ def test_lineage_and_schedules_agree(one_device: loop.Outcome):
     assert (parents != own).sum() >= 9
 
 
-def test_a_population_is_the_same_on_any_number_of_devices(one_device: loop.Outcome):
+def test_a_population_is_the_same_on_any_number_of_devices(one_device: outcomes.Outcome):
     eight = trained(8)
     for name, array in one_device.rows[0].items():
         np.testing.assert_allclose(eight.rows[0][name], array, rtol=1e-4, atol=1e-6)
@@ -322,7 +322,7 @@ def test_other_settings_make_populations_of_their_own():
     assert agent.grid.shape == (2, 2)  # noise, seeds; lr is in the space
     (part,) = agent.parts()
     assert isinstance(part.program, PopulationBased)
-    known = loop.fingerprint([part])  # what wandb gets too
+    known = fingerprints.fingerprint([part])  # what wandb gets too
     assert "noise" in known
     assert "lr" not in known
     assert part.config.noise.tolist() == pytest.approx([1e-3, 1e-3, 1e-2, 1e-2])

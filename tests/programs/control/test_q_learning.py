@@ -16,7 +16,7 @@ from purejax_bilevel.configuration import replace
 from purejax_bilevel.errors import UserError
 from purejax_bilevel.programs.control import agents
 from purejax_bilevel.programs.control.q_learning import Config
-from purejax_bilevel.runtime import artefacts, loop
+from purejax_bilevel.runtime import artefacts, outcomes
 from purejax_bilevel.runtime.devices import make_mesh
 from tests.programs.programs import (
     check_resume_is_bitwise,
@@ -92,7 +92,7 @@ SHARDED = ("omd", "smoothfbo")
 
 
 @pytest.fixture(scope="module", params=mostly(VARIANTS, COVERED), ids=str)
-def trained(request: pytest.FixtureRequest) -> tuple[Config, Any, loop.Outcome]:
+def trained(request: pytest.FixtureRequest) -> tuple[Config, Any, outcomes.Outcome]:
     """Two model widths, two rates, two seeds (and the variant's own axes), some on eight devices."""
     config = replace(SMALL, model_hidden_dim=(2, 4), lr=(1e-3, 3e-3), **VARIANTS[request.param])
     return config, *train(config, chunks=2, devices=8 if request.param in SHARDED else 1)
@@ -211,7 +211,7 @@ def test_a_member_that_diverges_leaves_the_others_untouched(capsys: pytest.Captu
     np.testing.assert_array_equal(outcome.failed[0], [False, True])
     assert not calm.failed[0].any()
     same(*(jax.tree.map(lambda leaf: leaf[:1], found.state) for found in (outcome, calm)))
-    dataset = loop.to_dataset(part, outcome, 0, SMALL, {})
+    dataset = outcomes.to_dataset(part, outcome, 0, SMALL, {})
     assert dataset.failed.values.tolist() == [[False], [True]]
 
 

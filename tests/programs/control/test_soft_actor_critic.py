@@ -23,7 +23,7 @@ from purejax_bilevel.programs.control.soft_actor_critic import Config
 from purejax_bilevel.programs.control.soft_actor_critic_agents import Learner
 from purejax_bilevel.programs.tabular import program as tabular
 from purejax_bilevel.replay import Batch
-from purejax_bilevel.runtime import artefacts, loop
+from purejax_bilevel.runtime import artefacts, outcomes
 from purejax_bilevel.runtime.devices import make_mesh
 from purejax_bilevel.studies import command_line
 from tests.programs.programs import (
@@ -90,7 +90,7 @@ COVERED = ("mle", "vep", "funcbo", "smoothfbo", "omd_copies", "omd_as_the_origin
 
 
 @pytest.fixture(scope="module", params=mostly(VARIANTS, COVERED), ids=str)
-def trained(request: pytest.FixtureRequest) -> tuple[Config, Any, loop.Outcome]:
+def trained(request: pytest.FixtureRequest) -> tuple[Config, Any, outcomes.Outcome]:
     """Two model widths, two other settings, two seeds, in two chunks; omd on eight devices."""
     config = replace(SMALL, **VARIANTS[request.param])
     return config, *train(config, chunks=2, devices=8 if request.param == "omd" else 1)

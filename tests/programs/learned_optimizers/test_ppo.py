@@ -17,7 +17,7 @@ from purejax_bilevel.configuration import replace
 from purejax_bilevel.errors import UserError
 from purejax_bilevel.programs.learned_optimizers import ARTEFACT_KIND, program, update_rules
 from purejax_bilevel.programs.learned_optimizers.program import Config
-from purejax_bilevel.runtime import artefacts, loop
+from purejax_bilevel.runtime import artefacts, loop, outcomes
 from purejax_bilevel.runtime.compiled import CompiledProgram
 from purejax_bilevel.studies import command_line
 from tests.programs.programs import own_run, same, train
@@ -40,7 +40,7 @@ SMALL = Config(
 
 
 @pytest.fixture(scope="module")
-def trained() -> tuple[Config, Any, loop.Outcome]:
+def trained() -> tuple[Config, Any, outcomes.Outcome]:
     """OPEN; four settings, two seeds, in two chunks."""
     config = replace(
         SMALL,

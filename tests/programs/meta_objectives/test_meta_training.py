@@ -14,7 +14,7 @@ from purejax_bilevel.errors import UserError
 from purejax_bilevel.program import Configuration
 from purejax_bilevel.programs.meta_objectives import meta_test, models, network, worlds
 from purejax_bilevel.programs.meta_objectives.program import Config
-from purejax_bilevel.runtime import artefacts, loop
+from purejax_bilevel.runtime import artefacts, outcomes
 from purejax_bilevel.studies import command_line
 from tests.programs import programs
 
@@ -38,12 +38,12 @@ TEST = meta_test.Config(
 )
 
 
-def train(config: Configuration, number: int = 1, seeds: int = 1, **options: Any) -> loop.Outcome:
+def train(config: Configuration, number: int = 1, seeds: int = 1, **options: Any) -> outcomes.Outcome:
     return programs.train(config, seeds, devices=number, **options)[1]
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, loop.Outcome]:
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, outcomes.Outcome]:
     """One member on eight devices, and its folder."""
     folder = tmp_path_factory.mktemp("meta") / "run"
     folder.mkdir()
@@ -54,7 +54,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, loop.Outcome]:
 
 
 @pytest.mark.slow  # as tests/programs/test_examples.py has it for a small program, and the optimisers' own tests
-def test_a_population_learns_the_same_on_one_device(run: tuple[Path, loop.Outcome]) -> None:
+def test_a_population_learns_the_same_on_one_device(run: tuple[Path, outcomes.Outcome]) -> None:
     _, eight = run
     one = train(SMALL, 1)
     for name, array in one.rows[0].items():
@@ -63,7 +63,7 @@ def test_a_population_learns_the_same_on_one_device(run: tuple[Path, loop.Outcom
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
 
 
-def test_lives_end_one_by_one(run: tuple[Path, loop.Outcome]) -> None:
+def test_lives_end_one_by_one(run: tuple[Path, outcomes.Outcome]) -> None:
     """Eight agents of twelve updates, two per meta-step: ages 0 0 2 4 6 6 8 10 at the start, so all meet within six."""
     agent = run[1].state[0].state.learning.lives.judged.agent
     np.testing.assert_array_equal(agent.lifetime[0], 12)
@@ -73,7 +73,7 @@ def test_lives_end_one_by_one(run: tuple[Path, loop.Outcome]) -> None:
     np.testing.assert_allclose(run[1].rows[0]["ended_lives"][0], [4 / 3, 4 / 3])
 
 
-def test_a_run_goes_on_bit_for_bit(run: tuple[Path, loop.Outcome], tmp_path: Path) -> None:
+def test_a_run_goes_on_bit_for_bit(run: tuple[Path, outcomes.Outcome], tmp_path: Path) -> None:
     whole = run[1]
     half = train(replace(SMALL, num_train_steps=3), 8, folder=tmp_path)
     longer = train(SMALL, 8, folder=tmp_path, resume=True)
@@ -137,7 +137,7 @@ def test_a_number_means_one_level() -> None:
 # --- meta-test --------------------------------------------------------------------------------------------------------
 
 
-def test_agents_learn_under_the_artefact_of_a_run(run: tuple[Path, loop.Outcome]) -> None:
+def test_agents_learn_under_the_artefact_of_a_run(run: tuple[Path, outcomes.Outcome]) -> None:
     """Two seeds; the second one is the same beside another."""
     learned = run[1].state[0].state.learning.weights
     artefacts.save(run[0], network.ARTEFACT_KIND, learned, [{"seed": 0}], {"compat": "B4"})

@@ -21,7 +21,7 @@ from purejax_bilevel.programs.regression import figures as regression_figures
 from purejax_bilevel.programs.regression.program import Config
 from purejax_bilevel.results import dataset as datasets
 from purejax_bilevel.results import statistics
-from purejax_bilevel.runtime import loop
+from purejax_bilevel.runtime import loop, outcomes
 from purejax_bilevel.studies import command_line
 from purejax_bilevel.studies import run as runs
 from tests.programs.programs import mostly
@@ -46,7 +46,7 @@ SMALL = Config(
 )
 
 
-def train(config: Config, num_seeds: int = 2, seed: int = 0, **options: Any) -> loop.Outcome:
+def train(config: Config, num_seeds: int = 2, seed: int = 0, **options: Any) -> outcomes.Outcome:
     part = runs.make_part(config.resolved(), num_seeds, seed)
     return loop.train([part], loop.RunOptions(**{"quiet": True, "devices": 1, **options}))
 
@@ -76,12 +76,12 @@ GRID = replace(SMALL, lambda_reg=(0.0, 1.0))
 
 
 @pytest.fixture(scope="module")
-def together() -> loop.Outcome:
+def together() -> outcomes.Outcome:
     """Two settings and two seeds on four devices, in one compiled program."""
     return train(GRID, chunks=3, devices=4)
 
 
-def test_a_grid_is_compiled_once_and_its_members_differ(together: loop.Outcome):
+def test_a_grid_is_compiled_once_and_its_members_differ(together: outcomes.Outcome):
     rows = together.rows[0]
     assert together.num_traces == 1
     assert not together.failed[0].any()
@@ -90,7 +90,7 @@ def test_a_grid_is_compiled_once_and_its_members_differ(together: loop.Outcome):
     assert (rows["lambda"] >= 0).all()
 
 
-def test_the_local_regret_is_the_sum_of_its_increments(together: loop.Outcome):
+def test_the_local_regret_is_the_sum_of_its_increments(together: outcomes.Outcome):
     """Both are logged: the sum says how much, the increments how it goes on where the sum no longer moves."""
     rows = together.rows[0]
     total = np.cumsum(rows["local_regret_increment"].astype(np.float64) * SMALL.eval_frequency, axis=1)
@@ -100,7 +100,7 @@ def test_the_local_regret_is_the_sum_of_its_increments(together: loop.Outcome):
 
 
 @pytest.mark.parametrize("options", [{"devices": 1}, {"devices": 1, "member_batch": 0}], ids=str)
-def test_a_member_does_not_depend_on_its_neighbours(together: loop.Outcome, options: dict[str, Any]):
+def test_a_member_does_not_depend_on_its_neighbours(together: outcomes.Outcome, options: dict[str, Any]):
     """Alone, one after another or side by side (rounding differs by how products are grouped)."""
     alone = options == {"devices": 1}
     config = replace(GRID, lambda_reg=1.0) if alone else GRID
@@ -119,7 +119,7 @@ def test_small_sizes_in_larger_arrays_are_the_small_program():
     assert len(np.unique(mixed["local_regret"][:, -1])) == 16
 
 
-def test_a_resumed_run_goes_on_bit_for_bit(together: loop.Outcome, tmp_path: Path):
+def test_a_resumed_run_goes_on_bit_for_bit(together: outcomes.Outcome, tmp_path: Path):
     train(replace(GRID, T_max=16), folder=tmp_path, devices=4, chunks=5)
     resumed = train(GRID, folder=tmp_path, resume=True, devices=4)
     assert_same(resumed.rows[0], together.rows[0])

@@ -22,7 +22,7 @@ from purejax_bilevel.programs.tabular import program as tabular
 from purejax_bilevel.programs.tabular.agents import Model
 from purejax_bilevel.programs.tabular.program import Config
 from purejax_bilevel.results import dataset as datasets
-from purejax_bilevel.runtime import loop
+from purejax_bilevel.runtime import loop, outcomes
 from purejax_bilevel.studies import command_line, sweep_command
 from purejax_bilevel.studies import run as runs
 
@@ -53,7 +53,7 @@ def solution(model: Model, true: finite.MDP, temperature: float) -> jax.Array:
     return finite.action_values(world, finite.optimal_values(world, temperature, jnp.zeros(true.reward.shape[0])))
 
 
-def train(*configs: Config, num_seeds: int = 2, seed: int = 0, **options: Any) -> tuple[list, loop.Outcome]:
+def train(*configs: Config, num_seeds: int = 2, seed: int = 0, **options: Any) -> tuple[list, outcomes.Outcome]:
     parts = [runs.make_part(config.resolved(), num_seeds, seed) for config in configs]
     return parts, loop.train(parts, loop.RunOptions(quiet=True, **options))
 
