@@ -65,7 +65,9 @@ def map_members(
 
     def part_of(tree: Tree, i: jax.Array) -> Tree:
         def cut(x: jax.Array) -> jax.Array:
-            return x[i] if one else jax.lax.dynamic_slice_in_dim(x, i * member_batch, member_batch)
+            if one:
+                return jax.lax.dynamic_index_in_dim(x, i, keepdims=False)
+            return jax.lax.dynamic_slice_in_dim(x, i * member_batch, member_batch)
 
         return jax.tree.map(cut, tree)
 
@@ -83,7 +85,7 @@ def map_members(
         return put(state, new_state, i), *put(measured, new, i)
 
     count = jax.tree.leaves(members[0])[0].shape[0]
-    measured = jax.eval_shape(run, *part_of(members, jnp.int32(0)), *same)[1:]
+    measured = jax.eval_shape(lambda i: run(*part_of(members, i), *same), jnp.int32(0))[1:]
     empty = jax.tree.map(lambda x: jnp.zeros((count, *x.shape[not one :]), x.dtype), measured)
     return jax.lax.fori_loop(0, batches, batch, (members[0], *empty))
 

@@ -100,8 +100,9 @@ def _save_artefact(part: Part, config: Configuration, stored: Any, folder: Path)
         return
     members = [part.grid.settings(member) for member in range(len(part.grid))]
     with precision([part]):
-        program.write(typed_state(part, stored.state), members, folder)
+        states = typed_state(part, stored.state)
+        program.write(states, members, folder)
         if not program.artefact_kind:
             return
-        tree = jax.vmap(called_outside(program, program.artefact))(typed_state(part, stored.state))
+        tree = jax.vmap(called_outside(program, program.artefact))(states)
     artefacts.save(folder, program.artefact_kind, tree, members, to_dict(config))
