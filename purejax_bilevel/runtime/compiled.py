@@ -44,6 +44,7 @@ from purejax_bilevel.runtime.steps import (
 )
 
 TIMED_SECONDS = 1.0  # of steps, to tell the time that a run will take
+TIMED_BATCHES = 64  # of members on each device, about as many as are timed for that
 
 
 def precision(parts: Sequence[Part]) -> contextlib.AbstractContextManager:
@@ -178,9 +179,11 @@ class CompiledProgram:
 
     @_in_precision
     def __call__(
-        self, state: Tree, start: int, stop: int, total: int, stage: int = 0
+        self, state: Tree, start: int, stop: int, total: int, stage: int = 0, one_of: int = 1
     ) -> tuple[Tree, list[dict[str, np.ndarray]], list[np.ndarray]]:
         """Runs steps start..stop-1 of a stage of `total` steps; `state` is consumed.
+
+        With `one_of` above 1 only the first members on each device: one of so many batches.
 
         Returns:
             The new state; per part the rows `{name: [members, evaluations, ...]}` and `[members]` whether it is
@@ -188,7 +191,7 @@ class CompiledProgram:
         """
         pieces = []
         for first, last, block_steps in self._stretches(start, stop, self.block_steps[stage]):
-            state, *measured = self._run(state, first, last, total, stage, block_steps)
+            state, *measured = self._run(state, first, last, (total, stage, block_steps), one_of)
             pieces.append(measured)
         rows = [
             {name: np.concatenate([piece[0][number][name] for piece in pieces], axis=1) for name in names}
@@ -213,9 +216,10 @@ class CompiledProgram:
             return [(start, stop, 0)]
         return [(a, b, n) for a, b, n in ((start, first, 0), (first, last, size), (last, stop, 0)) if a < b]
 
-    def _run(self, state: Tree, start: int, stop: int, total: int, stage: int, block_steps: int) -> tuple:
+    def _run(self, state: Tree, start: int, stop: int, of: tuple[int, int, int], one_of: int) -> tuple:
+        total, stage, block_steps = of
         bounds = (np.int32(bound) for bound in (start, stop, total))
-        batches = np.array([each // (self.member_batch or each) for each in self._each], np.int32)
+        batches = np.array([-(-count // one_of) for count in self._batches], np.int32)
         arguments = (self._configs, self._seeds, self._shared, *bounds, batches)
         state, rows, finite = self._compile(stage, block_steps)(state, *arguments)
         jax.block_until_ready(finite)
@@ -243,6 +247,11 @@ class CompiledProgram:
         self._prepare()
 
     @property
+    def _batches(self) -> list[int]:
+        """How many batches of members a device has, per part."""
+        return [each // (self.member_batch or each) for each in self._each]
+
+    @property
     def is_compiled(self) -> bool:
         """Whether it can run at once."""
         return bool(self._compiled)
@@ -265,7 +274,8 @@ class CompiledProgram:
         """Measures the speed on late steps of a stage of a run that has just begun, for a second or a few.
 
         A call has a cost of its own, with large states that of hundreds of steps, and a run makes few calls: what is
-        measured is the difference of a long call and one of a single step.
+        measured is the difference of a long call and one of a single step. Of very many members some are timed: one
+        step of all may take minutes.
 
         Returns:
             State that a run may start from step 0 with (it is filled in then), seconds per step of all members, seconds
@@ -273,11 +283,13 @@ class CompiledProgram:
         """
         frequency = self.schedule.eval_every[stage] or total
         first = max(total - frequency, 0) // frequency * frequency
+        one_of = max(1, max(self._batches) // TIMED_BATCHES)
+        share = sum(self._batches) / sum(-(-count // one_of) for count in self._batches)
 
         def seconds(start: int, stop: int) -> float:
             nonlocal state
             begin = time.perf_counter()
-            state, _, _ = self(state, start, stop, total, stage)
+            state, _, _ = self(state, start, stop, total, stage, one_of)
             elapsed = time.perf_counter() - begin
             return processes.from_first(lambda: elapsed)
 
@@ -287,13 +299,13 @@ class CompiledProgram:
         single = seconds(first, first + 1)
         count, factor = 1, 4 if single < TIMED_SECONDS else 2
         longer = single
-        while count < most and longer - single < TIMED_SECONDS:
+        while count < most and longer - single < (TIMED_SECONDS if one_of == 1 else max(TIMED_SECONDS, single)):
             count = min(factor * count, most)
             longer = seconds(first, first + count)
         per_step = single if count == 1 else max(longer - single, 0.0) / (count - 1)
         evaluation = min(first + frequency, total) - 1
         per_evaluation = max(seconds(evaluation, evaluation + 1) - single, 0.0)
-        return state, per_step, per_evaluation
+        return state, share * per_step, share * per_evaluation
 
     def gather(self, state: Tree) -> list[Tree]:
         """Host copy of each part's state, leaves `[members, ...]` without padding; of this process's members."""

@@ -347,20 +347,36 @@ def test_shorter_run_than_the_checkpoint_is_refused(tmp_path: Path):
         run(replace(Walk(), num_train_steps=10), folder=tmp_path, resume=True)
 
 
-@pytest.mark.parametrize(("frequency", "total"), [(100, 1000), (0, 1000), (7, 30)])
-def test_time_of_a_step_leaves_out_the_cost_of_a_call(monkeypatch: pytest.MonkeyPatch, frequency: int, total: int):
-    part = runs.make_part(Walk(num_train_steps=total, eval_frequency=frequency), 2, 0)
-    timed = compiled.CompiledProgram([part], devices.make_mesh(1, 1), 1)
+@pytest.mark.parametrize(
+    ("frequency", "total", "members", "timed"),
+    [(100, 1000, 2, 2), (0, 1000, 2, 2), (7, 30, 2, 2), (100, 1000, 1000, 67)],
+)
+def test_time_of_a_step_leaves_out_the_cost_of_a_call(
+    monkeypatch: pytest.MonkeyPatch, frequency: int, total: int, members: int, timed: int
+):
+    part = runs.make_part(Walk(num_train_steps=total, eval_frequency=frequency), members, 0)
+    program = compiled.CompiledProgram([part], devices.make_mesh(1, 1), 1)
     clock = 0.0
 
-    def call(self: compiled.CompiledProgram, state: Any, start: int, stop: int, total: int, stage: int = 0) -> tuple:
+    def call(
+        self: compiled.CompiledProgram, state: Any, start: int, stop: int, total: int, stage: int, one_of: int
+    ) -> tuple:
         nonlocal clock
         assert 0 <= start < stop <= total
+        assert -(-members // one_of) == timed  # of very many members some are enough
         evaluations = sum((t + 1) % (frequency or total) == 0 or t + 1 == total for t in range(start, stop))
-        clock += 5.0 + 0.02 * (stop - start) + 3.0 * evaluations
+        clock += 5.0 + timed / members * (0.02 * (stop - start) + 3.0 * evaluations)
         return state, None, None
 
     monkeypatch.setattr(compiled.CompiledProgram, "__call__", call)
     monkeypatch.setattr(compiled.time, "perf_counter", lambda: clock)
-    _, per_step, per_evaluation = timed.time_steps(None, total)
+    _, per_step, per_evaluation = program.time_steps(None, total)
     np.testing.assert_allclose([per_step, per_evaluation], [0.02, 3.0], rtol=1e-6)
+
+
+def test_one_of_so_many_batches_steps_the_first_members_alone():
+    part = runs.make_part(Walk(num_train_steps=4), 5, 0)
+    program = compiled.CompiledProgram([part], devices.make_mesh(1, 1), 1)
+    _, rows, _ = program(program.initial(), 0, 4, 4, 0, 2)
+    (measured,) = {np.count_nonzero(np.ravel(array[:, -1])) for array in rows[0].values() if array.any()}
+    assert measured == 3
