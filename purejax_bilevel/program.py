@@ -117,6 +117,10 @@ class Program(Generic[C]):
         artefact_kind: what `artefact` gives, in words (`dynamics ensemble`); "": nothing.
         adapts: settings that the state holds values of: those in the configuration do not matter.
         labels: names of the places along dimensions of measures, where they have names.
+        figures: module that draws its results, by name, since that is done without jax. It may have
+            `write_figures(dataset, folder)` for a run, in place of learning curves, and for reports `FIGURES`, by name
+            functions of `{agent: dataset}` and a path; `AXES`, the one setting that may vary in each (None: any); and
+            `TABLES`, like `FIGURES`.
     """
 
     measures: Sequence[Measure]
@@ -127,6 +131,7 @@ class Program(Generic[C]):
     artefact_kind: str = ""
     adapts: Sequence[str] = ()
     labels: Mapping[str, Sequence[str]] = MappingProxyType({})
+    figures: str = ""
 
     @property
     def num_steps(self) -> int:

@@ -19,14 +19,7 @@ from purejax_bilevel.results.dataset import SEED, STEP, setting_dimensions
 from purejax_bilevel.results.statistics import Estimate, ranking, setting_scores, stratified_bootstrap_interval
 
 SELECTION = "selection_score"
-# Modules with FIGURES, AXES and maybe TABLES, by the kind of figure, which is how the names of its programs begin. By
-# name: programs know results, not the other way.
-OWN_FIGURES = {
-    "tabular": "purejax_bilevel.programs.tabular.figures",
-    "offline": "purejax_bilevel.programs.offline.figures",
-    "ensemble": "purejax_bilevel.programs.offline.ensemble_figures",
-    "observatory": "purejax_bilevel.programs.observatory.figures",
-}
+NEEDED = {"sensitivity": "axis", "curves": "variable", "own": "figure"}  # by kind of figure
 
 
 # ---------------------------------------------------------------- what a sweep file says
@@ -44,7 +37,8 @@ class Reporting:
         solved: score regarded as solved, for the optimality gap.
         baseline: label of an agent whose mean on each task all scores are divided by, in a section of the report.
         figures: the study's own, first in the report: {kind: sensitivity, axis: lr}, {kind: curves, variable: x} or
-            {kind: K, figure: x}, K being a key of `OWN_FIGURES` and x a name in the FIGURES of its module.
+            {kind: own, figure: x}, x being a name in the FIGURES of the module that draws the program's results; for
+            own may stand how the program's name begins.
     """
 
     variable: str = ""
@@ -79,9 +73,10 @@ def reporting(given: Any) -> Reporting:
 
 
 def _figure(given: Any) -> dict[str, str]:
-    needed_by = {"sensitivity": "axis", "curves": "variable", **dict.fromkeys(OWN_FIGURES, "figure")}
-    kind = choice(mapping_of(given, "a figure").get("kind"), tuple(needed_by), "the kind of a figure")
-    needed = needed_by[kind]
+    kind = mapping_of(given, "a figure").get("kind")
+    if not (isinstance(kind, str) and "figure" in given):  # else it may be the beginning of a program's name
+        choice(kind, tuple(NEEDED), "the kind of a figure")
+    needed = NEEDED.get(str(kind), "figure")
     figure = known_entries(given, ("kind", needed, "title"), f"a figure of kind {kind}")
     if needed not in figure:
         raise UserError(f"a figure of kind {kind} needs {needed}.")

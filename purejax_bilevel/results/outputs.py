@@ -1,8 +1,10 @@
 """Tables and figures of one run, from its dataset alone: the same at the end of the run and when they are asked for
 again on a machine without jax."""
 
+import contextlib
 import importlib
 from pathlib import Path
+from types import ModuleType
 
 import xarray
 from rich.console import Console
@@ -12,17 +14,13 @@ from purejax_bilevel.results import plots, statistics
 from purejax_bilevel.results.analysis import Reporting, reported_variable
 
 CURVES = "learning_curves.png"
-# Modules with a `write_figures`, by program; the others get their learning curves. By name: programs know results, not
-# the other way.
-FIGURES = {
-    **dict.fromkeys(
-        ("ControlObservatory", "RegressionObservatory", "TabularObservatory"),
-        "purejax_bilevel.programs.observatory.figures",
-    ),
-    "Ensemble": "purejax_bilevel.programs.offline.ensemble_figures",
-    "Offline": "purejax_bilevel.programs.offline.figures",
-    "Regression": "purejax_bilevel.programs.regression.figures",
-}
+
+
+def own_figures(dataset: xarray.Dataset) -> ModuleType | None:
+    """The module that draws the results of a program (`Program.figures`); None: it has none, or it is not here."""
+    with contextlib.suppress(ImportError):
+        return importlib.import_module(dataset.attrs["figures"]) if dataset.attrs.get("figures") else None
+    return None
 
 
 def write_figures(dataset: xarray.Dataset, folder: Path) -> None:
@@ -31,8 +29,9 @@ def write_figures(dataset: xarray.Dataset, folder: Path) -> None:
     Raises:
         UserError: the folder is not writable.
     """
-    if own := FIGURES.get(dataset.attrs["program"]):
-        importlib.import_module(own).write_figures(dataset, folder)
+    own = getattr(own_figures(dataset), "write_figures", None)
+    if own is not None:
+        own(dataset, folder)
     else:
         plots.learning_curves(dataset, folder / CURVES, dataset.attrs["headline"], title=dataset.attrs["title"])
     for name in dataset.attrs.get("stages", ()):

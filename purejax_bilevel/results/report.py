@@ -5,7 +5,6 @@ in the sweep's folder, with rliable's statistics (`statistics.py`). Members that
 when it is chosen, left out of its numbers, and listed.
 """
 
-import importlib
 import itertools
 import json
 import re
@@ -17,10 +16,9 @@ import numpy as np
 
 from purejax_bilevel.errors import UserError
 from purejax_bilevel.members import bytes_in_words, counted, format_value
-from purejax_bilevel.results import comparison, populations, relative, residuals, statistics
+from purejax_bilevel.results import comparison, outputs, populations, relative, residuals, statistics
 from purejax_bilevel.results import dataset as datasets
 from purejax_bilevel.results.analysis import (
-    OWN_FIGURES,
     SELECTION,
     AgentResult,
     Reporting,
@@ -163,10 +161,10 @@ class _Report:
             title = str(figure.get("title", ""))
             if figure["kind"] == "sensitivity":
                 blocks += self._sensitivity(figure["axis"], f"study-{number}.png", title)
-            elif figure["kind"] in OWN_FIGURES:
-                blocks += self._of_program(figure["kind"], figure["figure"], f"study-{number}.png", title)
-            else:
+            elif figure["kind"] == "curves":
                 blocks += self._curves(figure["variable"], f"study-{number}.png", title)
+            else:
+                blocks += self._of_program(figure["figure"], f"study-{number}.png", title)
         return blocks
 
     def _best(self) -> list[Block]:
@@ -422,11 +420,15 @@ class _Report:
             )
         ]
 
-    def _of_program(self, kind: str, figure: str, name: str, title: str) -> list[Block]:
-        own_figures = importlib.import_module(OWN_FIGURES[kind])
+    def _of_program(self, figure: str, name: str, title: str) -> list[Block]:
+        modules = [outputs.own_figures(agent.dataset) for agent in self.succeeded]
+        own_figures = next((module for module in modules if figure in getattr(module, "FIGURES", ())), None)
+        if own_figures is None:
+            return []
         axis = own_figures.AXES[figure]
         dimensions = None if axis is None else (axis,)  # None: the figure chooses a setting
-        fitting = [agent for agent in self.succeeded if dimensions in (None, setting_dimensions(agent.dataset))]
+        drawn = [agent for agent, module in zip(self.succeeded, modules, strict=True) if module is own_figures]
+        fitting = [agent for agent in drawn if dimensions in (None, setting_dimensions(agent.dataset))]
         datasets = {agent.label: agent.dataset.isel({SEED: agent.reported}) for agent in fitting}
         if not datasets:  # an override or a search swept something else
             return []

@@ -62,6 +62,7 @@ def to_dataset(
         "config": {name: value for name, value in to_dict(config).items() if name not in part.program.adapts},
         "versions": datasets.collect_versions(),
         "headline": part.program.headline,
+        "figures": part.program.figures,
         "tables": [measure.name for measure in part.program.measures if measure.tabled],
         "compile_seconds": outcome.compile_seconds,
         "run_seconds": outcome.run_seconds,

@@ -97,7 +97,7 @@ class PopulationBased(Program[Configuration]):
         (stage,) = inner.stages
         self.inner, self.selection, self.population = inner, selection, selection.population
         self.headline, self.step_unit, self.artefact_kind = inner.headline, inner.step_unit, inner.artefact_kind
-        self.labels = inner.labels
+        self.labels, self.figures = inner.labels, inner.figures
         self.measures = (*inner.measures, *_measures(inner, config, selection))
         self.adapts = tuple(interval.name for interval in selection.space)
         self.interval = selection.interval or stage.eval_every

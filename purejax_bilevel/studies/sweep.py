@@ -29,6 +29,7 @@ from purejax_bilevel.program import Part
 from purejax_bilevel.results import analysis, report, residuals
 from purejax_bilevel.results import dataset as datasets
 from purejax_bilevel.results.analysis import AgentResult
+from purejax_bilevel.results.checks import choice
 from purejax_bilevel.results.statistics import (
     SettingRow,
     by_task,
@@ -165,15 +166,21 @@ def _check_shown(study: Study, agents: Sequence[SweptAgent]) -> None:
             raise UserError(f"report: the program measures no {name!r}; it measures {', '.join(sorted(measured))}.")
     visible = {field.name for field in fields(study.config_class)}
     for figure in study.report.figures:
-        if (kind := figure["kind"]) in analysis.OWN_FIGURES:
-            known = importlib.import_module(analysis.OWN_FIGURES[kind]).FIGURES
-            if not study.program.startswith(kind) or figure["figure"] not in known:
-                raise UserError(
-                    f"report: the figure {figure['figure']!r} of kind {kind} must be one of {', '.join(known)}, "
-                    f"in a sweep of the program {kind}."
-                )
+        if figure["kind"] not in ("curves", "sensitivity"):
+            _check_own(figure, study.program, program.figures)
         if figure["kind"] == "sensitivity" and figure["axis"] not in visible:
             raise UserError(f"report: a figure names the axis {figure['axis']!r}, which is no setting of the program.")
+
+
+def _check_own(figure: Mapping[str, str], name: str, module: str) -> None:
+    """A figure that the program itself draws."""
+    kinds = tuple(analysis.NEEDED)
+    if figure["kind"] not in kinds and not name.startswith(figure["kind"]):
+        choice(figure["kind"], kinds, "the kind of a figure")
+    known = getattr(importlib.import_module(module), "FIGURES", {}) if module else {}
+    if figure["figure"] not in known:
+        has = f"draws {', '.join(known)}" if known else "draws none of its own"
+        raise UserError(f"report: there is no figure {figure['figure']!r}: the program {name} {has}.")
 
 
 def _check_one_score(study: Study, agents: Sequence[SweptAgent]) -> None:

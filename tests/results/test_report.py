@@ -5,6 +5,7 @@ import html.parser
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -458,6 +459,7 @@ def regression(steps: int) -> xarray.Dataset:
         "program": "Regression",
         "title": "funcbo",
         "headline": "evaluation_mse",
+        "figures": "purejax_bilevel.programs.regression.figures",
         "config": {"input_dim": 1, "agent_type": "funcbo", "shift_type": "linear"},
     }
     return datasets.build_dataset(grid, np.arange(1, steps + 1), series, {"failed": np.zeros(6, bool)}, about)
@@ -480,6 +482,18 @@ def test_figures_of_a_regression_whose_members_all_diverged(tmp_path):
         dataset[name] = dataset[name] * np.nan
     outputs.write_figures(dataset, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"curves.png", "lambda.png", "approximation.png"}
+
+
+def test_a_program_draws_its_own_results_and_without_its_module_there_are_curves(tmp_path, monkeypatch):
+    drawing = types.ModuleType("drawing")
+    drawing.write_figures = lambda dataset, folder: (folder / "mine.txt").write_text(dataset.attrs["title"])
+    dataset = regression(4)
+    monkeypatch.setitem(sys.modules, "drawing", drawing)
+    for module, figures in (("drawing", {"mine.txt"}), ("gone", {outputs.CURVES}), ("", {outputs.CURVES})):
+        folder = tmp_path / f"of-{module}"
+        folder.mkdir()
+        outputs.write_figures(dataset.assign_attrs(figures=module), folder)
+        assert {path.name for path in folder.iterdir()} == figures
 
 
 @pytest.mark.parametrize(

@@ -98,8 +98,9 @@ WRONG = [
     ({"report": {"figures": [{"kind": "pie"}]}}, "kind of a figure must be one of"),
     ({"report": {"figures": [{"kind": "sensitivity"}]}}, "needs axis"),
     ({"report": {"figures": [{"kind": "sensitivity", "axis": "depth"}]}}, "the axis 'depth'"),
-    ({"report": {"figures": [{"kind": "tabular"}]}}, "needs figure"),
-    ({"report": {"figures": [{"kind": "tabular", "figure": "ift_noise"}]}}, "in a sweep of the program tabular"),
+    ({"report": {"figures": [{"kind": "own"}]}}, "needs figure"),
+    ({"report": {"figures": [{"kind": "own", "figure": "ift_noise"}]}}, "no figure 'ift_noise': .* draws none of its"),
+    ({"report": {"figures": [{"kind": "pie", "figure": "own"}]}}, "kind of a figure must be one of"),
 ]
 
 

@@ -53,6 +53,7 @@ class Observatory(Program[Any]):
     """What the observatories share; the class of the family's program comes after it among the bases."""
 
     headline = "median_cosine"
+    figures = "purejax_bilevel.programs.observatory.figures"
 
     def __init__(self, config: Any):
         super().__init__(config)  # type: ignore[call-arg]

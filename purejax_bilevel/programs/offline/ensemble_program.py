@@ -135,6 +135,7 @@ class Ensemble(Program[Config]):
 
     headline = "validation_error"
     step_unit = "epochs"
+    figures = "purejax_bilevel.programs.offline.ensemble_figures"
     artefact_kind = KIND
     measures = (
         Measure("validation_error", "mean squared error on held-out rows, best networks", better="lower", tabled=True),

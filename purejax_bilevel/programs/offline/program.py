@@ -130,6 +130,7 @@ class Offline(policy_program.PolicyProgram):
     """
 
     step_unit = "updates"
+    figures = "purejax_bilevel.programs.offline.figures"
 
     def __init__(self, config: Config):
         super().__init__(config)

@@ -99,6 +99,7 @@ class Regression(Program[Config]):
 
     headline = "evaluation_mse"
     step_unit = "time steps"
+    figures = "purejax_bilevel.programs.regression.figures"
     measures = (
         Measure(
             "evaluation_mse", "evaluation MSE (all inputs, mean since the last evaluation)", better="lower", tabled=True

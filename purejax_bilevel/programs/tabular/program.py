@@ -98,6 +98,7 @@ class Tabular(Program[Config]):
 
     headline = "evaluation_return"
     step_unit = "outer steps"
+    figures = "purejax_bilevel.programs.tabular.figures"
     measures = (
         Measure("evaluation_return", "return of the model's optimal policy", better="higher"),
         Measure("optimality_gap", "return of softmax(Q* / T) minus that of the model's optimal policy", better="lower"),
