@@ -97,7 +97,7 @@ def between(minimum: int, maximum: int) -> Check:
     return Check(f"a whole number from {minimum} to {maximum}", lambda x: x == int(x) and minimum <= x <= maximum)
 
 
-LAYERS = between(1, 1000)  # each is compiled by itself
+FEW = between(1, 1000)  # networks, layers: each is compiled by itself
 
 
 def traced(

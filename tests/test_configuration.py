@@ -100,9 +100,16 @@ def test_odd_values_of_any_field_are_accepted_or_refused_in_a_sentence(program: 
 
 @pytest.mark.parametrize(
     ("program", "field"),
-    [("ppo", "num_layers"), ("open_training", "num_layers"), ("offline", "num_layers"), ("ensemble", "model_layers")],
+    [
+        ("ppo", "num_layers"),
+        ("open_training", "num_layers"),
+        ("offline", "num_layers"),
+        ("offline", "num_critics"),
+        ("ensemble", "model_layers"),
+        ("rl", "num_ensemble_vep"),
+    ],
 )
-def test_layers_that_would_take_forever_to_list_are_refused(program: str, field: str):
+def test_networks_and_layers_that_would_take_forever_to_list_are_refused(program: str, field: str):
     with pytest.raises(UserError, match=f"--{field} must be a whole number from 1 to 1000, got 1000000000"):
         config_class_of(program)(**{field: 10**9}).resolved()
 

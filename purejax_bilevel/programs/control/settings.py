@@ -8,6 +8,7 @@ among the members.
 from typing import Literal
 
 from purejax_bilevel.configuration import (
+    FEW,
     FRACTION,
     NONNEGATIVE,
     POSITIVE,
@@ -59,7 +60,7 @@ class Outer:
 class ValueEquivalence(Outer):
     """The model's loss of value-equivalent prediction."""
 
-    num_ensemble_vep: int = static(5, "random value functions", at_least(1), "outer problem")
+    num_ensemble_vep: int = static(5, "random value functions", FEW, "outer problem")
 
 
 @configuration

@@ -3,8 +3,8 @@
 from typing import Literal
 
 from purejax_bilevel.configuration import (
+    FEW,
     FRACTION,
-    LAYERS,
     NONNEGATIVE,
     POSITIVE,
     at_least,
@@ -71,7 +71,7 @@ class ActorCritic:
     """The two networks."""
 
     hidden_dim: int = static(64, "units in each hidden layer", at_least(1), "networks")
-    num_layers: int = static(2, "hidden layers of actor and critic each", LAYERS, "networks")
+    num_layers: int = static(2, "hidden layers of actor and critic each", FEW, "networks")
     activation: Literal["relu", "tanh"] = static("relu", "of the hidden layers", group="networks")
 
 

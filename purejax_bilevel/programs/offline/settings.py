@@ -6,9 +6,9 @@ Where the meaning is the same, names are those of Mr-Pepe's code: `mode`, `pessi
 from typing import Literal
 
 from purejax_bilevel.configuration import (
+    FEW,
     FINITE,
     FRACTION,
-    LAYERS,
     NONNEGATIVE,
     POSITIVE,
     Check,
@@ -55,7 +55,7 @@ class Fitting:
         "probabilistic", "whether networks predict variances too", group=GROUP
     )
     model_hidden_dim: int = static(200, "units in each hidden layer of a network", at_least(1), GROUP)
-    model_layers: int = static(4, "hidden layers of a network", LAYERS, GROUP)
+    model_layers: int = static(4, "hidden layers of a network", FEW, GROUP)
     model_joint: bool = static(
         False, "one trunk for observation and reward, as in MBPO (default: one of its own, 3 x 64, for the reward)",
         group=GROUP,
@@ -110,8 +110,8 @@ class Networks:
     """Policy and critics."""
 
     hidden_dim: int = static(256, "units in each hidden layer of critics and policy", at_least(1), "agent")
-    num_layers: int = static(2, "hidden layers of critics and policy", LAYERS, "agent")
-    num_critics: int = static(2, "critics, of whose values the lowest counts", at_least(1), "agent")
+    num_layers: int = static(2, "hidden layers of critics and policy", FEW, "agent")
+    num_critics: int = static(2, "critics, of whose values the lowest counts", FEW, "agent")
     layer_norm: bool = static(False, "layer norm in the critics", group="agent")
     normalise_observations: bool = static(True, "agents see observations in units of the dataset", group="agent")
 
