@@ -12,7 +12,7 @@ places its own members on its own devices; what is measured goes to all processe
 through its members in batches: one after another (`member_batch` 1), in batches of a fixed size, or all at once (None,
 vmap). What is compiled for a batch does not depend on how many batches there are, so a member's bits are the same on
 any number of devices from two up; for a single device the compiler takes other ways, and all at once is a batch of
-another size (`loop.py` stores which it was).
+another size (`fingerprints.py` stores which it was).
 """
 
 import contextlib
@@ -29,19 +29,21 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from purejax_bilevel.program import POPULATION, Configuration, Part, Program, Tree, called_outside
+from purejax_bilevel.program import Part, Tree
 from purejax_bilevel.runtime import devices, processes
+from purejax_bilevel.runtime.arrays import (
+    as_default_type,
+    largest_array,
+    member_arrays,
+    padded_indices,
+    shapes_of,
+    specs_of,
+    with_length,
+    zeros,
+)
 from purejax_bilevel.runtime.devices import AXIS
 from purejax_bilevel.runtime.schedule import common_schedule, num_rows
-from purejax_bilevel.runtime.steps import (
-    Functions,
-    Stored,
-    fresh_member,
-    fresh_state,
-    map_members,
-    run_member,
-    typed_keys,
-)
+from purejax_bilevel.runtime.steps import Functions, map_members, run_member
 
 TIMED_SECONDS = 1.0  # of steps, to tell the time that a run will take
 TIMED_BATCHES = 64  # of members on each device, about as many as are timed for that
@@ -95,7 +97,7 @@ class CompiledProgram:
         self._each = [batch * -(-len(part.grid) // (self._places * batch)) for part in self.parts]
         # Room for two batches even where there is one: the compiler treats arrays of one entry in another way.
         self._padded = [
-            _padded_indices(len(part.grid), self._places, each, max(each, 2 * (member_batch or 0)))
+            padded_indices(len(part.grid), self._places, each, max(each, 2 * (member_batch or 0)))
             for part, each in zip(self.parts, self._each, strict=True)
         ]
         self._compiled: dict[tuple[int, int], Any] = {}  # by stage and number of steps in a block; 0: as many as can be
@@ -116,9 +118,9 @@ class CompiledProgram:
             self._shared = self._place_shared()
             arguments = (self._functions, self._configs, self._seeds, self._shared)
             with as_compiled():
-                self._structure = tuple(map(functools.partial(_member_arrays, self.mesh), *arguments))
+                self._structure = tuple(map(functools.partial(member_arrays, self.mesh), *arguments))
             self._shardings = tuple(
-                jax.tree.map(functools.partial(NamedSharding, self.mesh), _specs(part.program, shapes))
+                jax.tree.map(functools.partial(NamedSharding, self.mesh), specs_of(part.program, shapes))
                 for part, shapes in zip(self.parts, self._structure, strict=True)
             )
 
@@ -129,7 +131,7 @@ class CompiledProgram:
         trees = [part.program.shared() for part in self.parts]
         for leaf in jax.tree.leaves(trees):
             if id(leaf) not in placed:
-                array = _as_default_type(np.asarray(leaf))
+                array = as_default_type(np.asarray(leaf))
                 placed[id(leaf)] = jax.make_array_from_callback(array.shape, whole, array.__getitem__)
         return tuple(jax.tree.map(lambda leaf: placed[id(leaf)], tree) for tree in trees)
 
@@ -173,7 +175,7 @@ class CompiledProgram:
     def initial(self) -> Tree:
         """Storage for all members; the compiled program fills it in when it starts from step 0."""
         if self.mesh.devices.flat[0].platform == "cpu":  # takes less time than a program of zeros to compile
-            return jax.tree.map(_zeros, self._structure, self._shardings)
+            return jax.tree.map(zeros, self._structure, self._shardings)
         empty = lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self._structure)  # noqa: E731
         return jax.jit(empty, out_shardings=self._shardings)()
 
@@ -241,7 +243,7 @@ class CompiledProgram:
             ValueError: something differs that was compiled in.
         """
         for old, new in zip(self.parts, parts, strict=True):
-            if _shapes(old.config) != _shapes(new.config) or len(old.grid) != len(new.grid):
+            if shapes_of(old.config) != shapes_of(new.config) or len(old.grid) != len(new.grid):
                 raise ValueError("members can only be swapped for as many of the same sub-program")
         self.parts = tuple(parts)
         self._prepare()
@@ -320,7 +322,7 @@ class CompiledProgram:
     def structure(self) -> list[Tree]:
         """Shapes and types of what `scatter` takes: the state of all members."""
         return [
-            jax.tree.map(functools.partial(_with_length, len(part.grid)), shapes)
+            jax.tree.map(functools.partial(with_length, len(part.grid)), shapes)
             for part, shapes in zip(self.parts, self._structure, strict=True)
         ]
 
@@ -357,7 +359,7 @@ class CompiledProgram:
 
     def _place(self, tree: Tree, index: np.ndarray, shardings: Tree = None) -> Tree:
         def place(leaf: Any, sharding: NamedSharding) -> jax.Array:
-            whole = _as_default_type(np.asarray(leaf)[index])
+            whole = as_default_type(np.asarray(leaf)[index])
             if processes.count() == 1:
                 return jax.device_put(whole, sharding)
             return jax.make_array_from_callback(whole.shape, sharding, lambda own: whole[own])
@@ -409,113 +411,3 @@ def mesh_of(parts: Sequence[Part], num_devices: int | None = None) -> Mesh:
     """The devices that share the members of these parts; see `devices.make_mesh`."""
     population = math.gcd(*(part.program.population for part in parts))
     return devices.make_mesh(max(len(part.grid) for part in parts), num_devices, population)
-
-
-# --- arrays -----------------------------------------------------------------------------------------------------------
-
-
-def _member_arrays(mesh: Mesh, functions: Functions, config: Configuration, seeds: Any, shared: Tree) -> Stored:
-    """Shapes and types of what the members of a part carry, with their whole population.
-
-    The functions are traced as the compiled program will call them, on the mesh: it need not trace them again.
-    """
-
-    def shapes_of(function: Callable, *arguments: Any) -> Tree:
-        function = functools.partial(function, functions)
-        mapped = jax.shard_map(function, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
-        found = jax.eval_shape(mapped, *arguments)
-        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), found)  # without weak types
-
-    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), (config, seeds))
-    state = shapes_of(fresh_state, *one, shared)
-    here = shapes_of(fresh_member, state, *one, shared, jax.ShapeDtypeStruct((), jnp.int32))
-    split, factor = _split(functions.program, here), mesh.shape[POPULATION]
-
-    def of_all(leaf: Any, own: bool) -> jax.ShapeDtypeStruct:
-        first, rest = leaf.shape[:own], leaf.shape[own:]
-        return jax.ShapeDtypeStruct((seeds.shape[0], *(size * factor for size in first), *rest), leaf.dtype)
-
-    return jax.tree.map(of_all, here, split)
-
-
-def _split(program: Program, shapes: Stored) -> Stored:
-    """Which of a member's arrays have the individuals of its population as first dimension."""
-    no = jax.tree.map(lambda _: False, shapes)
-    return no._replace(state=program.individuals(shapes.state)) if program.population else no
-
-
-def _specs(program: Program, shapes: Stored) -> Stored:
-    """Along which axes of the mesh the members' arrays lie."""
-    return jax.tree.map(lambda own: P(AXIS, POPULATION) if own else P(AXIS), _split(program, shapes))
-
-
-def _shapes(tree: Tree) -> Any:
-    return jax.tree.structure(tree), [(np.shape(leaf), np.asarray(leaf).dtype) for leaf in jax.tree.leaves(tree)]
-
-
-def _with_length(length: int, leaf: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((length, *leaf.shape[1:]), leaf.dtype)
-
-
-def typed_state(part: Part, plain: Tree) -> Tree:
-    """A member's state as the algorithm's functions take it, from the plain numbers that the host keeps."""
-    own = jax.tree.map(lambda leaf: jnp.asarray(leaf)[0], part.config)
-    return typed_keys(plain, state_shapes(part.program, own))
-
-
-def state_shapes(program: Program, config: Configuration) -> Tree:
-    """Shapes and types of one member's state, with its whole population.
-
-    Args:
-        program: of the member.
-        config: of the member; shapes and types are enough.
-    """
-    shared = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, _default_type(leaf.dtype)), program.shared())
-    init = called_outside(program, program.init)
-    return jax.eval_shape(init, jax.eval_shape(lambda: jax.random.key(0)), config, shared)
-
-
-def _zeros(shape: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.Array:
-    return jax.make_array_from_callback(shape.shape, sharding, np.zeros(shape.shape, shape.dtype).__getitem__)
-
-
-def _padded_indices(num_members: int, num_devices: int, each: int, room: int) -> np.ndarray:
-    """Which member lies where: on each device `each` that are computed (the first ones again where there are no more)
-    in arrays with room for `room`."""
-    own = np.arange(num_devices)[:, None] * each + np.minimum(np.arange(room), each - 1)
-    return own.ravel() % num_members
-
-
-def _as_default_type(array: np.ndarray) -> np.ndarray:
-    """Floats in the precision that jax is set to."""
-    return array.astype(_default_type(array.dtype))
-
-
-def _default_type(dtype: Any) -> Any:
-    return jnp.result_type(float) if dtype.kind == "f" and dtype != np.float16 else dtype
-
-
-FREE = ("broadcast_in_dim", "iota")  # primitives whose results the compiler need not store
-
-
-def largest_array(program: jax.extend.core.ClosedJaxpr) -> int:
-    """Bytes of the largest array that is made inside a traced program, on one device.
-
-    Arguments and results of the program itself, which devices share, do not count.
-    """
-    return max(map(_largest_inside, program.jaxpr.eqns), default=0)
-
-
-def _largest(jaxpr: jax.extend.core.Jaxpr) -> int:
-    largest = 0
-    for equation in jaxpr.eqns:
-        if equation.primitive.name not in FREE:
-            made: list[Any] = [variable.aval for variable in equation.outvars if hasattr(variable.aval, "shape")]
-            sizes = [math.prod(array.shape) * getattr(array.dtype, "itemsize", 0) for array in made]
-            largest = max(largest, *sizes, 0)
-        largest = max(largest, _largest_inside(equation))
-    return largest
-
-
-def _largest_inside(equation: jax.extend.core.JaxprEqn) -> int:
-    return max(map(_largest, jax.extend.core.jaxprs_in_params(equation.params)), default=0)

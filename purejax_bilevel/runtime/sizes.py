@@ -17,7 +17,8 @@ from purejax_bilevel.errors import UserError
 from purejax_bilevel.members import bytes_in_words
 from purejax_bilevel.program import Part
 from purejax_bilevel.runtime import devices
-from purejax_bilevel.runtime.compiled import CompiledProgram, mesh_of, precision, state_shapes
+from purejax_bilevel.runtime.arrays import state_shapes
+from purejax_bilevel.runtime.compiled import CompiledProgram, mesh_of, precision
 from purejax_bilevel.runtime.devices import AXIS
 from purejax_bilevel.runtime.schedule import StageSchedule
 

@@ -14,7 +14,8 @@ from purejax_bilevel.configuration import to_dict
 from purejax_bilevel.program import Configuration, Part, called_outside
 from purejax_bilevel.results import dataset as datasets
 from purejax_bilevel.runtime import artefacts, loop, outcomes, sizes
-from purejax_bilevel.runtime.compiled import precision, typed_state
+from purejax_bilevel.runtime.arrays import typed_state
+from purejax_bilevel.runtime.compiled import precision
 from purejax_bilevel.runtime.options import RunOptions
 from purejax_bilevel.studies import video as videos
 from purejax_bilevel.studies.plan import SweptAgent

@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw
 from purejax_bilevel.errors import UserError
 from purejax_bilevel.program import Part
 from purejax_bilevel.results.dataset import write_bytes
-from purejax_bilevel.runtime.compiled import typed_state
+from purejax_bilevel.runtime.arrays import typed_state
 
 FILE_NAME = "policy.gif"
 SIZE = (400, 240)

@@ -7,7 +7,8 @@ import train_regression
 import train_rl
 from purejax_bilevel.errors import UserError
 from purejax_bilevel.runtime import devices, loop, sizes
-from purejax_bilevel.runtime.compiled import CompiledProgram, largest_array
+from purejax_bilevel.runtime.arrays import largest_array
+from purejax_bilevel.runtime.compiled import CompiledProgram
 from purejax_bilevel.studies import command_line, sweep_command
 from purejax_bilevel.studies import run as runs
 from tests import toy
