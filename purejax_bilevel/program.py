@@ -129,6 +129,11 @@ class Program(Generic[C]):
     labels: Mapping[str, Sequence[str]] = MappingProxyType({})
 
     @property
+    def name(self) -> str:
+        """What results call it."""
+        return type(self).__name__
+
+    @property
     def num_steps(self) -> int:
         """Steps of all stages."""
         return sum(stage.num_steps for stage in self.stages)

@@ -276,7 +276,7 @@ def about(program: Program) -> dict[str, Any]:
     if not isinstance(program, PopulationBased):
         return {}
     selection = dataclasses.replace(program.selection, interval=program.interval)
-    return {"program": type(program.inner).__name__, POPULATIONS: as_plain(selection)}
+    return {"program": program.inner.name, POPULATIONS: as_plain(selection)}
 
 
 # --- what happens to a population -------------------------------------------------------------------------------------

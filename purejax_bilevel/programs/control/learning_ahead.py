@@ -1,0 +1,48 @@
+"""What agents of control would learn next, as functions of their settings: for settings that are adapted (`--adapt`).
+
+The validation loss is the outer loss of the bilevel agents, for all agents: the Q-function's Bellman error on a fresh
+real batch, with the target network (and the policy) that are there before the updates, discount and temperature being
+the first ones. It is thus a fixed function of the Q-function that the updates lead to.
+"""
+
+from typing import Any
+
+import jax
+
+from purejax_bilevel.configuration import replace
+from purejax_bilevel.programs.adaptation import Lookahead
+from purejax_bilevel.programs.control.agents import Draw, Step
+from purejax_bilevel.programs.control.learners import Learner
+
+EPS_ROOT = 1e-16  # bounds the derivative of Adam's step where a gradient is 0, as those of dead units are
+
+
+def lookahead(step: Step, learner: Learner, draw: Draw, config: Any, t: jax.Array, key: jax.Array) -> Lookahead:
+    """Updates after step `t` and their validation loss.
+
+    Args:
+        step: the agent's.
+        learner: as it is after step `t`.
+        draw: gives a batch of real transitions.
+        config: with the first values of the settings.
+        t: number of the step that was done.
+        key: consumed.
+    """
+    updates_key, loss_key = jax.random.split(key)
+    batch = draw(loss_key)
+
+    def update(own: Any, learner: Learner, number: jax.Array) -> Learner:
+        own = replace(own, eps_root=EPS_ROOT)
+        return step(own, learner, draw, jax.random.fold_in(updates_key, number), t + 1 + number)[0]
+
+    return Lookahead(learner, update, lambda ahead: learner.q_loss(config, ahead.q, batch))
+
+
+def why_not(config: Any) -> dict[str, str]:
+    """Settings that the validation loss does not depend on with this configuration, and the reason."""
+    reasons: dict[str, str] = {}
+    if getattr(config, "hard", False):
+        reasons["alpha"] = "with --hard there is no temperature"
+    if config.smoothing == "none":
+        reasons["beta"] = "without --smoothing there is no share of the newest hypergradient"
+    return reasons
