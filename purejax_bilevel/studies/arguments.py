@@ -248,6 +248,9 @@ def _joined(parser: type, words: Sequence[str]) -> list[str]:
             continue
         takes = option_name(word) in listed
         found.append(f"{word}=" if takes and "=" not in word else word)
+    for word in found:
+        if option_name(word) in listed and word.endswith("="):
+            raise UserError(f"{word[:-1]} needs at least one name.")
     return found
 
 

@@ -9,11 +9,13 @@ from typing import Any
 
 import jax
 
+from purejax_bilevel.agents import Agent
 from purejax_bilevel.configuration import replace
 from purejax_bilevel.programs.adaptation import Lookahead
 from purejax_bilevel.programs.control.agents import Draw, Step
 from purejax_bilevel.programs.control.learners import Learner
 
+FRESH_ADAM = "the only step of a fresh Adam is as long as its rate, whatever it does to the gradient"
 EPS_ROOT = 1e-16  # bounds the derivative of Adam's step where a gradient is 0, as those of dead units are
 
 
@@ -38,9 +40,12 @@ def lookahead(step: Step, learner: Learner, draw: Draw, config: Any, t: jax.Arra
     return Lookahead(learner, update, lambda ahead: learner.q_loss(config, ahead.q, batch))
 
 
-def why_not(config: Any) -> dict[str, str]:
+def why_not(config: Any, agent: Agent) -> dict[str, str]:
     """Settings that the validation loss does not depend on with this configuration, and the reason."""
     reasons: dict[str, str] = {}
+    if "warm_opt" in agent.settings and not config.warm_opt and config.num_Q_steps == 1:
+        of_gradient = [name for name in agent.adaptable if name != "inner_lr"]
+        reasons |= dict.fromkeys(of_gradient, f"{FRESH_ADAM} ({agent.name}); give --warm_opt or --num_Q_steps 2")
     if getattr(config, "hard", False):
         reasons["alpha"] = "with --hard there is no temperature"
     if config.smoothing == "none":

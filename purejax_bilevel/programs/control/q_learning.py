@@ -104,7 +104,8 @@ def _check_together(config: Config) -> None:
     if config.capacity < config.batch_size:
         raise UserError(f"--capacity {config.capacity} is smaller than --batch_size {config.batch_size}.")
     agents.AGENTS.check_settings(config)
-    adaptation.check(config, agents.AGENTS[config.agent_type], learning_ahead.why_not(config))
+    agent = agents.AGENTS[config.agent_type]
+    adaptation.check(config, agent, learning_ahead.why_not(config, agent))
     if config.non_stationary != "plain" and not config.env_name.startswith("CartPole"):
         raise UserError(
             f"--non_stationary {config.non_stationary} is about CartPole's pole angle: not {config.env_name}."
