@@ -245,8 +245,9 @@ def _dual_adjoint(
         adjoint = learner.q_values(dual, batch)
         return (0.5 * hessian * adjoint**2 + cotangent * adjoint).sum()
 
+    rule = optax.adam(config.dual_lr, eps_root=config.eps_root)
     dual, optimizer_state, _ = functional.fit_dual(
-        objective, learner.dual, learner.dual_optimizer, optax.adam(config.dual_lr), config.num_dual_Q_steps
+        objective, learner.dual, learner.dual_optimizer, rule, config.num_dual_Q_steps
     )
     adjoint = learner.q_values(dual, batch) * taken
     return adjoint, learner.replace(dual=dual, dual_optimizer=optimizer_state)

@@ -19,15 +19,15 @@ FRESH_ADAM = "the only step of a fresh Adam is as long as its rate, whatever it 
 EPS_ROOT = 1e-16  # bounds the derivative of Adam's step where a gradient is 0, as those of dead units are
 
 
-def lookahead(step: Step, learner: Learner, draw: Draw, config: Any, t: jax.Array, key: jax.Array) -> Lookahead:
-    """Updates after step `t` and their validation loss.
+def lookahead(step: Step, learner: Learner, draw: Draw, config: Any, first: jax.Array, key: jax.Array) -> Lookahead:
+    """The next updates and their validation loss.
 
     Args:
         step: the agent's.
-        learner: as it is after step `t`.
+        learner: as it is before them.
         draw: gives a batch of real transitions.
         config: with the first values of the settings.
-        t: number of the step that was done.
+        first: number of the first of them.
         key: consumed.
     """
     updates_key, loss_key = jax.random.split(key)
@@ -35,7 +35,7 @@ def lookahead(step: Step, learner: Learner, draw: Draw, config: Any, t: jax.Arra
 
     def update(own: Any, learner: Learner, number: jax.Array) -> Learner:
         own = replace(own, eps_root=EPS_ROOT)
-        return step(own, learner, draw, jax.random.fold_in(updates_key, number), t + 1 + number)[0]
+        return step(own, learner, draw, jax.random.fold_in(updates_key, number), first + number)[0]
 
     return Lookahead(learner, update, lambda ahead: learner.q_loss(config, ahead.q, batch))
 

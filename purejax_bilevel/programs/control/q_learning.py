@@ -168,7 +168,7 @@ class ModelBased(Acting[Config]):
     def lookahead(self, state: State, config: Config, t: jax.Array, key: jax.Array) -> adaptation.Lookahead:
         """What would be learned after step `t`, for settings that are adapted; the key is consumed."""
         draw = lambda key: self._draw(state.storage, config, t, key)  # noqa: E731
-        return learning_ahead.lookahead(self.agent.step, state.learner, draw, config, t, key)
+        return learning_ahead.lookahead(self.agent.step, state.learner, draw, config, t + 1, key)
 
     def _interact(self, state: State, config: Config, t: jax.Array, key: jax.Array) -> tuple[State, Metrics]:
         policy_key, explore_key, uniform_key = jax.random.split(jax.random.fold_in(key, ACT), 3)

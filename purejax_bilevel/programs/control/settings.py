@@ -186,7 +186,7 @@ class Copies(Schedule):
 
 
 @configuration
-class PolicyLearning:
+class PolicyLearning(Differentiable):
     """The policy, its temperature and their optimisers."""
 
     policy_lr: float = traced(3e-4, "Adam rate of the policy", POSITIVE, "policy")
