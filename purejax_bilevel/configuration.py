@@ -222,6 +222,11 @@ def values_of(value: Any) -> tuple:
     return (value,)
 
 
+def adapted_of(setting: str) -> str:
+    """What the schedule of a setting that adapts itself is called in results."""
+    return f"adapted_{setting}"
+
+
 def validate(config: C, tuned: bool = True) -> C:
     """Checks every field and returns the configuration.
 

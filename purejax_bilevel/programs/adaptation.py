@@ -33,6 +33,7 @@ from purejax_bilevel.agents import Agent
 from purejax_bilevel.configuration import (
     FRACTION,
     POSITIVE,
+    adapted_of,
     at_least,
     configuration,
     fields,
@@ -43,7 +44,6 @@ from purejax_bilevel.configuration import (
 )
 from purejax_bilevel.errors import UserError
 from purejax_bilevel.program import Measure, Metrics, Program, Tree
-from purejax_bilevel.results.dataset import adapted_of
 
 GROUP = "adaptation"
 ADAPT = 1_000_003  # stream of random numbers of a member, far from those of the programs

@@ -103,11 +103,6 @@ def of_population(name: str) -> str:
     return f"population_{name}"
 
 
-def adapted_of(setting: str) -> str:
-    """What the schedule of a setting that adapts itself is called."""
-    return f"adapted_{setting}"
-
-
 def file_name(label: str) -> str:
     """A label as the name of a folder or file."""
     return re.sub(r"[^\w.=+-]+", "_", label).strip("._")

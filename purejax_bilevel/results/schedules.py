@@ -13,9 +13,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
+from purejax_bilevel.configuration import adapted_of
 from purejax_bilevel.results import plots, statistics
 from purejax_bilevel.results.analysis import AgentResult
-from purejax_bilevel.results.dataset import SEED, STEP, adapted_of, setting_dimensions, setting_labels
+from purejax_bilevel.results.dataset import SEED, STEP, setting_dimensions, setting_labels
 from purejax_bilevel.results.document import Block, Heading, Paragraph, Picture, Table
 
 FILE_NAME = "schedules.png"

@@ -241,16 +241,18 @@ def _joined(parser: type, words: Sequence[str]) -> list[str]:
     sections = [section.type for section in dataclasses.fields(parser)]
     listed = {field.name for section in sections for field in dataclasses.fields(section) if LISTED in field.metadata}  # type: ignore[arg-type]
     found: list[str] = []
-    takes = False
-    for word in words:
-        if takes and not word.startswith("--"):
-            found[-1] += f"{' ' if found[-1].partition('=')[2] else ''}{word}"
-            continue
-        takes = option_name(word) in listed
-        found.append(f"{word}=" if takes and "=" not in word else word)
-    for word in found:
-        if option_name(word) in listed and word.endswith("="):
-            raise UserError(f"{word[:-1]} needs at least one name.")
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if option_name(word) in listed:
+            name, equals, value = word.partition("=")
+            names = [value] if equals else []
+            while rest and not rest[0].startswith("--"):
+                names.append(rest.pop(0))
+            if not names:
+                raise UserError(f"{name} needs at least one name.")
+            word = f"{name}={' '.join(names)}"
+        found.append(word)
     return found
 
 

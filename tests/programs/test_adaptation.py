@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import yaml
 
-from purejax_bilevel import run
+from purejax_bilevel import RegressionConfig, run
 from purejax_bilevel.agents import Agent
 from purejax_bilevel.configuration import FRACTION, POSITIVE, at_least, configuration, replace, static, traced
 from purejax_bilevel.errors import UserError
@@ -333,3 +333,5 @@ def test_the_command_line_takes_several_names():
         assert config.adapt == "inner_lr discount"
     with pytest.raises(UserError, match="--adapt needs at least one name"):
         command_line.parse(q_learning.Config, "", ["--adapt", "--quiet"])
+    with pytest.raises(UserError, match="--adapt lr: there are no hypergradients of the settings of this program"):
+        command_line.parse(RegressionConfig, "", ["--adapt", "lr"])
