@@ -32,6 +32,8 @@ class Agent:
         init: what it has learned before its first step.
         defaults: tuned values of fields whose own default is None.
         settings: fields that only some agents have a use for, this one among them.
+        adaptable: fields that hypergradients of the validation loss can adapt (`--adapt`), and the fewest updates
+            through which they reach it.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Agent:
     init: Callable[..., Any]
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     settings: Sequence[str] = ()
+    adaptable: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not NAME.fullmatch(self.name):

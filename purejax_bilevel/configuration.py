@@ -131,6 +131,7 @@ def static(
     task: bool = False,
     choices: Choices | None = None,
     particular: bool = False,
+    listed: bool = False,
 ) -> Any:
     """Declares a field that is the same for all members because it changes the program.
 
@@ -144,9 +145,11 @@ def static(
             chosen as the best setting.
         choices: the values allowed, where users may add some.
         particular: another value than the default is refused for agents that do not name the field in their settings.
+        listed: a text of names with spaces between them, which the command line takes as words.
     """
     metadata = {"traced": False, "help": help, "check": check, "group": group, "hidden": hidden, "task": task}
-    return dataclasses.field(default=default, metadata={**metadata, "choices": choices, "particular": particular})
+    more = {"choices": choices, "particular": particular, "listed": listed}
+    return dataclasses.field(default=default, metadata={**metadata, **more})
 
 
 def changed(
@@ -217,6 +220,11 @@ def values_of(value: Any) -> tuple:
     if is_axis:
         return tuple(element.item() if hasattr(element, "item") else element for element in value)
     return (value,)
+
+
+def adapted_of(setting: str) -> str:
+    """What the schedule of a setting that adapts itself is called in results."""
+    return f"adapted_{setting}"
 
 
 def validate(config: C, tuned: bool = True) -> C:

@@ -134,6 +134,11 @@ class Program(Generic[C]):
     figures: str = ""
 
     @property
+    def name(self) -> str:
+        """What results call it."""
+        return type(self).__name__
+
+    @property
     def num_steps(self) -> int:
         """Steps of all stages."""
         return sum(stage.num_steps for stage in self.stages)

@@ -10,7 +10,7 @@ import xarray
 from rich.console import Console
 
 from purejax_bilevel.results import dataset as datasets
-from purejax_bilevel.results import plots, statistics
+from purejax_bilevel.results import plots, schedules, statistics
 from purejax_bilevel.results.analysis import Reporting, reported_variable
 
 CURVES = "learning_curves.png"
@@ -34,6 +34,8 @@ def write_figures(dataset: xarray.Dataset, folder: Path) -> None:
         own(dataset, folder)
     else:
         plots.learning_curves(dataset, folder / CURVES, dataset.attrs["headline"], title=dataset.attrs["title"])
+    if schedules.adapted_settings(dataset):
+        schedules.draw(dataset, folder / schedules.FILE_NAME)
     for name in dataset.attrs.get("stages", ()):
         stage = datasets.stage_of(dataset, name)
         shown = next((variable for variable in stage.data_vars if datasets.STEP in stage[variable].dims), None)

@@ -16,7 +16,7 @@ import numpy as np
 
 from purejax_bilevel.errors import UserError
 from purejax_bilevel.members import bytes_in_words, counted, format_value
-from purejax_bilevel.results import comparison, outputs, populations, relative, residuals, statistics
+from purejax_bilevel.results import comparison, outputs, populations, relative, residuals, schedules, statistics
 from purejax_bilevel.results import dataset as datasets
 from purejax_bilevel.results.analysis import (
     SELECTION,
@@ -115,6 +115,7 @@ class _Report:
             *self._improvement(),
             *self._profiles(),
             *populations.blocks(self.agents, self.lower, self._path),
+            *schedules.blocks(self.agents, self._path),
             *self._relative(),
             *self._sensitivities(),
             *self._search(),

@@ -56,7 +56,7 @@ def to_dataset(
     series = {name: array for name, array in rows.items() if name not in final_names}
     finals = {name: last_values(rows[name]) for name in final_names} | {"failed": outcome.failed[number]}
     about = {
-        "program": type(part.program).__name__,
+        "program": part.program.name,
         "title": config.title,
         "environment": getattr(config, "env_name", ""),
         "config": {name: value for name, value in to_dict(config).items() if name not in part.program.adapts},

@@ -24,6 +24,7 @@ from purejax_bilevel.runtime.options import HowToRun, option
 
 MARKERS = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
 RUN = "run"  # the section of a parser that holds the options
+LISTED = "listed"  # in a field's metadata: a text of names, given as words
 NOT_IN_FILES = ("config", "resume", "dry_run", "coordinator", "num_processes", "process_id")
 
 
@@ -172,12 +173,15 @@ def _entry(field: dataclasses.Field, hint: Any, text: str) -> tuple[str, Any, da
         element: Any = typing.get_args(hint)[0] if optional else hint
         metavar = f"{element.__name__.upper()} [{element.__name__.upper()} ...]"
         hint, default = (tuple[element, ...] | None, None) if optional else (tuple[element, ...], (default,))
+    is_listed = bool(field.metadata.get(LISTED))
+    if is_listed:
+        metavar = "NAME [NAME ...]"
     if field.metadata.get("positional"):
         hint = Annotated[hint, tyro.conf.Positional]
     # Where the text says what happens by default, tyro's own words would repeat it.
     hint_of_default = "" if "(default:" in text else None
     argument = Annotated[hint, tyro.conf.arg(help=text, metavar=metavar, help_behavior_hint=hint_of_default)]
-    return field.name, argument, dataclasses.field(default=default)
+    return field.name, argument, dataclasses.field(default=default, metadata={LISTED: True} if is_listed else None)
 
 
 def declared_types(parser: type) -> dict[str, Any]:
@@ -213,6 +217,7 @@ def read(
     Raises:
         UserError: an option with one value got several, or a flag another value than True or False.
     """
+    words = _joined(parser, words)
     _check_single(parser, words, is_positional)
     rest, flags = _take_flags(parser, words)
     start = {} if default is None else {"default": _with_values(parser, default)}
@@ -229,6 +234,26 @@ def _with_values(parser: type, values: dict[str, Any]) -> Any:
         own = {field.name for field in dataclasses.fields(section.type)} & set(values)  # type: ignore[arg-type]
         sections[section.name] = section.type(**{name: values[name] for name in own})  # type: ignore[operator]
     return parser(**sections)
+
+
+def _joined(parser: type, words: Sequence[str]) -> list[str]:
+    """The words with those of each listed option in one: `--adapt=lr inner_lr`."""
+    sections = [section.type for section in dataclasses.fields(parser)]
+    listed = {field.name for section in sections for field in dataclasses.fields(section) if LISTED in field.metadata}  # type: ignore[arg-type]
+    found: list[str] = []
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if option_name(word) in listed:
+            name, equals, value = word.partition("=")
+            names = [value] if equals else []
+            while rest and not rest[0].startswith("--"):
+                names.append(rest.pop(0))
+            if not names:
+                raise UserError(f"{name} needs at least one name.")
+            word = f"{name}={' '.join(names)}"
+        found.append(word)
+    return found
 
 
 def _check_single(parser: type, words: Sequence[str], is_positional: Callable[[str], bool]) -> None:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from purejax_bilevel.program import Configuration
 
 FAILED, BAD_INPUT = 1, 2  # exit statuses
+ADAPT = "adapt"  # an option that only some programs have, and that people will try with others
 
 
 # --- what all scripts share -------------------------------------------------------------------------------------------
@@ -219,6 +220,11 @@ def parse(config_class: type, description: str, given: Sequence[str] | None = No
     parser = arguments.parser_of(Options, config_class)
     hidden = [field.name for field in fields(config_class) if field.metadata.get("hidden")]
     words = _spell_agent_type(arguments.with_settings(words, settings, parser, hidden))
+    if stated(words, ADAPT) and ADAPT not in arguments.declared_types(parser):
+        raise UserError(
+            f"--{ADAPT} {stated(words, ADAPT)}: there are no hypergradients of the settings of this program; those of "
+            "Q-learning and soft actor-critic (agents such as sql, omd, sac) can be adapted."
+        )
     values = arguments.read(parser, description, words)
     if values["resume"] is not None:
         if values["config"] is not None:

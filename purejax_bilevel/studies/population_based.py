@@ -93,7 +93,7 @@ class PopulationBased(Program[Configuration]):
     """
 
     def __init__(self, inner: Program, config: Configuration, selection: Selection):
-        _check(inner, selection)
+        _check(inner, config, selection)
         (stage,) = inner.stages
         self.inner, self.selection, self.population = inner, selection, selection.population
         self.headline, self.step_unit, self.artefact_kind = inner.headline, inner.step_unit, inner.artefact_kind
@@ -228,7 +228,7 @@ class PopulationBased(Program[Configuration]):
         return {**_of(found, state.best), **of_all, BEST: state.best}
 
 
-def _check(inner: Program, selection: Selection) -> None:
+def _check(inner: Program, config: Configuration, selection: Selection) -> None:
     name, stages = type(inner).__name__, inner.stages
     if len(stages) > 1:
         raise UserError(f"search: pbt trains programs of one stage, {name} has {' and '.join(s.name for s in stages)}.")
@@ -237,6 +237,11 @@ def _check(inner: Program, selection: Selection) -> None:
         raise UserError(f"search: pbt makes populations of members that train for as long as told, {name} {what}.")
     if wholes := [interval.name for interval in selection.space if interval.whole]:
         raise UserError(f"search: pbt multiplies settings: its space takes no whole numbers, got {', '.join(wholes)}.")
+    adapted = getattr(config, "adapt", "").split()
+    if twice := [interval.name for interval in selection.space if interval.name in adapted]:
+        raise UserError(
+            f"search: pbt and --adapt both change {', '.join(twice)}: take it out of the space or of adapt."
+        )
     (stage,) = stages
     if stage.eval_every == 0 or selection.interval % stage.eval_every:
         raise UserError(
@@ -276,7 +281,7 @@ def about(program: Program) -> dict[str, Any]:
     if not isinstance(program, PopulationBased):
         return {}
     selection = dataclasses.replace(program.selection, interval=program.interval)
-    return {"program": type(program.inner).__name__, POPULATIONS: as_plain(selection)}
+    return {"program": program.inner.name, POPULATIONS: as_plain(selection)}
 
 
 # --- what happens to a population -------------------------------------------------------------------------------------

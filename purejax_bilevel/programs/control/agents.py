@@ -245,8 +245,9 @@ def _dual_adjoint(
         adjoint = learner.q_values(dual, batch)
         return (0.5 * hessian * adjoint**2 + cotangent * adjoint).sum()
 
+    rule = optax.adam(config.dual_lr, eps_root=config.eps_root)
     dual, optimizer_state, _ = functional.fit_dual(
-        objective, learner.dual, learner.dual_optimizer, optax.adam(config.dual_lr), config.num_dual_Q_steps
+        objective, learner.dual, learner.dual_optimizer, rule, config.num_dual_Q_steps
     )
     adjoint = learner.q_values(dual, batch) * taken
     return adjoint, learner.replace(dual=dual, dual_optimizer=optimizer_state)
@@ -341,6 +342,12 @@ DUAL = ("num_dual_Q_steps", "dual_lr")
 INNER = ("no_warm", "warm_opt")
 PREDICTIVE = ("num_T_steps",)
 
+# What `--adapt` may name. The validation loss keeps the target network that is there, so that tau works through the
+# next update's target alone; a bilevel agent's model steps at the end of its update.
+OF_Q = {"inner_lr": 1, "discount": 1, "alpha": 1, "tau": 2}
+OF_MODEL_FIRST = {"lr": 1, **OF_Q}
+OF_MODEL_LAST = {"lr": 2, "beta": 2, **OF_Q}
+
 # Tuned values: found with this project's own runs on CartPole-v1 (README, "Learning").
 AGENTS = Agents(
     DiscreteAgent,
@@ -351,6 +358,7 @@ AGENTS = Agents(
             step=bilevel_agent(hypergradient_omd),
             defaults={"lr": 1e-3, "inner_lr": 5e-4, "tau": 0.02},
             settings=(*SOLVER, *SMOOTHED, *INNER),
+            adaptable=OF_MODEL_LAST,
         ),
         DiscreteAgent(
             name="funcbo",
@@ -359,6 +367,7 @@ AGENTS = Agents(
             init=functools.partial(init_learner, has_dual=True),
             defaults={"lr": 1e-4, "inner_lr": 1e-3, "tau": 0.005},
             settings=(*DUAL, *SMOOTHED, *INNER),
+            adaptable=OF_MODEL_LAST,
         ),
         DiscreteAgent(
             name="funcbo_reward_only",
@@ -367,6 +376,7 @@ AGENTS = Agents(
             init=functools.partial(init_learner, has_dual=True),
             defaults={"lr": 1e-4, "inner_lr": 1e-3, "tau": 0.005},
             settings=(*DUAL, *SMOOTHED, *INNER),
+            adaptable=OF_MODEL_LAST,
         ),
         Alias("smoothfbo", "funcbo", {"smoothing": "window"}),
         DiscreteAgent(
@@ -375,6 +385,7 @@ AGENTS = Agents(
             step=predictive_agent(likelihood_loss),
             defaults={"lr": 1e-3, "inner_lr": 1e-3, "tau": 0.01},
             settings=PREDICTIVE,
+            adaptable=OF_MODEL_FIRST,
         ),
         DiscreteAgent(
             name="vep",
@@ -383,12 +394,14 @@ AGENTS = Agents(
             init=functools.partial(init_learner, has_values=True),
             defaults={"lr": 3e-3, "inner_lr": 1e-3, "tau": 0.01},
             settings=(*PREDICTIVE, "num_ensemble_vep"),
+            adaptable=OF_MODEL_FIRST,
         ),
         DiscreteAgent(
             name="sql",
             text="no model, soft double Q-learning on real transitions",
             step=model_free_agent,
             defaults={"lr": 1e-3, "inner_lr": 1e-3, "tau": 0.005},
+            adaptable=OF_Q,
         ),
     ],
 )

@@ -157,18 +157,19 @@ def _init_model(
 
 def q_optimizer(config: Inner) -> optax.GradientTransformation:
     """Adam of the inner problem."""
-    return optax.adam(config.inner_lr)
+    return optax.adam(config.inner_lr, eps_root=config.eps_root)
 
 
 def model_optimizer(config: Hypergradient) -> optax.GradientTransformationExtraArgs:
     """Adam of the outer problem, behind time smoothing of the hypergradient where asked."""
+    adam = optax.adam(config.lr, eps_root=config.eps_root)
     if config.smoothing == "window":
         smooth = smoothing.window_average(config.smoothing_window, config.beta, config.max_smoothing_window)
-        return optax.with_extra_args_support(optax.chain(smooth, optax.adam(config.lr)))
+        return optax.with_extra_args_support(optax.chain(smooth, adam))
     if config.smoothing == "ema":
         smooth = smoothing.exponential_average(config.smoothing_window, config.beta)
-        return optax.with_extra_args_support(optax.chain(smooth, optax.adam(config.lr)))
-    return optax.with_extra_args_support(optax.adam(config.lr))
+        return optax.with_extra_args_support(optax.chain(smooth, adam))
+    return optax.with_extra_args_support(adam)
 
 
 # --- losses -----------------------------------------------------------------------------------------------------------

@@ -31,9 +31,9 @@ from purejax_bilevel.configuration import (
 )
 from purejax_bilevel.environments import non_stationary
 from purejax_bilevel.errors import UserError
-from purejax_bilevel.program import Metrics, Tree
-from purejax_bilevel.programs import saved_policies
-from purejax_bilevel.programs.control import agents, rollouts
+from purejax_bilevel.program import Metrics, Program, Tree
+from purejax_bilevel.programs import adaptation, saved_policies
+from purejax_bilevel.programs.control import agents, learning_ahead, rollouts
 from purejax_bilevel.programs.control.acting import ACT, ENVIRONMENT, INIT, LEARN, Acting, State, arrived
 from purejax_bilevel.programs.control.settings import Evaluation, Inner, QLearning, Replay, Schedule, SoftQ, Task
 
@@ -55,7 +55,7 @@ class NonStationary(Schedule):
 
 
 @configuration
-class Config(Replay, QLearning, NonStationary, Evaluation):
+class Config(adaptation.Adaptation, Replay, QLearning, NonStationary, Evaluation):
     """Settings of one training program; a traced field may hold several values, one per point of a grid."""
 
     agent_type: str = changed(Task, "agent_type", "omd", choices=agents.AGENTS)
@@ -69,15 +69,16 @@ class Config(Replay, QLearning, NonStationary, Evaluation):
     time_weighted_sampling: bool = static(False, "prefer recent transitions", group="data")
     time_weight_decay: float = traced(0.05, "probability falls as exp(-decay * age in steps)", POSITIVE, "data")
 
-    def program(self) -> "ModelBased":
+    def program(self) -> Program:
         """The training program of this (resolved) configuration."""
-        return ModelBased(self)
+        return adaptation.adapted(ModelBased(self), self)
 
     @property
     def title(self) -> str:
         """Short name of the experiment."""
         name = agents.AGENTS[self.agent_type].name
-        return f"{name}-{self.env_name}{'' if self.smoothing == 'none' else '-smoothed'}"
+        smoothed, adapted = "" if self.smoothing == "none" else "-smoothed", "-adapted" if self.adapt else ""
+        return f"{name}-{self.env_name}{smoothed}{adapted}"
 
     def resolved(self) -> Self:
         """Fills in the agent's tuned values and checks everything.
@@ -103,6 +104,8 @@ def _check_together(config: Config) -> None:
     if config.capacity < config.batch_size:
         raise UserError(f"--capacity {config.capacity} is smaller than --batch_size {config.batch_size}.")
     agents.AGENTS.check_settings(config)
+    agent = agents.AGENTS[config.agent_type]
+    adaptation.check(config, agent, learning_ahead.why_not(config, agent))
     if config.non_stationary != "plain" and not config.env_name.startswith("CartPole"):
         raise UserError(
             f"--non_stationary {config.non_stationary} is about CartPole's pole angle: not {config.env_name}."
@@ -161,6 +164,11 @@ class ModelBased(Acting[Config]):
         draw = lambda key: self._draw(state.storage, config, t, key)  # noqa: E731
         learner, losses = self.agent.step(config, state.learner, draw, jax.random.fold_in(key, LEARN), t)
         return state.replace(learner=learner), metrics | agents.measured(losses)
+
+    def lookahead(self, state: State, config: Config, t: jax.Array, key: jax.Array) -> adaptation.Lookahead:
+        """What would be learned after step `t`, for settings that are adapted; the key is consumed."""
+        draw = lambda key: self._draw(state.storage, config, t, key)  # noqa: E731
+        return learning_ahead.lookahead(self.agent.step, state.learner, draw, config, t + 1, key)
 
     def _interact(self, state: State, config: Config, t: jax.Array, key: jax.Array) -> tuple[State, Metrics]:
         policy_key, explore_key, uniform_key = jax.random.split(jax.random.fold_in(key, ACT), 3)

@@ -45,7 +45,14 @@ class Evaluation(Schedule):
 
 
 @configuration
-class Outer:
+class Differentiable:
+    """What it takes to differentiate through steps of Adam."""
+
+    eps_root: float = static(0.0, "added to Adam's squared gradients before the root", hidden=True)
+
+
+@configuration
+class Outer(Differentiable):
     """The model and its optimiser."""
 
     lr: float | None = traced(None, "Adam rate of the model (default: tuned per agent)", POSITIVE, "outer problem")
@@ -103,7 +110,7 @@ class Hypergradient(Outer):
 
 
 @configuration
-class Inner:
+class Inner(Differentiable):
     """The Q-function, its optimiser and its target network."""
 
     inner_lr: float | None = traced(
@@ -180,7 +187,7 @@ class Copies(Schedule):
 
 
 @configuration
-class PolicyLearning:
+class PolicyLearning(Differentiable):
     """The policy, its temperature and their optimisers."""
 
     policy_lr: float = traced(3e-4, "Adam rate of the policy", POSITIVE, "policy")

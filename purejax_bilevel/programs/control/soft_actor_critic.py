@@ -29,9 +29,9 @@ from purejax_bilevel.configuration import (
     warn_if_idle,
 )
 from purejax_bilevel.errors import UserError
-from purejax_bilevel.program import Measure, Metrics, Tree
-from purejax_bilevel.programs import saved_policies
-from purejax_bilevel.programs.control import agents, policies, rollouts, soft_actor_critic_agents
+from purejax_bilevel.program import Measure, Metrics, Program, Tree
+from purejax_bilevel.programs import adaptation, saved_policies
+from purejax_bilevel.programs.control import agents, learning_ahead, policies, rollouts, soft_actor_critic_agents
 from purejax_bilevel.programs.control.acting import ACT, ENVIRONMENT, INIT, LEARN, Acting, State, step_copies
 from purejax_bilevel.programs.control.settings import (
     Copies,
@@ -50,7 +50,7 @@ LARGEST_CAPACITY = 1_000_000  # transitions stored unless told otherwise
 
 
 @configuration
-class Config(Replay, SoftActorCritic, Evaluation, Copies):
+class Config(adaptation.Adaptation, Replay, SoftActorCritic, Evaluation, Copies):
     """Settings of one training program; a traced field may hold several values, one per point of a grid.
 
     The defaults are near those of OMD's MuJoCo study. Different are the lengths of runs and of the random start, what
@@ -85,15 +85,16 @@ class Config(Replay, SoftActorCritic, Evaluation, Copies):
         check=at_least(0),
     )
 
-    def program(self) -> "ActorCritic":
+    def program(self) -> Program:
         """The training program of this (resolved) configuration."""
-        return ActorCritic(self)
+        return adaptation.adapted(ActorCritic(self), self)
 
     @property
     def title(self) -> str:
         """Short name of the experiment."""
         name = soft_actor_critic_agents.AGENTS[self.agent_type].name
-        return f"{name}-{self.env_name}{'' if self.smoothing == 'none' else '-smoothed'}"
+        smoothed, adapted = "" if self.smoothing == "none" else "-smoothed", "-adapted" if self.adapt else ""
+        return f"{name}-{self.env_name}{smoothed}{adapted}"
 
     def resolved(self) -> Self:
         """Fills in the agent's tuned values and the capacity, and checks everything.
@@ -127,6 +128,8 @@ def _check_together(config: Config) -> None:
             f"{config.updates_per_step} updates per step is more than can be counted ({LARGEST_WHOLE})."
         )
     soft_actor_critic_agents.AGENTS.check_settings(config)
+    agent = soft_actor_critic_agents.AGENTS[config.agent_type]
+    adaptation.check(config, agent, learning_ahead.why_not(config, agent))
     _make_task(config)
 
 
@@ -225,6 +228,12 @@ class ActorCritic(Acting[Config]):
             return update(learner, jnp.int32(0))
         learner, losses = jax.lax.scan(update, learner, jnp.arange(config.updates_per_step))
         return learner, jax.tree.map(lambda loss: loss.mean(0), losses)
+
+    def lookahead(self, state: State, config: Config, t: jax.Array, key: jax.Array) -> adaptation.Lookahead:
+        """What would be learned after step `t`, for settings that are adapted; the key is consumed."""
+        draw = lambda key: self._draw(state.storage, config, t, key)  # noqa: E731
+        first = (t + 1) * config.updates_per_step
+        return learning_ahead.lookahead(self.agent.step, state.learner, draw, config, first, key)
 
     def _draw(self, storage: jax.Array, config: Config, t: jax.Array, key: jax.Array) -> replay.Batch:
         """Transitions of the steps up to `t`, with noise for the policy."""

@@ -110,7 +110,7 @@ class Learner(agents.Learner):
 
     def policy_rule(self, config: PolicyLearning) -> optax.GradientTransformation:
         """How the policy steps along its gradient."""
-        return optax.adam(config.policy_lr)
+        return optax.adam(config.policy_lr, eps_root=config.eps_root)
 
     def temperature_rule(self, config: Tempered) -> optax.GradientTransformation:
         """How the temperature's logarithm steps along its gradient."""
@@ -313,6 +313,11 @@ class ContinuousAgent(Agent):
 # (That was not the paper's omd: Adam states were fresh, rates others, and the steps in another order.)
 PAPER = {"lr": 3e-4, "inner_lr": 3e-4, "num_Q_steps": 1}
 
+# What `--adapt` may name, as in `agents.py`; the validation loss keeps the policy that is there, too.
+OF_CRITIC = {"inner_lr": 1, "discount": 1, "tau": 2, "policy_lr": 2, "temperature_lr": 2}
+OF_MODEL_FIRST = {"lr": 1, **OF_CRITIC}
+OF_MODEL_LAST = {"lr": 2, "beta": 2, **OF_CRITIC}
+
 AGENTS = Agents(
     ContinuousAgent,
     [
@@ -322,6 +327,7 @@ AGENTS = Agents(
             step=with_policy(agents.bilevel_agent(agents.hypergradient_omd)),
             defaults={"lr": 1e-3, "inner_lr": 5e-4, "num_Q_steps": 3},
             settings=(*SOLVER, *SMOOTHED, *INNER),
+            adaptable=OF_MODEL_LAST,
         ),
         ContinuousAgent(
             name="funcbo",
@@ -330,6 +336,7 @@ AGENTS = Agents(
             init=functools.partial(init_learner, has_dual=True),
             defaults={"lr": 1e-4, "inner_lr": 1e-3, "num_Q_steps": 1},
             settings=(*DUAL, *SMOOTHED, *INNER),
+            adaptable=OF_MODEL_LAST,
         ),
         Alias("smoothfbo", "funcbo", {"smoothing": "window"}),
         ContinuousAgent(
@@ -338,6 +345,7 @@ AGENTS = Agents(
             step=with_policy(agents.predictive_agent(agents.squared_error_loss)),
             defaults=PAPER,
             settings=PREDICTIVE,
+            adaptable=OF_MODEL_FIRST,
         ),
         ContinuousAgent(
             name="vep",
@@ -346,6 +354,7 @@ AGENTS = Agents(
             init=functools.partial(init_learner, has_values=True),
             defaults=PAPER,
             settings=(*PREDICTIVE, "num_ensemble_vep"),
+            adaptable=OF_MODEL_FIRST,
         ),
         ContinuousAgent(
             name="sac",
@@ -353,6 +362,7 @@ AGENTS = Agents(
             step=with_policy(agents.model_free_agent),
             init=functools.partial(init_learner, has_model=False),
             defaults=PAPER,
+            adaptable=OF_CRITIC,
         ),
     ],
 )

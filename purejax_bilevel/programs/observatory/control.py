@@ -7,7 +7,8 @@ import optax
 
 from purejax_bilevel.configuration import configuration, replace
 from purejax_bilevel.networks import Heads
-from purejax_bilevel.program import Tree
+from purejax_bilevel.program import Program, Tree
+from purejax_bilevel.programs.adaptation import adapted
 from purejax_bilevel.programs.control import agents, q_learning
 from purejax_bilevel.programs.control.learners import Learner, Model
 from purejax_bilevel.programs.observatory.estimators import Problem
@@ -22,9 +23,9 @@ EPS_ROOT = 1e-16  # bounds the derivative of Adam's step where a gradient is 0, 
 class Config(Observing, q_learning.Config, Observed):
     """Settings of model-based Q-learning, and what is compared at its evaluations."""
 
-    def program(self) -> "ControlObservatory":
+    def program(self) -> Program:
         """The program of this (resolved) configuration."""
-        return ControlObservatory(self)
+        return adapted(ControlObservatory(self), self)
 
 
 class ControlObservatory(Observatory, q_learning.ModelBased):

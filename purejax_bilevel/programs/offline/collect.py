@@ -186,7 +186,7 @@ class Collect(Program[Config]):
         # Numbers that differ between members are put in by `_member`.
         anything = replace(config, **dict.fromkeys(_traced(config), 0.1))
         self.config, self.settings = config, _actor_critic(anything).resolved()
-        self.actor_critic = self.settings.program()
+        self.actor_critic = soft_actor_critic.ActorCritic(self.settings)
         self.task = environments.make_continuous(config.env_name)
         self.kept = config.num_train_steps // config.eval_frequency
         self.collect_steps = -(-config.rows // config.collect_envs)
