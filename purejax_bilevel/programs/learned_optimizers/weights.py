@@ -142,14 +142,9 @@ def _recurrent_cell(weights: Weights, inputs: jax.Array, carry: jax.Array) -> ja
     kept = jnp.concatenate(carry_kernels, 1).T @ carry
     reset_own, update_own, new_own = jnp.split(own, 3)
     reset_kept, update_kept, new_kept = jnp.split(kept, 3)
-    reset, update = _sigmoid(reset_own + reset_kept), _sigmoid(update_own + update_kept)
+    reset, update = jax.nn.sigmoid(reset_own + reset_kept), jax.nn.sigmoid(update_own + update_kept)
     new = jnp.tanh(new_own + reset * (new_kept + weights.new_carry_bias[:, None]))
-    return new + update * (carry - new)
-
-
-def _sigmoid(x: jax.Array) -> jax.Array:
-    """By the hyperbolic tangent, which takes a CPU two thirds of the time of `jax.nn.sigmoid`."""
-    return 0.5 + 0.5 * jnp.tanh(0.5 * x)
+    return (1.0 - update) * new + update * carry
 
 
 def _normed(kernel: jax.Array, bias: jax.Array, inputs: jax.Array) -> jax.Array:
