@@ -438,11 +438,17 @@ def test_lifetimes() -> None:
     assert np.median(very) == pytest.approx(51, abs=5)
 
 
-CHECKSUMS = {"sixteen_rooms": "c1fc81240baa", "labyrinth": "a23aa3b1ad4c", "labyrinth_flipped": "f6ea2ad32cc9"}
+CHECKSUMS = {
+    "sixteen_rooms": "c1fc81240baa",
+    "labyrinth": "a23aa3b1ad4c",
+    "labyrinth_flipped": "f6ea2ad32cc9",
+    "standard_maze": "e78692239ef6",
+}
 
 
-def test_mazes_are_nine_whole_layouts() -> None:
-    assert len(mazes.WALLS) == 9
+def test_mazes_are_whole_layouts() -> None:
+    assert set(CHECKSUMS) < set(mazes.WALLS)
+    assert len(modes.MODES["mazes"].settings) == 9
     for name, walls in mazes.WALLS.items():
         drawing = "".join("01"[cell in walls] for cell in range(mazes.SIZE**2))
         if name in CHECKSUMS:

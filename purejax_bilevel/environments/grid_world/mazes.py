@@ -1,9 +1,9 @@
-"""Mazes: nine layouts of 13 x 13 cells, `#` a wall.
+"""Mazes: ten layouts of 13 x 13 cells, `#` a wall.
 
-The first three are layouts of MiniMax (Jiang et al. 2023, "minimax: Efficient baselines for autocurricula in JAX"),
-reconstructed from their checksums: the labyrinths are the Hamiltonian paths through 7 x 7 cells that have them. The
-other six layouts that GROOVE uses could not be reconstructed. Mazes of this project stand in for them, under names of
-their own: carved depth first, perfect ones with one way between any two cells, braided ones with eight more doors.
+The first four are layouts of MiniMax (Jiang et al. 2023, "minimax: Efficient baselines for autocurricula in JAX"),
+which their checksums prove: the labyrinths are the Hamiltonian paths through 7 x 7 cells that have them. The other five
+layouts that GROOVE uses could not be reconstructed. Mazes of this project stand in for them, under names of their own:
+carved depth first, perfect ones with one way between any two cells, braided ones with eight more doors.
 """
 
 SIZE = 13
@@ -53,6 +53,21 @@ _DRAWINGS = {
         .#.....#.....
         .#####.#.####
         .......#.....
+    """,
+    "standard_maze": """
+        .....#....#..
+        .###.####.##.
+        .#...........
+        .########.###
+        ........#....
+        ######.#####.
+        ....#..#.....
+        .##...##.####
+        ..#.#..#...#.
+        #.#.##.###.#.
+        #.#..#...#...
+        #.##.###.###.
+        ...#...#.#...
     """,
     "perfect_maze_1": """
         .#.#.........

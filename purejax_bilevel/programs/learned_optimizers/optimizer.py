@@ -19,8 +19,10 @@ import numpy as np
 import optax
 
 from purejax_bilevel.errors import UserError
+from purejax_bilevel.programs.learned_optimizers import columns
+from purejax_bilevel.programs.learned_optimizers.columns import Features, Results
 from purejax_bilevel.programs.learned_optimizers.layout import Layout, Place, Tree, layout_of, spread
-from purejax_bilevel.programs.learned_optimizers.weights import apply_network, carry_size, check_weights, unflatten
+from purejax_bilevel.programs.learned_optimizers.weights import carry_size, check_weights, unflatten
 
 DECAYS = (0.1, 0.5, 0.9, 0.99, 0.999, 0.9999)
 SMALLEST = 1e-13  # added below logarithms
@@ -217,8 +219,8 @@ def _new_momenta(momenta: jax.Array, gradient: jax.Array) -> jax.Array:
 
 def features(
     layout: Layout, switches: Switches, params: Tree, gradient: jax.Array, momenta: jax.Array, seen: _Seen
-) -> jax.Array:
-    """What the network sees of each parameter, `[19, N]`.
+) -> Features:
+    """What the network sees of each parameter, 19 rows.
 
     In order: the parameter; signs, then logarithms, of the six momenta; sign and logarithm of the gradient - each
     divided by its root mean square over the parameter's array -; training clock, place of the layer, batch clock,
@@ -237,7 +239,8 @@ def features(
     gradient = gradient[None]
     own = [values[None] if switches.parameter else jnp.zeros_like(gradient)]
     own += [jnp.sign(momenta), _logarithm(momenta), jnp.sign(gradient), _logarithm(gradient)]
-    normalised = [_divided_by_rms(piece) for piece in layout.pieces(jnp.concatenate(own))]
+    joined = jax.lax.optimization_barrier(jnp.concatenate(own))  # else XLA computes it again for each array
+    scales = jnp.stack([_one_over_rms(piece) for piece in layout.pieces(joined)], 1)
     layers = layout.row([place.proportion for place in layout.places], dtype)
     context = [
         _clock(seen.training_clock, dtype) if switches.training_clock else None,
@@ -246,15 +249,16 @@ def features(
         dormancy(layout, seen.activations, params, dtype) if switches.dormancy else None,
     ]
     rows = [jnp.zeros((), dtype) if row is None else row for row in context]
-    return jnp.concatenate([jnp.concatenate(normalised, 1), *(jnp.broadcast_to(row, gradient.shape) for row in rows)])
+    context_rows = jnp.concatenate([jnp.broadcast_to(row, gradient.shape) for row in rows])
+    return Features(tuple(place.size for place in layout.places), joined, scales, context_rows)
 
 
 def _logarithm(x: jax.Array) -> jax.Array:
     return jnp.log(jnp.abs(x) + SMALLEST)
 
 
-def _divided_by_rms(piece: jax.Array) -> jax.Array:
-    return piece * jax.lax.rsqrt(jnp.mean(piece * piece, 1, keepdims=True) + RMS_FLOOR)
+def _one_over_rms(piece: jax.Array) -> jax.Array:
+    return jax.lax.rsqrt(jnp.mean(piece * piece, 1) + RMS_FLOOR)
 
 
 def _clock(clock: Scalar | None, dtype: Any) -> jax.Array:
@@ -290,21 +294,16 @@ def _dormancy_of(place: Place, activations: Any, dtype: Any) -> jax.Array:
     return jnp.broadcast_to(sizes / jnp.mean(sizes), place.shape).ravel()
 
 
-def _run(
-    vectors: Mapping[str, Vector], layout: Layout, inputs: jax.Array, carry: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def _run(vectors: Mapping[str, Vector], layout: Layout, inputs: Features, carry: jax.Array) -> Results:
     """Outputs `[3, N]` and the new state: one product for all networks that share their weights."""
-    shared = len(vectors) == 1
-    names = vectors if shared else layout.networks
-    ends = np.cumsum(list(layout.networks.values()))[:-1].tolist()
-    columns = [(inputs, carry)] if shared else zip(*(jnp.split(x, ends, 1) for x in (inputs, carry)), strict=True)
-    outputs, carries = zip(
-        *(
-            apply_network(unflatten(jnp.asarray(vectors[name]).astype(inputs.dtype)), *own)
-            for name, own in zip(names, columns, strict=True)
-        ),
-        strict=True,
-    )
+    unflattened = {name: unflatten(jnp.asarray(vector).astype(carry.dtype)) for name, vector in vectors.items()}
+    if len(unflattened) == 1:
+        return columns.run(next(iter(unflattened.values())), inputs, carry)
+    found = []
+    for name in layout.networks:
+        own = [piece for piece in inputs.pieces() if layout.places[piece.array].network == name]
+        found.append(columns.run(unflattened[name], inputs.only(own), columns.cut(carry, own)))
+    outputs, carries = zip(*found, strict=True)
     return jnp.concatenate(outputs, 1), jnp.concatenate(carries, 1)
 
 

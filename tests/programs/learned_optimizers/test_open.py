@@ -17,6 +17,7 @@ import numpy as np
 import optax
 import pytest
 
+from purejax_bilevel import networks
 from purejax_bilevel.errors import UserError
 from purejax_bilevel.programs import learned_optimizers
 from purejax_bilevel.programs.learned_optimizers import (
@@ -25,6 +26,7 @@ from purejax_bilevel.programs.learned_optimizers import (
     Scales,
     Switches,
     batch_clock,
+    columns,
     load_weights,
     open_optimizer,
     training_clock,
@@ -32,7 +34,7 @@ from purejax_bilevel.programs.learned_optimizers import (
 from purejax_bilevel.programs.learned_optimizers.layout import layout_of
 from purejax_bilevel.programs.learned_optimizers.optimizer import _Seen, dormancy, features
 from purejax_bilevel.programs.learned_optimizers.update_rules import PUBLISHED
-from purejax_bilevel.programs.learned_optimizers.weights import shapes
+from purejax_bilevel.programs.learned_optimizers.weights import shapes, unflatten
 from purejax_bilevel.runtime import artefacts
 from tests.programs.programs import mostly
 from tests.test_benchmarks import load
@@ -170,7 +172,29 @@ def test_weights_from_an_artefact(tmp_path: Path) -> None:
 
 def features_of(agent: Any, gradient: jax.Array, momenta: jax.Array) -> np.ndarray:
     seen = _Seen(activations_of(agent), 0.25, 1.0, None, None)
-    return np.asarray(features(layout_of(agent), QUIET, agent, gradient, momenta, seen))
+    return np.asarray(features(layout_of(agent), QUIET, agent, gradient, momenta, seen).rows())
+
+
+@pytest.mark.parametrize("sizes", [(5, 14, 7, 17), (14, 7)], ids=["with rests", "whole blocks"])
+def test_blocks_of_columns_on_a_cpu(sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large arrays in blocks of their own scales: what comes out is that of all columns at once."""
+    rng, number = np.random.default_rng(0), sum(sizes)
+    own, scales, context, carry = (
+        jnp.asarray(rng.normal(size=shape), jnp.float32)
+        for shape in ((15, number), (15, len(sizes)), (4, number), (8, number))
+    )
+    seen, network = columns.Features(sizes, own, scales, context), unflatten(drawn_weights())
+
+    def traced() -> jax.stages.Traced:
+        return jax.jit(lambda carry: columns.run(network, seen, carry)).trace(carry)  # anew each time
+
+    whole = traced()
+    monkeypatch.setattr(columns, "BLOCK", 7)
+    blocks = traced()
+    monkeypatch.setattr(networks, "together", lambda: True)
+    assert ["scan" in str(each.jaxpr) for each in (whole, blocks, traced())] == [False, True, False]
+    found, expected = (each.lower().compile()(carry) for each in (blocks, whole))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, expected)
 
 
 def test_momenta_after_the_first_step() -> None:
@@ -283,6 +307,7 @@ def test_updates_sum_to_zero(noise: bool) -> None:
 def test_noise_moves_the_actor_alone_but_for_the_shared_mean() -> None:
     agent = make_agent(width=110)
     optimiser = open_optimizer(bias_only(2, 2.0))
+    optimiser = optimiser._replace(update=jax.jit(optimiser.update))
     updates, _ = step(optimiser, agent)
     actor, critic = joined(updates["actor"]), joined(updates["critic"])
     assert len(actor) > 1e4
@@ -294,6 +319,11 @@ def test_noise_moves_the_actor_alone_but_for_the_shared_mean() -> None:
     other, _ = step(optimiser, agent, key=jax.random.key(4))
     assert np.abs(joined(other["actor"]) - actor).min() > 0.0
     assert abs(np.corrcoef(joined(other["actor"]), actor)[0, 1]) < 0.05
+
+
+def test_scale_of_the_noise() -> None:
+    agent = make_agent()
+    updates, _ = step(open_optimizer(bias_only(2, 2.0)), agent)
     scaled, _ = step(open_optimizer(bias_only(2, 2.0), scales=Scales(noise=5e-3)), agent)
     np.testing.assert_allclose(joined(scaled), 5.0 * joined(updates), rtol=1e-4, atol=1e-8)
 

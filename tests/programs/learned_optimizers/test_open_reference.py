@@ -121,7 +121,7 @@ def test_features_of_a_worked_tensor(case: dict[str, Any]) -> None:
     gradient = layout.join(jax.tree.leaves(tree_of(step["grads"])), jnp.float32)
     momenta = jnp.asarray([0.9, 0.5, 0.1, 0.01, 0.001, 0.0001])[:, None] * gradient
     seen = _Seen(activations_of(case), step["training_prop"], step["batch_prop"], None, None)
-    found = features(layout, QUIET, params, gradient, momenta, seen)
+    found = features(layout, QUIET, params, gradient, momenta, seen).rows()
     assert found.shape == (19, layout.size)
     np.testing.assert_allclose(found[:, :4].T, worked["features_4x19"], rtol=1e-5, atol=1e-5)
 
