@@ -11,6 +11,7 @@ from purejax_bilevel import networks
 from purejax_bilevel.programs.learned_optimizers.weights import NUM_OUTPUTS, Weights, apply_network
 
 BLOCK = 1024  # columns; 512 to 4096 take about the same time, larger networks prefer fewer
+MOST_IN_BLOCKS = 10_000_000  # parameters: the blocks are listed while a program is traced
 Results = tuple[jax.Array, jax.Array]  # outputs [3, n], new carry [carry, n]
 
 
@@ -63,16 +64,18 @@ def run(weights: Weights, features: Features, carry: jax.Array) -> Results:
     Returns:
         `[3, n]` and `[carry, n]`.
     """
+    if networks.together() or carry.shape[1] > MOST_IN_BLOCKS:
+        return apply_network(weights, features.rows(), carry)
     parts = [
         Piece(i, start, min(start + BLOCK, end))
         for i, begin, end in features.pieces()
         for start in range(begin, end, BLOCK)
     ]
     blocks = [piece for piece in parts if piece.end - piece.begin == BLOCK]
-    if networks.together() or not blocks:
+    if not blocks:
         return apply_network(weights, features.rows(), carry)
     found = _blocks(weights, features, blocks, (jnp.zeros((NUM_OUTPUTS, carry.shape[1]), carry.dtype), carry))
-    rest = [piece for piece in parts if piece not in blocks]
+    rest = [piece for piece in parts if piece.end - piece.begin < BLOCK]
     return _others(weights, features, rest, found) if rest else found
 
 

@@ -483,6 +483,7 @@ def test_script_chooses_the_configuration(tmp_path: Path, capsys: pytest.Capture
         assert sentence in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.slow  # by default tests/studies/test_command_line.py does the same with Q-learning
 def test_command_line_runs_and_resumes(tmp_path: Path, capsys: pytest.CaptureFixture):
     words = (
         f"--agent_type sac --num_train_steps 20 --init_steps 10 --batch_size 8 --hidden_dim 3 --eval_frequency 10 "
