@@ -150,7 +150,7 @@ LEARNING: dict[str, dict[str, dict[str, Any]]] = {  # with which all that an age
         "mle": {"prob_model": True},
     },
     "continuous": {
-        "omd": {"smoothing": "ema"},
+        "omd": {"warm_opt": True, "num_Q_steps": 1, "smoothing": "ema"},  # with more steps tau reaches it at once
         "funcbo": {"warm_opt": True, "smoothing": "window", "smoothing_window": 4},
     },
 }
