@@ -187,6 +187,26 @@ class Program(Generic[C]):
         return jnp.all(jnp.array([~jnp.isnan(leaf).any() for leaf in numbers]))
 
 
+class Wrapper(Program[C]):
+    """A program around another one of one stage, whose results go by that one's names.
+
+    Args:
+        inner: what is trained.
+    """
+
+    def __init__(self, inner: Program):
+        self.inner = inner
+        self.headline, self.step_unit, self.artefact_kind = inner.headline, inner.step_unit, inner.artefact_kind
+        self.labels, self.figures = inner.labels, inner.figures
+
+    @property
+    def name(self) -> str:
+        return self.inner.name
+
+    def shared(self) -> Tree:
+        return self.inner.shared()
+
+
 class Configuration(Settings, Protocol):
     """All settings of a program; the decorator `configuration` adds `resolved` and `title` where they are missing."""
 

@@ -43,7 +43,7 @@ from purejax_bilevel.configuration import (
     values_of,
 )
 from purejax_bilevel.errors import UserError
-from purejax_bilevel.program import Measure, Metrics, Program, Tree
+from purejax_bilevel.program import Measure, Metrics, Program, Tree, Wrapper
 
 GROUP = "adaptation"
 ADAPT = 1_000_003  # stream of random numbers of a member, far from those of the programs
@@ -97,7 +97,7 @@ class State(flax.struct.PyTreeNode):
     optimizer: optax.OptState
 
 
-class Adapted(Program[Any]):
+class Adapted(Wrapper[Any]):
     """A program whose members adapt some of their settings.
 
     Args:
@@ -106,10 +106,9 @@ class Adapted(Program[Any]):
     """
 
     def __init__(self, inner: Program, config: Any):
+        super().__init__(inner)
         (stage,) = inner.stages
-        self.inner, self.names, self._stage = inner, config.adapt.split(), stage
-        self.headline, self.step_unit, self.artefact_kind = inner.headline, inner.step_unit, inner.artefact_kind
-        self.labels, self.figures = inner.labels, inner.figures
+        self.names, self._stage = config.adapt.split(), stage
         self.measures = (*inner.measures, *_measures(config))
         self._scales = scales(config)
         self._num_steps, self._every = config.adapt_steps, config.adapt_every
@@ -120,13 +119,6 @@ class Adapted(Program[Any]):
         )
         if hasattr(inner, "episode"):  # else there is no policy to show
             self.episode = self._episode
-
-    @property
-    def name(self) -> str:
-        return self.inner.name
-
-    def shared(self) -> Tree:
-        return self.inner.shared()
 
     def init(self, key: jax.Array, config: Any, shared: Tree = ()) -> State:
         """State of a member before its first step, with the random numbers that it has without adaptation."""

@@ -33,6 +33,7 @@ from purejax_bilevel.program import (
     Metrics,
     Program,
     Tree,
+    Wrapper,
     own_individuals,
     population_gather,
 )
@@ -80,7 +81,7 @@ class State(flax.struct.PyTreeNode):
     sums: Metrics  # of the individuals, [individuals] each, since the last evaluation at a multiple of `eval_every`
 
 
-class PopulationBased(Program[Configuration]):
+class PopulationBased(Wrapper[Configuration]):
     """A program whose members are populations of another program's members.
 
     Args:
@@ -94,10 +95,9 @@ class PopulationBased(Program[Configuration]):
 
     def __init__(self, inner: Program, config: Configuration, selection: Selection):
         _check(inner, config, selection)
+        super().__init__(inner)
         (stage,) = inner.stages
-        self.inner, self.selection, self.population = inner, selection, selection.population
-        self.headline, self.step_unit, self.artefact_kind = inner.headline, inner.step_unit, inner.artefact_kind
-        self.labels, self.figures = inner.labels, inner.figures
+        self.selection, self.population = selection, selection.population
         self.measures = (*inner.measures, *_measures(inner, config, selection))
         self.adapts = tuple(interval.name for interval in selection.space)
         self.interval = selection.interval or stage.eval_every
@@ -110,9 +110,6 @@ class PopulationBased(Program[Configuration]):
         self.stages = (dataclasses.replace(stage, around=self._around, evaluate=self._evaluate, begin=begin),)
         if hasattr(inner, "episode"):  # else there is no policy to show
             self.episode = self._episode
-
-    def shared(self) -> Tree:
-        return self.inner.shared()
 
     def init(self, key: jax.Array, config: Configuration, shared: Tree) -> State:
         """A population before its first step, with settings drawn from the space; the key becomes the member's own."""
@@ -281,7 +278,7 @@ def about(program: Program) -> dict[str, Any]:
     if not isinstance(program, PopulationBased):
         return {}
     selection = dataclasses.replace(program.selection, interval=program.interval)
-    return {"program": program.inner.name, POPULATIONS: as_plain(selection)}
+    return {POPULATIONS: as_plain(selection)}
 
 
 # --- what happens to a population -------------------------------------------------------------------------------------

@@ -10,13 +10,12 @@ from purejax_bilevel.networks import Heads
 from purejax_bilevel.program import Program, Tree
 from purejax_bilevel.programs.adaptation import adapted
 from purejax_bilevel.programs.control import agents, q_learning
-from purejax_bilevel.programs.control.learners import Learner, Model
+from purejax_bilevel.programs.control.learners import Learner, Model, q_optimizer
+from purejax_bilevel.programs.control.learning_ahead import EPS_ROOT
 from purejax_bilevel.programs.observatory.estimators import Problem
 from purejax_bilevel.programs.observatory.program import Observatory
 from purejax_bilevel.programs.observatory.settings import Observed, Observing
 from purejax_bilevel.replay import Batch
-
-EPS_ROOT = 1e-16  # bounds the derivative of Adam's step where a gradient is 0, as those of dead units are
 
 
 @configuration
@@ -57,7 +56,7 @@ class ControlObservatory(Observatory, q_learning.ModelBased):
             outer_loss=lambda q: learner.q_loss(config, q, batch),
             optimality=lambda model, q: jax.grad(inner_loss, argnums=1)(model, q),
             inner_loss=inner_loss,
-            optimizer=optax.adam(config.inner_lr, eps_root=EPS_ROOT),
+            optimizer=q_optimizer(replace(config, eps_root=EPS_ROOT)),
             optimizer_state=learner.q_optimizer,
             functional=lambda: agents.hypergradient_funcbo(config, learner.replace(dual=None), batch)[1],
             dual=dual,
