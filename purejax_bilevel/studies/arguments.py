@@ -9,7 +9,7 @@ import itertools
 import sys
 import types
 import typing
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any
@@ -131,6 +131,7 @@ def with_settings(
             close = difflib.get_close_matches(name, known, 1)
             hint = f"; did you mean {close[0]}?" if close else "."
             raise UserError(f"--config {stated(words, 'config')}: there is no option {name}{hint}")
+        _check_numbers(f"--config {stated(words, 'config')}: {name}", known[name], map(str, _listed(value)))
         said += [f"--{name}={value}"] if known[name] is bool else [f"--{name}", *map(str, _listed(value))]
     return [*said, *words]
 
@@ -215,10 +216,10 @@ def read(
         Values by name; options that take several values hold tuples.
 
     Raises:
-        UserError: an option with one value got several, or a flag another value than True or False.
+        UserError: an option with one value got several, a number is none, or a flag is not True or False.
     """
     words = _joined(parser, words)
-    _check_single(parser, words, is_positional)
+    _check_values(parser, words, is_positional)
     rest, flags = _take_flags(parser, words)
     start = {} if default is None else {"default": _with_values(parser, default)}
     parsed = tyro.cli(parser, description=description, args=rest, use_underscores=True, config=MARKERS, **start)
@@ -256,24 +257,51 @@ def _joined(parser: type, words: Sequence[str]) -> list[str]:
     return found
 
 
-def _check_single(parser: type, words: Sequence[str], is_positional: Callable[[str], bool]) -> None:
-    """What takes one value must not get several: tyro would call the second an unrecognized option."""
+def _check_values(parser: type, words: Sequence[str], is_positional: Callable[[str], bool]) -> None:
+    """What tyro would call an unrecognized option, or answer with the names of types, gets a sentence."""
     declared = declared_types(parser)
     options = {field.name for field in dataclasses.fields(_section(parser, RUN))}
     for place, word in enumerate(words):
-        name = "" if "=" in word else option_name(word)
-        first, rest = words[place + 1 : place + 2], words[place + 2 :]
-        further = itertools.takewhile(lambda value: not value.startswith("--") and not is_positional(value), rest)
-        values = [] if not first or first[0].startswith("--") else [*first, *further]
-        if name not in declared or declared[name] is bool or len(values) < 2:
+        name = option_name(word)
+        if name not in declared or declared[name] is bool:
             continue
-        if name in options:
-            raise UserError(f"--{name} takes one value, got {' '.join(values)}.")
-        if not any(typing.get_origin(hint) is tuple for hint in (declared[name], *typing.get_args(declared[name]))):
-            raise UserError(
-                f"--{name} takes one value, got {' '.join(values)}: it changes the compiled program, which all members "
-                "share; start a run for each value, or a sweep."
-            )
+        values = [word.partition("=")[2]] if "=" in word else _values_after(words[place + 1 :], is_positional)
+        if len(values) > 1:
+            _check_several(name, values, declared[name], name in options)
+        _check_numbers(f"--{name}", declared[name], values)
+
+
+def _values_after(words: Sequence[str], is_positional: Callable[[str], bool]) -> list[str]:
+    """The values at the beginning of what follows an option."""
+    first, rest = words[:1], words[1:]
+    if not first or first[0].startswith("--"):
+        return []
+    return [*first, *itertools.takewhile(lambda value: not value.startswith("--") and not is_positional(value), rest)]
+
+
+def _check_several(name: str, values: Sequence[str], hint: Any, is_of_the_run: bool) -> None:
+    if is_of_the_run:
+        raise UserError(f"--{name} takes one value, got {' '.join(values)}.")
+    if not any(typing.get_origin(kind) is tuple for kind in (hint, *typing.get_args(hint))):
+        raise UserError(
+            f"--{name} takes one value, got {' '.join(values)}: it changes the compiled program, which all members "
+            "share; start a run for each value, or a sweep."
+        )
+
+
+def _check_numbers(where: str, hint: Any, values: Iterable[str]) -> None:
+    """Raises UserError for what is no number where one is declared; None is a value of what may be None."""
+    kinds = {kind for part in (hint, *typing.get_args(hint)) for kind in (part, *typing.get_args(part))}
+    number = next((kind for kind in (int, float) if kind in kinds), None)
+    if number is None or str in kinds:
+        return
+    for value in values:
+        try:
+            number(value)
+        except ValueError as error:
+            if value != "None" or NoneType not in kinds:
+                wanted = "a whole number" if number is int else "a number"
+                raise UserError(f"{where} must be {wanted}, got {value!r}.") from error
 
 
 def _section(parser: type, name: str) -> Any:

@@ -131,6 +131,25 @@ def test_the_hypergradient_of_a_parabola_is_known(float64, num_steps: int):
             np.testing.assert_allclose(found[name], CURVATURE * weight * slope, rtol=1e-9)
 
 
+class NoisyDescent(Descent):
+    """What is looked ahead on is drawn, as a batch would be: the curvature."""
+
+    def lookahead(self, state: State, config: Config, t: jax.Array, key: jax.Array) -> adaptation.Lookahead:
+        curvature = jax.random.uniform(key)
+        return adaptation.Lookahead(
+            state, lambda own, learned, number: descended(own, learned), lambda learned: curvature * learned.weight**2
+        )
+
+
+def test_each_lookahead_draws_anew_from_the_members_seed():
+    config = Config(adapt="lr").resolved()
+    program = adaptation.adapted(NoisyDescent(config), config)
+    at = jax.jit(lambda seed, t: program.hypergradient(program.init(jax.random.key(seed), config), config, t)[1]["lr"])
+    found = [float(at(seed, t)) for seed in (0, 1) for t in (5, 6, 7)]
+    assert len(set(found)) == len(found)
+    assert at(0, 5) == found[0]
+
+
 SMALL: dict[str, Any] = {
     "num_train_steps": 60,
     "init_steps": 16,

@@ -76,6 +76,9 @@ def test_several_values_are_an_axis():
         ("--output_dir {folder}/file", "cannot write"),
         ("--batch_size 16 32", "--batch_size takes one value, got 16 32: it changes the compiled program"),
         ("--seed 1 2", "--seed takes one value, got 1 2"),
+        ("--lr 1e-3 abc", "--lr must be a number, got 'abc'."),
+        ("--num_seeds=1.5", "--num_seeds must be a whole number, got '1.5'."),
+        ("--batch_size None", "--batch_size must be a whole number, got 'None'."),
         ("--video=maybe", "--video must be True or False, got 'maybe'"),
     ],
 )
@@ -91,7 +94,7 @@ def test_bad_input_is_one_sentence_and_status_2(
     assert not (tmp_path / "run" / "config.yaml").exists()
 
 
-@pytest.mark.parametrize("words", ["--no_such_flag 3", "--lr abc"])
+@pytest.mark.parametrize("words", ["--no_such_flag 3", "--seed"])
 def test_unparsable_words_exit_with_status_2(words: str, capsys: pytest.CaptureFixture):
     with pytest.raises(SystemExit) as raised:
         parse(words)
@@ -188,6 +191,7 @@ def test_settings_may_come_from_an_earlier_run(tmp_path: Path):
         ("hidden_dims: 3", "did you mean hidden_dim?"),
         ("sweep: {program: rl}", "is of a sweep"),
         ("num_seeds: [1, 2]", "--num_seeds takes one value"),
+        ("lr: [1e-3, abc]", "lr must be a number, got 'abc'."),
         ("lr: -1", "--lr must be"),
         ("video: 3", "--video must be True or False"),
     ],

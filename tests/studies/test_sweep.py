@@ -308,6 +308,7 @@ PAPER_STEPS = {  # of the originals, by program or preset
     "regression": 5000,
     "observatory": 48_000,  # there is no original
     "omd_narrow_model": 25_000,  # fifty seeds instead
+    "omd_model_widths": 25_000,
     "tabular": 10_000,
     "ppo": 1220,
     "open_ablation": 24,

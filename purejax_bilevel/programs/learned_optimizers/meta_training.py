@@ -81,10 +81,10 @@ class Task(settings.Task):
     draw_level: bool = changed(
         settings.Task, "draw_level", False, help="each life has a level of its own of the Grid-World mode"
     )
-    further_envs: str = static("", "more environments, joined by commas", group="environment", task=True)
+    further_envs: str = static("", "more environments, joined by commas or spaces", group="environment", task=True)
     fitness_ranges: str = static(
         "",
-        "low:high for each environment, joined by commas: returns that count 0 and 1 (default: known for some)",
+        "low:high for each environment, by commas or spaces: returns that count 0 and 1 (default: known for some)",
         group="environment",
     )
 
@@ -152,7 +152,7 @@ class Config(Start, settings.PPO, Evolution, Lives, Schedule):
 
 def environments(config: Task) -> list[str]:
     """Names of all environments."""
-    return [config.env_name, *(name.strip() for name in config.further_envs.split(",") if name.strip())]
+    return [config.env_name, *_words(config.further_envs)]
 
 
 def ranges(config: Task) -> list[tuple[float, float]]:
@@ -163,7 +163,7 @@ def ranges(config: Task) -> list[tuple[float, float]]:
     """
     names = environments(config)
     if config.fitness_ranges:
-        pairs = [_pair(config.fitness_ranges, text) for text in config.fitness_ranges.split(",")]
+        pairs = [_pair(config.fitness_ranges, text) for text in _words(config.fitness_ranges)]
         if len(pairs) != len(names):
             raise UserError(
                 f"--fitness_ranges {config.fitness_ranges} must have low:high for each of {', '.join(names)}."
@@ -175,6 +175,11 @@ def ranges(config: Task) -> list[tuple[float, float]]:
             f"--fitness_ranges must be given: which returns of {', '.join(unknown)} count 0 and 1 is not known."
         )
     return [RANGES.get(name, (0.0, 1.0)) for name in names]
+
+
+def _words(text: str) -> list[str]:
+    """A command line of sweeps takes values with commas for several settings, so that spaces join as well."""
+    return text.replace(",", " ").split()
 
 
 def _pair(given: str, text: str) -> tuple[float, float]:

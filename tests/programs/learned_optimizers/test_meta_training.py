@@ -142,8 +142,9 @@ def test_fitness_is_the_mean_over_normalised_returns() -> None:
     program = config.program()
     np.testing.assert_allclose(program.fitness(jnp.asarray([250.0, -500.0])), 0.25)
     np.testing.assert_allclose(program.fitness(jnp.asarray([[500.0, 0.0], [-80.0, -290.0]])), [1.0, 0.25])
-    ranged = replace(config, fitness_ranges="0:100, -100:-50").resolved().program()
-    np.testing.assert_allclose(ranged.fitness(jnp.asarray([50.0, -25.0])), 1.0)
+    for text in ("0:100, -100:-50", "0:100 -100:-50"):
+        ranged = replace(config, fitness_ranges=text).resolved().program()
+        np.testing.assert_allclose(ranged.fitness(jnp.asarray([50.0, -25.0])), 1.0)
 
 
 def test_a_failed_life_is_the_worst_fitness_and_is_counted() -> None:

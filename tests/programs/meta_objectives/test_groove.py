@@ -38,16 +38,18 @@ GROOVE = Config(
     agent_type="groove", num_agents=4, num_agent_updates=2, buffer_size=12, num_train_steps=12, eval_frequency=6, **TINY
 )
 TA_LPG = Config(agent_type="ta_lpg", population=8, num_mini_batches=2, num_train_steps=4, eval_frequency=2, **TINY)
-CONFIGS = {"groove": GROOVE, "ta_lpg": TA_LPG}
-
-
-Runs = dict[str, tuple[Any, Path]]
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+def groove_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     """A run of one member, whose population is on two devices, and a copy of its folder from the middle of it."""
-    return {name: broken_off(config, tmp_path_factory.mktemp(name)) for name, config in CONFIGS.items()}
+    return broken_off(GROOVE, tmp_path_factory.mktemp("groove"))
+
+
+@pytest.fixture(scope="module")
+def ta_lpg_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    """The same of TA-LPG."""
+    return broken_off(TA_LPG, tmp_path_factory.mktemp("ta_lpg"))
 
 
 def broken_off(config: Config, place: Path) -> tuple[Any, Path]:
@@ -69,18 +71,20 @@ def measured(outcome: Any) -> dict[str, np.ndarray]:
     return {measure: np.asarray(values)[0] for measure, values in outcome.rows[0].items()}
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_resume_is_bitwise(name: str, runs: Runs) -> None:
-    expected, copy = runs[name]
-    assert loop.steps_done(copy) == CONFIGS[name].num_train_steps // 2
-    outcome = train(CONFIGS[name], num_seeds=1, devices=2, folder=copy, resume=True, chunks=2)[1]
+def check_resume_is_bitwise(config: Config, expected: Any, copy: Path) -> None:
+    assert loop.steps_done(copy) == config.num_train_steps // 2
+    outcome = train(config, num_seeds=1, devices=2, folder=copy, resume=True, chunks=2)[1]
     same(outcome.state, expected.state)
     same(outcome.rows, expected.rows)
 
 
-def test_groove_keeps_and_replays_levels(runs: Runs) -> None:
-    seen = measured(runs["groove"][0])
-    assert not runs["groove"][0].failed[0].any()
+def test_groove_resumes_bitwise(groove_run: tuple[Any, Path]) -> None:
+    check_resume_is_bitwise(GROOVE, *groove_run)
+
+
+def test_groove_keeps_and_replays_levels(groove_run: tuple[Any, Path]) -> None:
+    seen = measured(groove_run[0])
+    assert not groove_run[0].failed[0].any()
     # Lives of six updates, two per meta-step, four agents of different ages: four ends in three meta-steps.
     np.testing.assert_allclose(seen["ended_lives"], 4 / 3, rtol=1e-6)
     assert (seen["replay_share"] > 0).any()
@@ -95,19 +99,25 @@ def test_groove_keeps_and_replays_levels(runs: Runs) -> None:
     assert np.isnan(seen["best_level"][0]).all()  # at the end only
 
 
-def test_levels_are_the_same_by_their_numbers(runs: Runs) -> None:
+def test_levels_are_the_same_by_their_numbers(groove_run: tuple[Any, Path]) -> None:
     """Those of the buffer are what `GridWorld-<mode>-<number>` is."""
     config = GROOVE.resolved()
     draw = jax.jit(curriculum.lottery(config.program().world, config))
-    for number in measured(runs["groove"][0])["best_level"][-1][:2].astype(int).tolist():
+    for number in measured(groove_run[0])["best_level"][-1][:2].astype(int).tolist():
         lot = draw(number)
         assert lot.lifetime == 6
         expected = grid_world.numbered("debug", number)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), lot.params, expected)
 
 
-def test_ta_lpg_searches(runs: Runs) -> None:
-    seen = measured(runs["ta_lpg"][0])
+@pytest.mark.slow
+def test_ta_lpg_resumes_bitwise(ta_lpg_run: tuple[Any, Path]) -> None:
+    check_resume_is_bitwise(TA_LPG, *ta_lpg_run)
+
+
+@pytest.mark.slow
+def test_ta_lpg_searches(ta_lpg_run: tuple[Any, Path]) -> None:
+    seen = measured(ta_lpg_run[0])
     assert (seen["best_fitness"] >= seen["fitness"]).all()
     assert (seen["tied_pairs"] >= 0).all()
     assert (seen["tied_pairs"] < 1).any()
