@@ -103,9 +103,8 @@ def neumann(num_terms: int, step_size: Scalar) -> LinearSolver:
 def dense(damping: Scalar = 0.0) -> LinearSolver:
     """Build H + damping * I as a matrix [n, n] and eliminate: exact, for problems of up to a few hundred unknowns.
 
-    Gauss-Jordan elimination with partial pivoting in plain array operations, on purpose: `jnp.linalg.solve` and
-    lineax's direct solvers call LAPACK, and several batched LAPACK calls in one program can deadlock on CPUs with two
-    threads.
+    Gauss-Jordan elimination with partial pivoting in plain array operations, on purpose: `jnp.linalg.solve` calls
+    LAPACK, and several batched LAPACK calls in one program can deadlock on CPUs with two threads.
 
     Args:
         damping: added to the diagonal; may be traced.
@@ -144,34 +143,34 @@ def _eliminate(matrix: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def gmres(damping: Scalar = 0.0, tolerance: Scalar = 1e-5, max_steps: int = 100, restart: int = 20) -> LinearSolver:
-    """GMRES (lineax) on (H + damping * I) x = b: H need be neither symmetric nor definite.
+    """GMRES of jax on (H + damping * I) x = b: H need be neither symmetric nor definite.
 
     A solve that does not converge returns its last iterate, and on an indefinite H it does not for any number of cycles
-    if `restart` is much smaller than the number of unknowns: `relative_residual` tells. Each cycle factorises a small
-    matrix with LAPACK: under vmap on a CPU with two threads several such solves in one program may deadlock (see
-    `dense`).
+    if `restart` is much smaller than the number of unknowns: `relative_residual` tells.
 
     Args:
         damping: added to the diagonal; may be traced.
-        tolerance: relative and absolute, on each entry of residual and step.
-        max_steps: largest number of cycles of `restart` products with H; the first of them only evaluates the residual.
+        tolerance: stop at |residual| <= tolerance * |b|; may be traced.
+        max_steps: largest number of cycles of at most `restart` products with H.
         restart: size of the Krylov space, stored as that many vectors like b.
 
     Raises:
         ValueError: if a known argument is negative, max_steps < 1 or restart < 1.
-        ImportError: if lineax is not installed.
     """
-    import lineax  # here: no other function needs it
-
     check_between("damping", damping, 0)
     check_between("tolerance", tolerance, 0)
     max_steps, restart = checked_count("max_steps", max_steps), checked_count("restart", restart)
 
     def solve(matvec, b):
-        structure = jax.eval_shape(lambda: b)
-        matrix = lineax.FunctionLinearOperator(_damped(matvec, damping), structure)
-        solver = lineax.GMRES(rtol=tolerance, atol=tolerance, max_steps=max_steps, restart=restart)
-        return lineax.linear_solve(matrix, b, solver, throw=False).value
+        x, _ = jax.scipy.sparse.linalg.gmres(
+            _damped(matvec, damping),
+            b,
+            tol=tolerance,
+            restart=restart,
+            maxiter=max_steps,
+            solve_method="incremental",  # the other one squares the condition number
+        )
+        return x
 
     return solve
 

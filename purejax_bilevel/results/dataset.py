@@ -35,7 +35,7 @@ SEED, STEP, EPISODE = "seed", "step", "episode"
 INDIVIDUAL = "individual"  # dimension of what is measured of all individuals of a population
 PARENT, BEST = "parent", "best_individual"  # what is measured where members are populations that train themselves,
 POPULATIONS = "population_based"  # and the attribute that says how
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "gymnax", "lineax", "distrax", "evosax", "numpy", "scipy", "xarray")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "gymnax", "distrax", "evosax", "numpy", "scipy", "xarray")
 
 
 # ---------------------------------------------------------------- building

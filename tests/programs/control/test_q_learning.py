@@ -197,6 +197,13 @@ def test_step_counter_stays_shared_under_vmap():
     assert count_conds(config, 4, None, mesh) == count_conds(config, 1, 1, mesh) >= 3
 
 
+@pytest.mark.parametrize("solver", mostly(("cg", "gmres", "neumann", "dense"), ("cg", "neumann")))
+def test_every_solver_fits_into_the_program_of_a_run(solver: str):
+    """Members are on a mesh of devices there, which a solver from elsewhere may not take."""
+    config = replace(SMALL, agent_type="omd", with_inv_jac=solver, solver_steps=2)
+    assert count_conds(config, 1, 1, make_mesh(1, 1)) >= 3
+
+
 @pytest.mark.parametrize("devices", mostly((2, 8), (8,)))
 def test_resume_is_bitwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, devices: int):
     config = replace(SMALL, agent_type="smoothfbo", lr=(1e-3, 3e-3), smoothing_window=9)
