@@ -4,10 +4,16 @@ import importlib.util
 import os
 import sys
 import time
+import types
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
+import numpy as np
 import pytest
+import xarray
+
+from purejax_bilevel.studies import presets
 
 FOLDER = Path(__file__).parent / "benchmarks"
 
@@ -219,14 +225,36 @@ def test_steps_without_a_block_are_the_loop_inside_the_loop_over_blocks(monkeypa
 
 def test_studies_are_compared_with_the_tables_of_their_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     studies = load("studies", monkeypatch)
-    rows = "| agent | IQM |\n| --- | --- |\n| `omd` | 247 (119 to 423) | 50 |\n| `sac` | -9 (-20.5 to -3) |\n"
+    rows = "| agent | IQM |\n| --- | --- |\n| `omd` | 247 (119 to 423) | 50 |\n| `sac 2` | -9 (-20.5 to -3) |\n"
     told = studies.table_of("one", f"x\n<!-- studies.py: one -->\n\n{rows}\n| `sql` | 1 (0 to 2) |")
-    assert told == {"omd": (119.0, 423.0), "sac": (-20.5, -3.0)}
-    assert studies.differing({"omd": 120.0, "sac": -3.0}, told) == []
+    assert told == {"omd": (119.0, 423.0), "sac 2": (-20.5, -3.0)}
+    assert studies.differing({"omd": 120.0, "sac 2": -3.0}, told) == []
     assert studies.differing({"omd": 118.0, "mle": 1.0}, told) == [
         "mle is not in the table",
-        "sac was not run",
+        "sac 2 was not run",
         "omd: 118 is outside of 119 to 423",
     ]
     for study, path in studies.PAGES.items():
-        assert set(studies.table_of(study, path.read_text())) == {"omd", "mle", "vep"}, study
+        agents = set(presets.preset(study, "paper")["agents"])
+        assert {label.partition(",")[0] for label in studies.table_of(study, path.read_text())} == agents, study
+
+
+def test_studies_compare_agents_of_one_task_or_of_one_last_word(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    studies = load("studies", monkeypatch)
+
+    def result(label: str, runs: list, **tasks: list) -> Any:
+        dataset = xarray.Dataset(coords=tasks, attrs={"axes": {name: [name] for name in tasks}, "tasks": list(tasks)})
+        return types.SimpleNamespace(label=label, dataset=dataset, best_runs=np.array(runs, float))
+
+    widths = [result(label, [[k], [k + 0.5]]) for k, label in enumerate(("omd 2", "mle 2", "omd 8", "mle 8"))]
+    assert studies.print_table(widths, lower=True) == {"omd 2": 0.25, "mle 2": 1.25, "omd 8": 2.25, "mle 8": 3.25}
+    omd, mle = (line.split("|")[4:6] for line in capsys.readouterr().out.splitlines()[4:6])
+    assert omd[0].isspace()
+    assert omd[1].startswith(" 1.00 (")  # lower is better
+    assert mle[0].startswith(" 0.00 (")
+    tasks = [result(label, [[k, 9], [k, 5]], speed=[10, 20]) for k, label in enumerate(("funcbo", "omd 1"))]
+    names = ["funcbo, speed=10", "omd 1, speed=10", "funcbo, speed=20", "omd 1, speed=20"]
+    assert studies.print_table(tasks, lower=False) == dict(zip(names, (0.0, 1.0, 7.0, 7.0), strict=True))
+    assert capsys.readouterr().out.count("| 1.00 (") == 1

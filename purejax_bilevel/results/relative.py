@@ -65,7 +65,7 @@ def blocks(
         Paragraph(text),
         Table(("agent", "IQM (95 % interval)", "mean", f"runs of at least {ENOUGH:g}"), [_row(*own) for own in scores]),
         Picture(picture, f"Fraction of runs that are better than a multiple of {baseline.label}."),
-        *_by_task(agents, baseline, scores),
+        *by_task(baseline, scores),
     ]
 
 
@@ -77,11 +77,14 @@ def _row(label: str, values: np.ndarray) -> tuple[str, ...]:
     return (label, interval.in_words(), f"{finite.mean():.4g}", f"{100 * (finite >= ENOUGH).mean():.0f} %")
 
 
-def _by_task(
-    agents: Sequence[AgentResult], baseline: AgentResult, scores: Sequence[tuple[str, np.ndarray]]
-) -> list[Block]:
-    """One row per set of levels where levels are the tasks of several environments, else per task."""
-    tasks = statistics.tasks_of(baseline.dataset)
+def by_task(agent: AgentResult, scores: Sequence[tuple[str, np.ndarray]]) -> list[Block]:
+    """One row per set of levels where levels are the tasks of several environments, else per task; none for one task.
+
+    Args:
+        agent: any one, for the tasks.
+        scores: of each label, `[seeds, tasks]`.
+    """
+    tasks = statistics.tasks_of(agent.dataset)
     if len(tasks) < 2:
         return []
     sets = [words({name: value for name, value in task.items() if name != LEVEL}) for task in tasks]
@@ -92,6 +95,6 @@ def _by_task(
         own = np.array([task == name for task in names])
         cells = [stratified_bootstrap_interval(values[:, own]).in_words() for _, values in scores]
         rows.append((name, *cells))
-    table = Table(("task", *(agent.label for agent in agents)), rows)
+    table = Table(("task", *(label for label, _ in scores)), rows)
     more = len(shown) - len(rows)
     return [table, *([Paragraph(f"And {counted(more, 'more task')}.")] if more else [])]

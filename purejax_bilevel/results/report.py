@@ -114,6 +114,7 @@ class _Report:
             *self._best(),
             *self._improvement(),
             *self._profiles(),
+            *self._by_task(),
             *populations.blocks(self.agents, self.lower, self._path),
             *schedules.blocks(self.agents, self._path),
             *self._relative(),
@@ -246,6 +247,11 @@ class _Report:
         scores = [(agent.label, agent.best_runs) for agent in self.succeeded]
         path = comparison.profiles(scores, self.score_name, self._path("profiles.png"), self.lower)
         return [Heading("Performance profiles"), Picture(path, "Fraction of runs that are better than a score.")]
+
+    def _by_task(self) -> list[Block]:
+        scores = [(agent.label, agent.best_runs) for agent in self.succeeded]
+        found = relative.by_task(self.succeeded[0], scores) if scores else []
+        return [Heading("By task"), *found] if found else []
 
     def _relative(self) -> list[Block]:
         baseline = next((agent for agent in self.succeeded if agent.label == self.report.baseline), None)

@@ -28,7 +28,10 @@ from purejax_bilevel.results.dataset import SEED, STEP, setting_dimensions, sett
 
 # Axes that say what is solved: scores are aggregated over them, none is a best setting. Programs declare them, and
 # results name them (`tasks`); these are those of files that do not.
-TASKS = ("env_name", "further_envs", "level", "dataset", "mdp", "mdp_file", "garnet_seed", "shift_type")
+TASKS = (
+    "env_name", "further_envs", "level", "dataset", "mdp", "mdp_file", "garnet_seed", "shift_type", "transition_steps",
+    "plateau_steps",
+)  # fmt: skip
 BLOCK = 4_000_000  # numbers held at once by the bootstrap
 
 

@@ -136,7 +136,10 @@ def test_a_task_is_never_a_best_setting(tmp_path):
     text, _ = write(tmp_path, {"omd": dataset, "mle": make(levels + 1, (LR, names))})
     assert "on Acrobot-v1, CartPole-v1, 40 environment steps" in text
     assert "omd: env_name=CartPole-v1, lr=0.001, seed=5" in text
-    assert "| env_name=" not in text
+    before, _, rest = text.partition("## By task")
+    by_task, _, after = rest.partition("\n## ")
+    assert "| env_name=" not in before + after
+    assert "| env_name=Acrobot-v1 | 80 (70 to 90) | 81 (71 to 91) |" in by_task
 
 
 def test_sensitivity_takes_the_best_of_the_others():

@@ -309,6 +309,10 @@ PAPER_STEPS = {  # of the originals, by program or preset
     "observatory": 48_000,  # there is no original
     "omd_narrow_model": 25_000,  # fifty seeds instead
     "omd_model_widths": 25_000,
+    "omd_solvers": 15_000,
+    "smoothfbo_drift": 20_000,
+    "pendulum_agents": 30_000,
+    "regression_shifts": 3000,
     "tabular": 10_000,
     "ppo": 1220,
     "open_ablation": 24,

@@ -48,9 +48,9 @@ class NonStationary(Schedule):
         group="environment",
     )
     transition_steps: int = traced(
-        0, "drift: steps from one end to the other (0: num_train_steps)", at_least(0), "environment"
+        0, "drift: steps from one end to the other (0: num_train_steps)", at_least(0), "environment", task=True
     )
-    plateau_steps: int = traced(0, "drift: steps of rest at each end", at_least(0), "environment")
+    plateau_steps: int = traced(0, "drift: steps of rest at each end", at_least(0), "environment", task=True)
     clear_buffer: bool = static(False, "drift: forget the buffer when a transition ends", group="environment")
 
 
