@@ -15,6 +15,7 @@ import pytest
 from purejax_bilevel import environments
 from purejax_bilevel.environments import brax
 from purejax_bilevel.errors import UserError
+from purejax_bilevel.programs.learned_optimizers.program import Config, PolicyOptimization
 
 INSTALLED = importlib.util.find_spec("brax") is not None and importlib.util.find_spec("mujoco_playground") is not None
 needs_extra = pytest.mark.skipif(not INSTALLED, reason="the extra brax is not installed")
@@ -176,7 +177,7 @@ def primitives(jaxpr: Any, into_branches: bool) -> Iterator[str]:
 
 # --- with the extra ---------------------------------------------------------------------------------------------------
 
-suites = pytest.mark.filterwarnings("ignore:Accessing `ncon`:DeprecationWarning")
+suites = pytest.mark.filterwarnings("ignore:Accessing `(ncon|contact)`:DeprecationWarning")
 
 
 @needs_extra
@@ -219,3 +220,14 @@ def test_real_physics(name: str, sizes: tuple[int, int], tmp_path: Path, monkeyp
     assert np.isfinite(final).all()
     starts = np.stack([first, *after[terminated | truncated]])
     assert len(np.unique(starts.round(5), axis=0)) == len(starts) >= 3
+
+
+@needs_extra
+@suites
+def test_size_of_the_published_agent_for_ant():
+    """Parameters of actor and critic, spec section 2.6."""
+    config = Config(env_name="ant:positional", hidden_dim=64, optimizer="open", model="multi").resolved()
+    made = PolicyOptimization(config)
+    state = jax.eval_shape(lambda: made.init(jax.random.key(0), config, made.shared()))
+    sizes = {net: sum(leaf.size for leaf in jax.tree.leaves(own)) for net, own in state.agent.learner.params.items()}
+    assert sizes == {"actor": 6480, "critic": 6017}

@@ -19,7 +19,7 @@ from purejax_bilevel.programs.learned_optimizers import ARTEFACT_KIND, program, 
 from purejax_bilevel.programs.learned_optimizers.program import Config
 from purejax_bilevel.runtime import artefacts, loop, outcomes
 from purejax_bilevel.runtime.compiled import CompiledProgram
-from purejax_bilevel.studies import command_line
+from purejax_bilevel.studies import command_line, plan, presets, study
 from tests.programs.programs import own_run, same, train
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
@@ -237,6 +237,8 @@ def test_sizes_of_published_agents() -> None:
     """Parameters of actor and critic, spec section 2.6, and what their optimiser takes in."""
     sizes = {
         ("Breakout-MinAtar", 64): (30_019, 29_889),
+        ("Asterix-MinAtar", 64): (30_149, 29_889),
+        ("Freeway-MinAtar", 64): (49_219, 49_089),
         ("SpaceInvaders-MinAtar", 64): (42_884, 42_689),
         ("GridWorld-rand_all", 16): (9_989, 9_921),
     }
@@ -247,3 +249,15 @@ def test_sizes_of_published_agents() -> None:
         params = state.agent.learner.params
         assert tuple(sum(leaf.size for leaf in jax.tree.leaves(params[net])) for net in params) == expected
         assert state.agent.learner.optimizer.carry.shape == (16, sum(expected))
+
+
+@pytest.mark.parametrize(
+    ("preset", "iterations", "updates"), [("open_minatar", 1220, 39_040), ("open_gridworld_transfer", 1464, 46_848)]
+)
+def test_lengths_of_the_published_lives(preset: str, iterations: int, updates: int) -> None:
+    """Iterations and steps of the optimiser, spec section 3.1."""
+    for agent in plan.make_agents(study.parse(presets.preset(preset, "paper"))):
+        for template in agent.templates:
+            config = template.config
+            assert config.num_train_steps == iterations
+            assert iterations * config.num_epochs * config.num_minibatches == updates
