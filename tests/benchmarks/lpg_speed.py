@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from purejax_bilevel import UserError  # first: this lets jax use all cores
 from purejax_bilevel.program import alone
 from purejax_bilevel.programs.meta_objectives import learners, meta_gradient, network, population, worlds
 from purejax_bilevel.programs.meta_objectives.program import Config
@@ -194,7 +195,11 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=3)
     options = vars(parser.parse_args(words))
     members, steps, updates, repeats = (options.pop(name) for name in ("members", "steps", "updates", "repeats"))
-    config = Config(num_train_steps=ENDLESS, eval_frequency=0, eval_agents=0, **options).resolved()
+    try:
+        config = Config(num_train_steps=ENDLESS, eval_frequency=0, eval_agents=0, **options).resolved()
+    except UserError as error:
+        parser.error(str(error))
+    print(f"{len(jax.devices())} x {jax.devices()[0].device_kind}, jax {jax.__version__}")
     for count in members:
         measure_members(config, count, steps, repeats)
     measure_versions(config, updates, steps, repeats)

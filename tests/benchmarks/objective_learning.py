@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from purejax_bilevel import UserError  # first: this lets jax use all cores
 from purejax_bilevel.programs.meta_objectives.network import ARTEFACT_KIND
 from purejax_bilevel.programs.meta_objectives.program import NEAR
 from purejax_bilevel.results import dataset as datasets
@@ -85,7 +86,10 @@ def main() -> int:
     parser.add_argument("--output_dir", type=Path, default=Path("runs"))
     parser.add_argument("--name", default="meta_test", help="folder of the meta-test; one that is there is read")
     options = parser.parse_args()
-    a2c, found = tested(members_of(dict(run.split("=", 1) for run in options.runs)), options)
+    try:
+        a2c, found = tested(members_of(dict(run.split("=", 1) for run in options.runs)), options)
+    except UserError as error:
+        parser.error(str(error))
     print("| objective | mean return | of A2C's | IQM | levels with at least 75 % of A2C's |")
     print("| --- | --- | --- | --- | --- |")
     print(row("A2C", a2c[None], a2c))

@@ -39,12 +39,12 @@ def test_it_runs(speed: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     sizes = [word for name, value in SIZES.items() for word in (f"--{name}", str(value))]
     speed.main([*sizes, "--members", "1", "3", "--steps", "1", "--updates", "1", "--repeats", "1"])
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[:2]] == ["1", "3"]
-    assert "GFLOP/s; per agent" in lines[0]
-    assert [line.split(":")[0] for line in lines[2:]] == [
+    assert [line.split()[0] for line in lines[1:3]] == ["1", "3"]
+    assert "GFLOP/s; per agent" in lines[1]
+    assert [line.split(":")[0] for line in lines[3:]] == [
         "an agent's step as told",
         "a step of A2C",
         "rollout, objective and step",
         "a meta-step",
     ]
-    assert all(line.endswith("times") for line in lines[2:])
+    assert all(line.endswith("times") for line in lines[3:])
