@@ -1,5 +1,6 @@
-"""The benchmark of LPG's cost: what it compares is the same computation, and it runs."""
+"""The benchmarks of LPG: the table of learning; the one of cost compares the same computation, and runs."""
 
+from pathlib import Path
 from types import ModuleType
 
 import jax
@@ -48,3 +49,16 @@ def test_it_runs(speed: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
         "a meta-step",
     ]
     assert all(line.endswith("times") for line in lines[3:])
+
+
+def test_the_table_of_learning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Two meta-seeds on four levels; intervals are of meta-seeds, so that one has none."""
+    learning = load("objective_learning", monkeypatch)
+    a2c, scores = np.array([1.0, 1.0, 2.0, 4.0]), np.array([[1.0, 0.7, 1.5, 3.2], [0.8, 0.9, 1.4, 2.9]])
+    label, mean, share, iqm, near = learning.row("LPG, all", scores, a2c).strip("| ").split(" | ")
+    assert (label, mean, share, near) == ("LPG, all", "1.55", "78%", "5 of 8")
+    low, high = (float(word) for word in iqm.removeprefix("1.20 (").removesuffix(")").split(" to "))
+    assert 1.0 < low < 1.2 < high < 1.4
+    assert learning.row("LPG, meta-seed 0", scores[:1], a2c).endswith("| 1.25 | 3 of 4 |")
+    learning.draw(a2c, {"LPG": scores, "one": scores[:1]}, tmp_path / "profiles.png")
+    assert (tmp_path / "profiles.png").stat().st_size > 5000
