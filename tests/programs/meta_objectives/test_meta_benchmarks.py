@@ -19,20 +19,22 @@ def speed(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 @pytest.mark.slow
-def test_one_hot_products_give_the_same(speed: ModuleType, float64: None) -> None:
-    """Steps as told, of A2C and under an objective, and a whole meta-step: all parameters and weights."""
+def test_one_hot_products_give_the_same(speed: ModuleType) -> None:
+    """Steps as told, of A2C and under an objective: all parameters; meta-steps: the mean meta-gradient too."""
     made = speed.versions(Config(eval_agents=0, **SIZES).resolved(), updates=3, steps=2)
     assert len(made) == 4
     for part, both in made.items():
         rows, products = (loop(start) for loop, start, _ in both.values())
         if part == "a meta-step":
-            rows, products = ((state.learning.weights, state.learning.lives.judged) for state in (rows, products))
+            rows, products = (
+                (state.learning.optimizer[0].mu, state.learning.lives.judged) for state in (rows, products)
+            )
         else:
             start = both["rows"][1]
             assert np.abs(rows.agent.actor.network[0].kernel - start.agent.actor.network[0].kernel).max() > 1e-4
             assert both["one-hot"][1].rollout.observations.shape == (3, 5, 289)
             rows, products = rows.agent, products.agent
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), rows, products)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), rows, products)
 
 
 @pytest.mark.slow
