@@ -100,7 +100,8 @@ def first_ages(config: ObjectiveTraining, lifetime: jax.Array) -> jax.Array:
     if "B8" in defects(config.compat):
         return jnp.zeros_like(lifetime)
     stride = config.num_agent_updates
-    return stride * (own_individuals(config.num_agents) * -(-lifetime // stride) // config.num_agents)
+    ages = stride * (own_individuals(config.num_agents) * -(-lifetime // stride) // config.num_agents)
+    return ages.astype(lifetime.dtype)
 
 
 # --- meta-gradient ----------------------------------------------------------------------------------------------------
