@@ -116,7 +116,11 @@ def test_networks_and_layers_that_would_take_forever_to_list_are_refused(program
 
 def test_environments_are_tasks():
     assert [field.name for field in fields(Single) if field.metadata.get("task")] == ["level"]
-    assert [field.name for field in fields(RLConfig) if field.metadata.get("task")] == ["env_name"]
+    assert [field.name for field in fields(RLConfig) if field.metadata.get("task")] == [
+        "env_name",
+        "transition_steps",
+        "plateau_steps",
+    ]
 
 
 def test_one_of_several_processes_prints_the_warnings(capsys, monkeypatch):
