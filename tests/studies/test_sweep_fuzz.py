@@ -58,15 +58,10 @@ def outcome(description: Any, changes: dict[str, Any]) -> str:
     return "read"
 
 
-# One of each program; test_sweep.py reads all.
-FUZZED = (
-    "omd_narrow_model",
-    "omd_continuous",
-    "regression_agents",
-    "tabular_ift_noise",
-    "pessimism_sweep",
-    "groove_regret",
-)
+FUZZED = (  # one of each program; test_sweep.py reads all
+    "omd_narrow_model", "omd_continuous", "regression_agents", "tabular_ift_noise", "pessimism_sweep", "ensemble_toy",
+    "groove_regret", "lpg_meta_test", "open_ablation", "open_meta_training", "observatory",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["schema", *mostly(presets.PRESETS, {*presets.PRESETS} - {*FUZZED})])
