@@ -1,4 +1,4 @@
-"""Scores over those of a baseline, task by task: what makes tasks of different scales comparable.
+"""Scores task by task, as they are and over those of a baseline: what makes tasks of different scales comparable.
 
 A score on a task is divided by the baseline's mean on it (where less is better, the baseline's mean by the score), so
 that 1 is as good as the baseline: the A2C-normalised returns of Jackson et al. 2023 (GROOVE) are of this kind.

@@ -105,6 +105,7 @@ class _Report:
             levels = {SOLVED.get(name) for name in self._environments()}
             self.solved = levels.pop() if len(levels) == 1 else None
         self.succeeded = [agent for agent in agents if np.isfinite(agent.best_runs).any()]
+        self.scores = [(agent.label, agent.best_runs) for agent in self.succeeded]
 
     def blocks(self) -> list[Block]:
         return [
@@ -244,13 +245,11 @@ class _Report:
     def _profiles(self) -> list[Block]:
         if not self.succeeded:
             return []
-        scores = [(agent.label, agent.best_runs) for agent in self.succeeded]
-        path = comparison.profiles(scores, self.score_name, self._path("profiles.png"), self.lower)
+        path = comparison.profiles(self.scores, self.score_name, self._path("profiles.png"), self.lower)
         return [Heading("Performance profiles"), Picture(path, "Fraction of runs that are better than a score.")]
 
     def _by_task(self) -> list[Block]:
-        scores = [(agent.label, agent.best_runs) for agent in self.succeeded]
-        found = relative.by_task(self.succeeded[0], scores) if scores else []
+        found = relative.by_task(self.succeeded[0], self.scores) if self.succeeded else []
         return [Heading("By task"), *found] if found else []
 
     def _relative(self) -> list[Block]:

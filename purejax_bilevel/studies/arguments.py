@@ -123,6 +123,7 @@ def with_settings(
         UserError: the file names what is no option.
     """
     known, given = declared_types(parser), {option_name(word) for word in words}
+    file = f"--config {stated(words, 'config')}"
     said: list[str] = []
     for name, value in settings.items():
         if name in left_out or name in given or value is None:
@@ -130,9 +131,10 @@ def with_settings(
         if name not in known:
             close = difflib.get_close_matches(name, known, 1)
             hint = f"; did you mean {close[0]}?" if close else "."
-            raise UserError(f"--config {stated(words, 'config')}: there is no option {name}{hint}")
-        _check_numbers(f"--config {stated(words, 'config')}: {name}", known[name], map(str, _listed(value)))
-        said += [f"--{name}={value}"] if known[name] is bool else [f"--{name}", *map(str, _listed(value))]
+            raise UserError(f"{file}: there is no option {name}{hint}")
+        values = [str(entry) for entry in _listed(value)]
+        _check_numbers(f"{file}: {name}", known[name], values)
+        said += [f"--{name}={value}"] if known[name] is bool else [f"--{name}", *values]
     return [*said, *words]
 
 
